@@ -1,0 +1,242 @@
+"""The only place where a recipe becomes objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from gidef import config
+from gidef.checkpoint import load_export
+from gidef.clients.cohort import draw_cohort
+from gidef.clients.local import LocalSettings, load_parameters
+from gidef.clients.participate import Participation, shared_names
+from gidef.clients.store import ClientStore
+from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
+from gidef.defence import Defence, LearnedDefence
+from gidef.defence.perturbation import MinimaxSettings
+from gidef.errors import InputError
+from gidef.models import SplitModel, decoder_for, make_backbone
+from gidef.parallel import World, mean_over_world
+from gidef.rng import stream_seed
+from gidef.rounds import server as servers
+from gidef.rounds.algorithm import run_round
+from gidef.types import Client, ServerState, Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all defences and seeds of a recipe share: the images and who sees which."""
+
+    recipe: config.Recipe
+    dataset: Dataset
+    parts: list[torch.Tensor]
+    counts: torch.Tensor
+    roles: Roles
+    clients: list[Client]
+
+    @property
+    def rounds(self) -> int:
+        """The recipe's number of rounds, or what its budget of local steps allows with these clients: no clock is asked."""
+        recipe = self.recipe
+        if recipe.rounds.count is not None:
+            return recipe.rounds.count
+        settings, cohort = local_settings(recipe.clients), recipe.rounds.cohort_size or len(self.clients)
+        steps = [settings.steps or settings.epochs * -(-client.num_examples // (settings.batch_size * settings.accumulate)) for client in self.clients]
+        return min(60, max(5, round(recipe.rounds.local_steps / (cohort * sum(steps) / len(steps)))))
+
+    def owner(self, row: int) -> tuple[int, int]:
+        """(client, position in the client's data) of a training image."""
+        for number, part in enumerate(self.parts):
+            position = int(torch.searchsorted(part, row))
+            if position < len(part) and int(part[position]) == row:
+                return number, position
+        raise KeyError(row)
+
+
+def load_setting(recipe: config.Recipe, *, device: torch.device, notice: Callable[[str], None], progress: Any = None) -> Setting:
+    """Load the images, cut them into clients and roles. Images live as uint8 on `device` when they fit, else in main memory.
+
+    Raises: InputError, see data.load_dataset, the partitions and roles.
+    """
+    data = recipe.data
+    dataset = load_dataset(data.name, path=data.path, size=data.size, seed=data.split_seed, download=data.download, progress=progress, notice=notice)
+    labels = dataset.train.labels
+    shared = {"num_clients": data.num_clients, "seed": data.split_seed, "min_examples": data.min_examples}
+    match data.partition:
+        case config.Iid():
+            parts = partition.iid(labels, **shared)
+        case config.Dirichlet(alpha=alpha):
+            parts = partition.dirichlet(labels, alpha=alpha, **shared)
+        case config.Shards(per_client=per_client):
+            parts = partition.shards(labels, shards_per_client=per_client, **shared)
+        case config.QuantitySkew(alpha=alpha):
+            parts = partition.quantity_skew(labels, alpha=alpha, **shared)
+    roles = split_roles(dataset, num_victims=recipe.evaluation.num_victims, num_tuning=recipe.evaluation.num_tuning, seed=data.split_seed)
+    train = dataset.train.to(_home(dataset.train.images, device, notice))
+    clients = [Client(k, train.images[part.to(train.images.device)], train.labels[part.to(train.images.device)]) for k, part in enumerate(parts)]
+    return Setting(recipe, dataset, parts, class_counts(labels, parts, dataset.num_classes), roles, clients)
+
+
+def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], None]) -> torch.device:
+    """The device if the images take at most half of its free memory (they are cut into clients once: twice their size at the peak)."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    if 2 * images.nbytes > free // 2:
+        notice(f"{images.nbytes / 2**30:.1f} GiB of images stay in main memory: {device} has {free / 2**30:.1f} GiB free.")
+        return torch.device("cpu")
+    return device
+
+
+# --- models and defences ---------------------------------------------------------------------------------------------
+
+
+def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, perturbation: dict[str, Any] | None = None) -> SplitModel:
+    """The recipe's network; with `perturbation` (keyword arguments of models.Perturbation) also the latent norm and the noise layer."""
+    model = recipe.model
+    backbone = make_backbone(
+        model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
+        pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
+    )  # fmt: skip
+    return SplitModel(backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+
+
+def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:
+    """A defence from its dataclass: one `match`; your own offers `build(make_model)`."""
+    build_model = functools.partial(make_model, recipe, dataset, seed=seed)
+    match chosen:
+        case config.Undefended():
+            return Defence(build_model())
+        case config.LearnedPerturbation():
+            model = build_model(
+                perturbation={
+                    "mode": chosen.level, "law": chosen.law, "mean": chosen.mean, "std_init": chosen.std_init,
+                    "std_floor": chosen.std_floor, "strength": chosen.strength,
+                }
+            )  # fmt: skip
+            decoder = None
+            if chosen.dependence_weight > 0:
+                decoder = decoder_for(
+                    model.latent_shape, model.channel_dim, dataset.image_shape, size="loop",
+                    width_factor=chosen.decoder_width, seed=stream_seed(seed, "decoder") % 2**31,
+                )  # fmt: skip
+            fields = {spec.name: getattr(chosen, spec.name) for spec in dataclasses.fields(MinimaxSettings)}
+            return LearnedDefence(model, decoder, MinimaxSettings(**fields))
+    if callable(getattr(chosen, "build", None)):
+        return chosen.build(build_model)
+    raise InputError(f"{type(chosen).__name__} is no defence: use one of gidef.config, or a dataclass with a method build(make_model).")
+
+
+def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_code: Callable[[str], Any] | None = None) -> tuple[SplitModel, dict[str, Any]]:
+    """A trained model from a run's `models/<defence>-<seed>.safetensors`, in eval mode, with the file's metadata.
+
+    Under `head` the file holds a front per client (`client-00012/<name>`); the first client's is loaded.
+
+    Args:    load_code: imports what a recipe of your own names (`gidef.importing.load`); None refuses such recipes.
+    Raises:  InputError if the file is missing, damaged, no export, or of a recipe with code of its own.
+    """
+    tensors, meta = load_export(path, device)
+    try:
+        plain = {**meta["recipe"], "data": config.to_json(config.Data())}  # the images are not needed, nor code that makes them
+        recipe = config.from_json(plain, load=load_code)
+        defence = make_defence(recipe.defences[meta["defence"]], recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its recipe cannot be built: {error}") from error
+    first = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("client-00000/")}
+    model = defence.model.to(device)
+    load_parameters(model, {name: {**first, **tensors}[name] for name, _ in model.named_parameters()})
+    return model.eval(), meta
+
+
+class Shape(NamedTuple):
+    """What a network needs to know of a data set."""
+
+    num_classes: int
+    image_shape: tuple[int, ...]
+
+
+# --- federated training ----------------------------------------------------------------------------------------------
+
+
+def server_step(server: config.Server, *, num_clients: int, cohort_size: int) -> Callable[[ServerState, Tensors], ServerState]:
+    match server:
+        case config.FedAvg():
+            return servers.fed_avg(lr=server.lr, momentum=server.momentum)
+        case config.FedAdam():
+            return servers.fed_adam(lr=server.lr, beta1=server.beta1, beta2=server.beta2, tau=server.tau)
+        case config.FedYogi():
+            return servers.fed_yogi(lr=server.lr, beta1=server.beta1, beta2=server.beta2, tau=server.tau)
+        case config.FedAdagrad():
+            return servers.fed_adagrad(lr=server.lr, beta1=server.beta1, tau=server.tau)
+        case config.Scaffold():
+            return servers.scaffold(lr=server.lr, participation=cohort_size / num_clients)
+
+
+def local_settings(clients: config.Clients) -> LocalSettings:
+    match clients:
+        case config.SingleGradient():
+            return LocalSettings(
+                batch_size=clients.batch_size, optimiser="sgd", lr=clients.lr, grad_clip=clients.grad_clip, precision=clients.precision, steps=1
+            )
+        case config.LocalTraining():
+            fields = {spec.name for spec in dataclasses.fields(config.LocalTraining)}
+            return LocalSettings(**{name: getattr(clients, name) for name in fields})
+
+
+def num_workers(recipe: config.Recipe, world: World) -> int:
+    """Clients or chunks that this rank works on at the same time."""
+    if recipe.speed.workers:
+        return recipe.speed.workers
+    if world.device.type == "cuda":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")) or 1)
+    return max(1, cores // max(local, 1) // recipe.speed.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One defence and seed, ready for `rounds.federate`."""
+
+    defence: Defence
+    participation: Participation
+    store: ClientStore
+    server: ServerState
+    draw: Callable[[int], list[int]]
+    run: Callable[..., Any]
+    shared: tuple[str, ...]
+
+
+def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
+    recipe = setting.recipe
+    defence = make_defence(chosen, recipe, setting.dataset, seed=seed)
+    defence.model.to(world.device)
+    if defence.decoder is not None:
+        defence.decoder.to(world.device)
+    cohort_size = recipe.rounds.cohort_size or recipe.data.num_clients
+    workers = min(num_workers(recipe, world), cohort_size)
+    initial = defence.initial()
+    shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
+    store = ClientStore(state_folder, memory=cohort_size)
+    participation = Participation(
+        [defence.player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
+        seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
+    )  # fmt: skip
+    over_cohort = functools.partial(
+        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        template=participation.template(), metric_names=("loss",),
+    )  # fmt: skip
+    step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
+    return Training(
+        defence=defence, participation=participation, store=store, shared=shared,
+        server=ServerState({name: initial[name] for name in shared}),
+        draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
+        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+    )  # fmt: skip

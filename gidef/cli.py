@@ -1,0 +1,151 @@
+"""`gidef data | attack | report | doctor`. Training starts from a recipe."""
+
+import argparse
+import sys
+
+from gidef.main import fail
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse and dispatch; bad input ends with one message and status 2. `--help` imports no torch."""
+    arguments = _parser().parse_args(argv)
+    if not hasattr(arguments, "run"):
+        _parser().print_help()
+        sys.exit(2)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:  # InputError is one; importing it here would import torch's users for --help
+        from gidef.errors import InputError
+
+        if not isinstance(error, InputError):
+            raise
+        fail(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gidef", description="Federated training, gradient inversion of what clients share, and defences against it.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    data = commands.add_parser("data", help="list, download, convert and preview data sets").add_subparsers(title="commands", metavar="COMMAND", required=True)
+    listing = data.add_parser("list", help="every data set that gidef knows")
+    listing.set_defaults(run=_data_list)
+    download = data.add_parser("download", help="fetch a MedMNIST set or CIFAR-10 into its cache")
+    download.add_argument("name")
+    download.add_argument("--size", type=int, default=None, help="28, 64, 128 or 224 pixels")
+    download.set_defaults(run=_data_download)
+    convert = data.add_parser("convert", help="write a data set as WebDataset shards (PNG, lossless)")
+    _source(convert)
+    convert.add_argument("--out", required=True, help="folder for the .tar files")
+    convert.add_argument("--examples-per-shard", type=int, default=1000)
+    convert.set_defaults(run=_data_convert)
+    preview = data.add_parser("preview", help="a picture with some images of every class")
+    _source(preview)
+    preview.add_argument("--out", default="preview.png", help="the picture (default preview.png)")
+    preview.add_argument("--per-class", type=int, default=8)
+    preview.set_defaults(run=_data_preview)
+
+    attack = commands.add_parser("attack", help="attack a finished run's checkpoints again, without training")
+    attack.add_argument("folder", metavar="RUN", help="the run's folder")
+    attack.add_argument("--attack", nargs="+", default=None, metavar="NAME", help="of the recipe's attacks (default all)")
+    attack.add_argument("--defence", nargs="+", default=None, metavar="NAME", help="of the recipe's defences (default all)")
+    attack.add_argument("--checkpoint", nargs="+", default=None, choices=("untrained", "early", "final"))
+    attack.add_argument("--victims", type=int, default=None)
+    attack.add_argument("--batch-size", type=int, default=None)
+    attack.add_argument("--iterations", type=int, default=None)
+    attack.add_argument("--restarts", type=int, default=None)
+    attack.add_argument("--labels", choices=("known", "recovered"), default=None)
+    attack.add_argument("--release", choices=("gradient", "delta"), default=None)
+    attack.add_argument("--local-steps", type=int, default=None)
+    attack.add_argument("--device", default=None)
+    attack.add_argument("--at-once", type=int, default=None, help="attacks in one vectorised program")
+    attack.add_argument("--out", default=None, help="folder for the results (default RUN/attacked/<time>)")
+    attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe names")
+    attack.set_defaults(run=_attack)
+
+    report = commands.add_parser("report", help="rebuild tables and pictures from a run's record")
+    report.add_argument("folder", metavar="RUN", nargs="+")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", default="bloodmnist")
+    parser.add_argument("--path", default=None, help="an .npz file, a folder of images, or a shard pattern")
+    parser.add_argument("--size", type=int, default=None)
+
+
+def _data_list(arguments: argparse.Namespace) -> None:
+    from gidef.data import available
+    from gidef.report import Console
+
+    with Console() as console:
+        for entry in available():
+            sizes = "/".join(map(str, entry.sizes))
+            status = "" if entry.supported else f"   not supported: {entry.why_not}"
+            console.say(f"{entry.name:16} {entry.num_classes:3} classes  {sizes:15} {entry.modality}{status}")
+
+
+def _load(arguments: argparse.Namespace, console: object) -> object:
+    from gidef.data import load_dataset
+
+    return load_dataset(arguments.name, path=getattr(arguments, "path", None), size=arguments.size, notice=console.notice)
+
+
+def _data_download(arguments: argparse.Namespace) -> None:
+    from gidef.errors import InputError
+    from gidef.report import Console
+
+    with Console() as console:
+        dataset = _load(arguments, console)
+        if dataset.synthetic:
+            raise InputError(f"{arguments.name} could not be downloaded: is this machine offline? Fetch the .npz elsewhere and set GIDEF_DATA to its folder.")
+        console.say(f"{dataset.title}: {len(dataset.train)} / {len(dataset.val)} / {len(dataset.test)} images, from {dataset.source}")
+
+
+def _data_convert(arguments: argparse.Namespace) -> None:
+    from gidef.data import write_webdataset
+    from gidef.report import Console
+
+    with Console() as console:
+        dataset = _load(arguments, console)
+        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard)
+        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with --data.path {arguments.out}")
+
+
+def _data_preview(arguments: argparse.Namespace) -> None:
+    from gidef.report import Console, preview
+
+    with Console() as console:
+        dataset = _load(arguments, console)
+        path = preview(
+            arguments.out, dataset.train.images, dataset.train.labels, dataset.class_names, per_class=arguments.per_class, title=dataset.title
+        )
+        console.say(f"{dataset.title}: {path}")
+
+
+def _attack(arguments: argparse.Namespace) -> None:
+    from gidef.job import attack_again
+
+    attack_again(arguments)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from gidef.job import report_again
+
+    for folder in arguments.folder:
+        report_again(folder)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from gidef.doctor import examine
+
+    marks = {"ok": "  ok     ", "note": "  note   ", "problem": "  PROBLEM"}
+    findings = examine()
+    for finding in findings:
+        print(f"{marks[finding.level]} {finding.what}" + (f"\n            -> {finding.cure}" if finding.cure else ""))
+    problems = sum(finding.level == "problem" for finding in findings)
+    print(f"{problems} problem{'s' if problems != 1 else ''} found." if problems else "Everything that gidef needs is here.")
+    sys.exit(1 if problems else 0)

@@ -1,0 +1,1 @@
+"""What happens on a client: local training and the state that stays there."""

@@ -1,0 +1,152 @@
+"""Local training: steps around an injected loss, and the difference as the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gidef.errors import InputError
+from gidef.rng import generator
+from gidef.types import Client, Tensors
+
+
+class Player(Protocol):
+    """What a client optimises; a defence provides it, one per worker.
+
+    model:  trained by the client's optimiser. Its parameters are what policies share or keep.
+    kept:   what the client trains by itself and keeps, such as a decoder; None if nothing.
+    begin:  called once per client and round, after the weights are loaded. first: the client's first round.
+            progress: share of the rounds that are over, in [0, 1].
+    loss:   scalar for one batch; may first take steps on `kept`. images float32 (B, C, H, W) in [0, 1], labels
+            int64 (B,), rows int64 (B,): the examples' positions in the client's data, epoch: from 0.
+    """
+
+    model: nn.Module
+    kept: nn.Module | None
+
+    def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None: ...
+    def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs."""
+
+    epochs: int = 1
+    batch_size: int = 64
+    optimiser: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    grad_clip: float = 5.0
+    accumulate: int = 1
+    proximal: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalResult:
+    """delta: w_after − w_before of every parameter of player.model.  steps: optimiser steps taken.  loss: mean over batches, nats."""
+
+    delta: Tensors
+    steps: int
+    loss: float
+
+
+def batches(client: Client, *, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, rows) of each batch: a fresh permutation per epoch, a function of (seed, round, client) alone. The last batch may be smaller."""
+    order = generator(seed, "order", round, client.id)
+    for epoch in range(epochs):
+        for rows in torch.randperm(client.num_examples, generator=order).split(batch_size):
+            yield epoch, rows
+
+
+def load_parameters(module: nn.Module, tensors: Tensors) -> None:
+    """Copy tensors into the module's parameters of the same names, in place; names that the module lacks raise KeyError."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        torch._foreach_copy_([parameters[name] for name in tensors], [value.to(parameters[name].device) for name, value in tensors.items()])
+
+
+def train_locally(
+    player: Player,
+    start: Tensors,
+    client: Client,
+    settings: LocalSettings,
+    *,
+    seed: int,
+    round: int,
+    correction: Callable[[str], Tensor] | None = None,
+) -> LocalResult:
+    """Train `player.model` from `start` on one client's images.
+
+    Args:
+        player:     after `begin`. Its model's parameters are overwritten.
+        start:      every parameter of the model.
+        settings:   see LocalSettings. With `accumulate` A, the gradients of A batches are averaged before a step
+                    (the rest of an epoch makes a smaller step); the clip acts on the average.
+        correction: name → tensor added to each step's gradient (SCAFFOLD's c − c_i).
+    Returns: LocalResult; `start` is not modified.
+    Raises:  InputError if the loss stops being finite.
+
+    Everything random is a function of (seed, round, client.id). FedProx (Li et al. 2020) adds proximal · (w − start)
+    to the gradient, after clipping, as its proximal term is exact.
+    """
+    model = player.model
+    load_parameters(model, start)
+    named = dict(model.named_parameters())
+    parameters = list(named.values())
+    origin = [start[name].to(p.device) for name, p in named.items()]
+    optimiser = _optimiser(settings, parameters)
+    shift = [correction(name).to(p.device) for name, p in named.items()] if correction else None
+    device = parameters[0].device
+    total, num_batches, steps, pending = torch.zeros((), dtype=torch.float64, device=device), 0, 0, 0
+
+    def step() -> None:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        if pending > 1:
+            torch._foreach_div_(gradients, pending)
+        if settings.grad_clip > 0:
+            nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
+        if settings.proximal > 0:
+            torch._foreach_add_(gradients, torch._foreach_sub([p.detach() for p in parameters], origin), alpha=settings.proximal)
+        if shift is not None:
+            torch._foreach_add_(gradients, shift)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    optimiser.zero_grad(set_to_none=True)
+    per_epoch = -(-client.num_examples // settings.batch_size)
+    for epoch, rows in batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
+        rows = rows.to(client.images.device)
+        images = client.images[rows].to(device, torch.float32).div_(255)
+        # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
+            loss = player.loss(images, client.labels[rows].to(device), rows=rows, epoch=epoch)
+        loss.backward()
+        total += loss.detach()
+        num_batches, pending = num_batches + 1, pending + 1
+        if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own
+            step()
+            steps, pending = steps + 1, 0
+            if steps == settings.steps:
+                break
+    mean_loss = float(total / max(num_batches, 1))
+    if not torch.isfinite(total):
+        raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
+    delta = torch._foreach_sub([p.detach() for p in parameters], origin)
+    return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
+
+
+def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Fresh in every round, so that a client's result does not depend on where it trained before."""
+    if settings.optimiser == "adam":
+        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True)

@@ -1,0 +1,113 @@
+"""A client's part in a round under a share policy: what it loads, trains, sends and keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+
+from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
+from gidef.types import Client, ServerState, Tensors, Update
+
+SharePolicy = Literal["full", "head", "all"]
+CONTROL = "control/"
+"""Prefix of SCAFFOLD's control variates in an update and in a client's state."""
+DECODER = "decoder."
+
+
+class Store(Protocol):
+    def get(self, client_id: int, version: int | None) -> Tensors | None: ...
+    def put(self, client_id: int, round: int, tensors: Tensors) -> None: ...
+
+
+def shared_names(initial: Tensors, predictor: Sequence[str], policy: SharePolicy) -> tuple[str, ...]:
+    """Names of the tensors that leave the client: `full` the whole classifier, `head` its predictor, `all` the decoder too."""
+    if policy == "head":
+        return tuple(predictor)
+    return tuple(name for name in initial if policy == "all" or not name.startswith(DECODER))
+
+
+class Participation:
+    """Trains a client in a round and applies the share policy.
+
+    Args:
+        players:  one per worker thread.
+        initial:  every tensor that a client starts from, the decoder's under `decoder.`.
+        shared:   names of the tensors that leave the client; all others are client state.
+        store:    keeps client state between rounds; `versions` says which round's state of a client is current.
+        rounds:   total number, for the progress that schedules see.
+        scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
+                  each update then counts as one example.
+    """
+
+    def __init__(
+        self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
+        *, seed: int, rounds: int, scaffold: bool = False,
+    ) -> None:  # fmt: skip
+        self.players, self._initial, self._shared = players, initial, frozenset(shared)
+        self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
+        self._private = tuple(name for name in initial if name not in self._shared)
+        self.versions: dict[int, int] = {}
+        """client → the last round in which it took part; the consumer of the rounds keeps it, the same on every rank."""
+
+    def template(self) -> Tensors:
+        """Names, shapes and dtypes of an update's delta."""
+        shared = {name: tensor for name, tensor in self._initial.items() if name in self._shared}
+        if self._scaffold:
+            shared |= {CONTROL + name: self._initial[name] for name in shared}
+        return shared
+
+    def state(self, client_id: int) -> Tensors:
+        """The model's and decoder's tensors that the client keeps, as they stand: the common initialisation before its first round."""
+        kept = self._kept(client_id)
+        return {name: kept[name] for name in self._private}
+
+    def _kept(self, client_id: int) -> Tensors:
+        """`state`, and SCAFFOLD's control variate beside it once there is one."""
+        stored = self._store.get(client_id, self.versions.get(client_id)) if self._private or self._scaffold else None
+        return stored if stored is not None else {name: self._initial[name] for name in self._private}
+
+    def train(self, server: ServerState, client: Client, worker: int = 0) -> Update:
+        """Local training in round `server.round`; only the returned update leaves the client."""
+        player = self.players[worker]
+        kept = self._kept(client.id)
+        tensors = {name: server.params.get(name, kept.get(name)) for name in self._initial}
+        start = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+        if player.kept is not None:
+            load_parameters(player.kept, {name.removeprefix(DECODER): t for name, t in tensors.items() if name.startswith(DECODER)})
+        progress = server.round / max(self._rounds, 1)
+        player.begin(client, seed=self._seed, round=server.round, progress=progress, first=client.id not in self.versions)
+        correction, control = self._correction(server, kept) if self._scaffold else (None, {})
+        result = train_locally(player, start, client, self._settings, seed=self._seed, round=server.round, correction=correction)
+
+        after = {name: start[name] + step.to(start[name].device) for name, step in result.delta.items()}
+        delta = {name: step.to(start[name].device) for name, step in result.delta.items()}
+        if player.kept is not None:
+            decoder = {DECODER + name: p.detach().clone().to(tensors[DECODER + name].device) for name, p in player.kept.named_parameters()}
+            after |= decoder
+            delta |= {name: tensor - tensors[name] for name, tensor in decoder.items()}
+        keep = {name: after[name] for name in self._private}
+        sent = {name: delta[name] for name in self._initial if name in self._shared}
+        if self._scaffold:
+            moved = {name: -step / (result.steps * self._settings.lr) for name, step in sent.items()}  # (x − y) / (K η)
+            server_control = server.slots.get("control", {})
+            for name, gradient in moved.items():
+                old = control.get(name, torch.zeros_like(gradient))
+                new = old - server_control.get(name, torch.zeros_like(gradient)) + gradient
+                keep[CONTROL + name] = new
+                sent[CONTROL + name] = new - old
+        if keep:
+            self._store.put(client.id, server.round, keep)
+        return Update(sent, 1 if self._scaffold else client.num_examples, {"loss": result.loss})
+
+    def _correction(self, server: ServerState, kept: Tensors) -> tuple[Callable[[str], torch.Tensor], Tensors]:
+        """SCAFFOLD's c − c_i, and c_i; private parameters are not corrected."""
+        control = {name.removeprefix(CONTROL): t for name, t in kept.items() if name.startswith(CONTROL)}
+        server_control = server.slots.get("control", {})
+
+        def correction(name: str) -> torch.Tensor:
+            zero = torch.zeros_like(self._initial[name])
+            return server_control.get(name, zero) - control.get(name, zero) if name in self._shared else zero
+
+        return correction, control

@@ -1,0 +1,99 @@
+"""What every defence offers, and the undefended client."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.func import functional_call, grad
+
+from gidef.models import SplitModel
+from gidef.types import Client, Tensors
+
+Simulate = Callable[[Tensors, Tensors, Tensor, Tensor, "Tensor | None"], Tensors]
+"""simulate(params, known, images, labels, noise) → tensors named as `params`: the gradient that a client would release.
+
+params: the shared tensors.  known: tensors that the simulated client has and does not share (front, decoder).
+images: float (B, C, H, W) in [0, 1].  labels: float (B, K), class probabilities.  noise: float (B, *latent_shape), or None.
+Pure, differentiable twice, and fit for vmap.
+"""
+
+DECODER = "decoder."
+"""Prefix of the decoder's tensors wherever they stand beside the model's."""
+
+
+class Defence:
+    """The undefended client, and the interface of the others.
+
+    model:       the network's architecture and its initial weights; never trained itself.
+    decoder:     what the client trains and keeps beside it, or None.
+    noise_shape: of one image's noise, or None if the training has none.
+    """
+
+    def __init__(self, model: SplitModel, decoder: nn.Module | None = None) -> None:
+        self.model, self.decoder = model, decoder
+
+    @property
+    def noise_shape(self) -> tuple[int, ...] | None:
+        return None
+
+    def initial(self) -> Tensors:
+        """Every tensor that a client starts from, the decoder's under the prefix `decoder.`; fresh copies."""
+        tensors = self.initial_model()
+        if self.decoder is not None:
+            tensors |= {DECODER + name: p.detach().clone() for name, p in self.decoder.named_parameters()}
+        return tensors
+
+    def initial_model(self) -> Tensors:
+        """The model's part of `initial`."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def player(self) -> Plain:
+        """A fresh player with copies of its own, for one worker (see clients.local.Player)."""
+        return Plain(copy.deepcopy(self.model))
+
+    def draw_noise(self, count: int, *, generator: Generator) -> Tensor | None:
+        """Noise as a client draws it for `count` images, or None."""
+        return None
+
+    def frozen_noise(self, client: Client, *, seed: int) -> Tensor | None:
+        """The client's noise (n, *latent_shape) where every image keeps one draw for ever, else None."""
+        return None
+
+    def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
+        """A factory of gradient simulators, each with module copies of its own (threads must not share a module).
+
+        terms: gradient of the client's whole loss, or of its cross-entropy alone.  progress: share of the rounds
+        that were over when the gradient was released.
+        """
+
+        def make() -> Simulate:
+            model = copy.deepcopy(self.model).requires_grad_(False)
+
+            def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+                def utility(shared: Tensors) -> Tensor:
+                    return F.cross_entropy(functional_call(model, {**known, **shared}, (images,)), labels)
+
+                return grad(utility)(params)
+
+            return simulate
+
+        return make
+
+
+class Plain:
+    """Plays cross-entropy only (see clients.local.Player)."""
+
+    kept: nn.Module | None = None
+
+    def __init__(self, model: SplitModel) -> None:
+        self.model = model
+
+    def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
+        return None
+
+    def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+        return F.cross_entropy(self.model(images), labels)

@@ -1,0 +1,351 @@
+"""The main job (train, attack, report), and the two commands that take up a finished run: attack again, report again."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gidef
+from gidef import audit, build, config, importing
+from gidef.data import summary as partition_summary
+from gidef.errors import InputError
+from gidef.parallel import World, open_world
+from gidef.report import Console, Record, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report.files import write_atomically
+from gidef.training import Run, Trained, fingerprint, reload, run_key, train
+
+RECIPE = "recipe.json"
+
+
+def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
+    """Train each defence and seed, attack it, report. Every rank calls this; returns results.json's content (on rank 0, else {}).
+
+    Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
+    """
+    began = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
+    with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
+        _settle_threads(recipe)
+        folder = _choose_folder(recipe, name, world)
+        recipe = _continued(recipe, folder, world)
+        quiet = Console(rank=world.rank)
+        setting = build.load_setting(recipe, device=world.device, notice=quiet.notice)
+        chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
+        del chosen
+        mark = fingerprint(recipe, setting.dataset)
+        world.agree("the recipe and the data", mark)
+        if world.rank == 0:
+            _write_recipe(recipe, name, folder)
+        world.barrier()
+        record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder)) if world.rank == 0 else None
+        with Console(rank=world.rank, log=folder / "log.txt") as console:
+            run = Run(setting, world, folder, console, record, mark)
+            _introduce(run, name)
+            trained = {
+                (key, seed): train(run, key, defence, seed) for key, defence in recipe.chosen.items() for seed in recipe.seeds
+            }
+            found = audit.audit(run, trained, folder=folder / "attacks")
+            content = _results(run, name, trained, found, seconds=time.perf_counter() - began)
+            if world.rank == 0:
+                publish(content, folder, console)
+                run.append("end", seconds=content["seconds"]["total"])
+            world.barrier()
+        if record is not None:
+            record.close()
+    return content
+
+
+def _settle_threads(recipe: config.Recipe) -> None:
+    torch.set_num_threads(recipe.speed.threads)
+    if recipe.speed.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = not recipe.speed.deterministic
+
+
+def _choose_folder(recipe: config.Recipe, name: str, world: World) -> Path:
+    """The run's folder, the same on every rank; an existing run is refused without --resume."""
+    chosen, error = recipe.out, None
+    if world.rank == 0:
+        if chosen is None:
+            stem = Path("runs") / name / time.strftime("%Y-%m-%d-%H%M%S")
+            chosen, number = str(stem), 1
+            while Path(chosen).exists():
+                number += 1
+                chosen = f"{stem}-{number}"
+        folder = Path(chosen)
+        if (folder / RECIPE).exists() and not recipe.resume:
+            error = f"{folder} holds a run already: continue it with --resume, or choose another --out."
+        elif folder.exists() and not folder.is_dir():
+            error = f"{folder} is a file: choose another --out."
+    chosen, error = world.broadcast_json([chosen, error])
+    if error:
+        raise InputError(error)
+    return Path(chosen)
+
+
+def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Recipe:
+    """Check a resumed run's recipe against the one that began it, and take over its threads: they decide the last bits."""
+    path = folder / RECIPE
+    if not recipe.resume or not path.exists():
+        return recipe
+    saved = json.loads(path.read_text())["recipe"]
+    mine = config.to_json(recipe)
+    differing = _differences(mine, saved)
+    if differing:
+        raise InputError(
+            f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
+        )
+    threads = saved["speed"]["threads"]
+    if threads != recipe.speed.threads and world.rank == 0:
+        print(f"gidef: the run goes on with {threads} thread(s) per operator, as it began.", file=sys.stderr)
+    recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, threads=threads))
+    torch.set_num_threads(threads)
+    return recipe
+
+
+def _differences(mine: Any, saved: Any, place: str = "") -> list[str]:
+    """Scientific fields in which two recipes differ, as text."""
+    if isinstance(mine, dict) and isinstance(saved, dict):
+        keys = [key for key in {**mine, **saved} if place or key not in config.NOT_SCIENCE]
+        return [text for key in keys for text in _differences(mine.get(key), saved.get(key), f"{place}.{key}" if place else key)]
+    return [] if mine == saved else [f"{place} was {saved!r} and is now {mine!r}"]
+
+
+def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
+    content = {"name": name, "gidef": gidef.__version__, "recipe": config.to_json(recipe)}
+    write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _keeper(recipe: config.Recipe, folder: Path) -> Any:
+    """Which lines of an earlier life's record stay: rounds up to the checkpoint that will be continued, and finished attacks."""
+    from gidef.checkpoint import load_latest
+
+    if not recipe.resume:
+        return None
+    done: dict[tuple[str, int], float] = {}
+    for key in recipe.chosen:
+        for seed in recipe.seeds:
+            name = run_key(key, seed)
+            if (folder / "models" / f"{name}.safetensors").exists():
+                done[key, seed] = float("inf")
+            else:
+                found = load_latest(folder / "checkpoints" / name, notice=lambda text: None)
+                done[key, seed] = found[0] if found else 0
+
+    def keep(line: dict[str, Any]) -> bool:
+        if line["kind"] == "round":
+            return line["round"] <= done.get((line["defence"], line["seed"]), 0)
+        if line["kind"] == "trained":
+            return done.get((line["defence"], line["seed"]), 0) == float("inf")
+        return line["kind"] == "start"  # attacks are written again, from their saved results, in one go
+
+    return keep
+
+
+def _introduce(run: Run, name: str) -> None:
+    """What is going to happen, in a few lines; the partition's table and picture."""
+    recipe, dataset, console = run.recipe, run.setting.dataset, run.console
+    console.heading(f"{name}: do the shared updates give the patients away?")
+    shape = "x".join(map(str, dataset.image_shape))
+    console.say(f"images    {dataset.title}, {shape}, {len(dataset.train)} for training, from {dataset.source}")
+    for note in dataset.notes:
+        console.notice(note)
+    if dataset.synthetic:
+        console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
+    cohort = recipe.rounds.cohort_size or recipe.data.num_clients
+    console.say(
+        f"clients   {recipe.data.num_clients} ({type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
+        f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"
+    )
+    console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
+    attacks = ", ".join(f"{key} ({audit.effort(attack)})" for key, attack in recipe.attacks.items())
+    console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
+    world = run.world
+    console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
+    for line in partition_summary(run.setting.counts):
+        console.say(f"  {line}")
+    if run.leads:
+        title = f"{dataset.title}: training images per client"
+        partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+
+
+def _results(run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, *, seconds: float) -> dict[str, Any]:
+    """results.json's content; see the docstring of gidef.report."""
+    recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
+    content = {
+        "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe),
+        "data": {
+            "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
+            "counts": {
+                "train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
+                "tuning": len(roles.tuning), "judge": len(roles.judge),
+            },
+        },
+        "versions": versions(), "hardware": {"device": _device_name(run.world.device), "cores": os.cpu_count(), "platform": platform.platform()},
+        "seeds": list(recipe.seeds), "world_size": run.world.size, "threads": recipe.speed.threads,
+        "seconds": {
+            "total": seconds, "train": {f"{key}/{seed}": one.summary["seconds"] for (key, seed), one in trained.items()}, "attack": found.seconds,
+        },
+        "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
+        "training": [one.summary for one in trained.values()],
+        "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
+        "pictures": found.pictures, "verdict": [],
+    }  # fmt: skip
+    content["verdict"] = verdict(content)
+    return content
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    names = ("torch", "torchvision", "timm", "numpy", "medmnist", "safetensors")
+    found = {"python": platform.python_version(), "gidef": gidef.__version__}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
+    """Write results.json and its tables and pictures, and print them: the same values everywhere."""
+    rounds = [line for line in read(folder / "record.jsonl") if line["kind"] == "round"] if (folder / "record.jsonl").exists() else []
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for line in rounds:
+        curves.setdefault(f"{line['defence']}, seed {line['seed']}", []).append((line["round"], line["val_accuracy"]))
+    pictures = [picture for picture in content["pictures"] if picture != "pictures/learning.png"]
+    if curves:
+        learning_curves(folder / "pictures" / "learning.png", curves, title=content["data"]["title"], chance=content["judge"].get("chance"))
+        pictures.append("pictures/learning.png")
+    if (folder / "pictures" / "partition.png").exists() and "pictures/partition.png" not in pictures:
+        pictures.append("pictures/partition.png")
+    content["pictures"] = pictures
+    results.save(folder / "results.json", content)
+    for name, text in (("csv", tables.csv(content)), ("md", tables.markdown(content)), ("tex", tables.latex(content)), ("txt", tables.text(content))):
+        write_atomically(folder / f"table.{name}", text.encode())
+    console.say("")
+    console.table(tables.training_table(content))
+    console.say("")
+    console.table(tables.table(content, width=console.width))
+    console.heading("What this run shows")
+    for sentence in content["verdict"]:
+        console.table(sentence_of(sentence))
+    console.heading("Where to look")
+    for picture in pictures:
+        console.say(f"picture  {folder / picture}")
+    console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}; models {folder / 'models'}")
+    console.say(f"time     {content['seconds']['total']:.0f} s")
+
+
+def sentence_of(text: str) -> Any:
+    """A sentence that wraps at the screen's width, with a dash in front."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return Padding(Text(f"- {text}"), (0, 0, 0, 0))
+
+
+# --- taking up a finished run ----------------------------------------------------------------------------------------
+
+
+def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str]:
+    path = folder / RECIPE
+    try:
+        content = json.loads(path.read_text())
+        recipe = config.from_json(content["recipe"], load=importing.load if allow_code else None)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is no run: {RECIPE} is missing there. Give the folder that a recipe was run with as --out.") from error
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    return recipe, content["name"]
+
+
+def attack_again(arguments: argparse.Namespace) -> None:
+    """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
+    began = time.perf_counter()
+    folder = Path(arguments.folder)
+    recipe, name = _read_run(folder, allow_code=arguments.allow_code)
+    new = _altered(recipe, arguments)
+    found = config.problems(new)
+    if found:
+        raise InputError("\n".join(found))
+    with open_world(new.speed.device, new.speed.timeout_s) as world:
+        _settle_threads(new)
+        setting = build.load_setting(new, device=world.device, notice=Console(rank=world.rank).notice)
+        out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
+        if (out / "results.json").exists():
+            raise InputError(f"{out} holds results already: choose another --out.")
+        mark = fingerprint(recipe, setting.dataset)
+        record = Record(out / "record.jsonl") if world.rank == 0 else None
+        with Console(rank=world.rank, log=out / "log.txt") as console:
+            run = Run(setting, world, folder, console, record, mark)
+            console.heading(f"{name}: {folder} attacked again")
+            trained = {}
+            for key, defence in new.chosen.items():
+                for seed in new.seeds:
+                    trained[key, seed] = reload(run, key, defence, seed)
+            findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
+            content = _results(run, name, trained, findings, seconds=time.perf_counter() - began)
+            if world.rank == 0:
+                publish(content, out, console)
+            world.barrier()
+        if record is not None:
+            record.close()
+
+
+def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Recipe:
+    """The run's recipe with the command's changes to attacks, victims and budgets."""
+    for asked, offered, what in ((arguments.attack, recipe.attacks, "attacks"), (arguments.defence, recipe.chosen, "defences")):
+        unknown = [name for name in asked or () if name not in offered]
+        if unknown:
+            raise InputError(f"{unknown} is none of the run's {what}, which are {sorted(offered)}.")
+    attacks = {}
+    for key, attack in recipe.attacks.items():
+        if arguments.attack and key not in arguments.attack:
+            continue
+        fields = {spec.name for spec in dataclasses.fields(attack)}
+        asked = {name: getattr(arguments, name) for name in ("iterations", "restarts", "labels") if getattr(arguments, name) is not None}
+        attacks[key] = dataclasses.replace(attack, **{name: value for name, value in asked.items() if name in fields})
+    changes = {
+        "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
+        "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
+    }  # fmt: skip
+    evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
+    speed = {name: value for name, value in (("device", arguments.device), ("attacks_at_once", arguments.at_once)) if value is not None}
+    return dataclasses.replace(
+        recipe, attacks=attacks, evaluation=evaluation, speed=dataclasses.replace(recipe.speed, **speed),
+        only=tuple(arguments.defence or recipe.only), resume=True, out=str(arguments.folder),
+    )  # fmt: skip
+
+
+def report_again(folder: str | Path) -> None:
+    """`gidef report RUN`: rebuild tables and pictures from results.json and the record."""
+    folder = Path(folder)
+    content = results.load(folder / "results.json")
+    content["verdict"] = verdict(content)
+    with Console() as console:
+        redrawn = audit.redraw(folder)
+        content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
+        publish(content, folder, console)

@@ -1,0 +1,26 @@
+"""Networks: backbones, the perturbed split, decoders and the judge. Plain nn.Modules; nothing here trains."""
+
+from gidef.models.backbone import make_backbone
+from gidef.models.cuts import cuts, default_cut
+from gidef.models.decoder import Decoder, decoder_for
+from gidef.models.judge import Judge, make_judge
+from gidef.models.perturbation import Perturbation, latent_norm
+from gidef.models.small import SmallNet
+from gidef.models.split import Outputs, SplitModel
+from gidef.models.surgery import has_batch_statistics
+
+__all__ = [
+    "Decoder",
+    "Judge",
+    "Outputs",
+    "Perturbation",
+    "SmallNet",
+    "SplitModel",
+    "cuts",
+    "decoder_for",
+    "default_cut",
+    "has_batch_statistics",
+    "latent_norm",
+    "make_backbone",
+    "make_judge",
+]

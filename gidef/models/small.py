@@ -1,0 +1,56 @@
+"""The small convolutional net for quick runs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gidef.errors import InputError
+
+
+class SmallNet(nn.Module):
+    """Three strided convolutions, average pooling, one linear layer; about 94 k parameters.
+
+        blocks.0: in_channels → 32,  blocks.1: 32 → 64,  blocks.2: 64 → 128;  head: 128 → num_classes
+
+    Each block is a 3×3 convolution of stride 2, GroupNorm with 8 groups and LeakyReLU(0.01), the last one an option.
+    The latent of the default cut, `blocks.1`, is 64×7×7 for 28-pixel images and 64×8×8 for 32.
+
+    Args:    num_classes: K.  in_channels: C.  activation: "leaky_relu" or "none".
+    Shapes:  images (B, C, H, W) of any size → logits (B, K).
+    Raises:  InputError for another activation.
+    """
+
+    cuts = ("blocks.0", "blocks.1", "blocks.2")
+    default_cut = "blocks.1"
+
+    def __init__(self, num_classes: int, in_channels: int, activation: Literal["leaky_relu", "none"] = "leaky_relu") -> None:
+        super().__init__()
+        if activation not in ("leaky_relu", "none"):
+            raise InputError(f'activation={activation!r} of the small net is unknown: choose "leaky_relu" or "none".')
+        self.blocks = nn.Sequential()
+        for width in (32, 64, 128):
+            block = nn.Sequential()
+            block.add_module("conv", nn.Conv2d(in_channels, width, 3, stride=2, padding=1))
+            block.add_module("norm", nn.GroupNorm(8, width))
+            if activation == "leaky_relu":
+                block.add_module("act", nn.LeakyReLU())
+            self.blocks.append(block)
+            in_channels = width
+        self.head = nn.Linear(in_channels, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._classify(self.blocks(images))
+
+    def forward_from(self, cut: str, latent: Tensor) -> Tensor:
+        """Logits (B, K) from what the module named `cut`, one of `cuts`, gives."""
+        for block in self.blocks[self.cuts.index(cut) + 1 :]:
+            latent = block(latent)
+        return self._classify(latent)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def _classify(self, features: Tensor) -> Tensor:
+        return self.head(features.mean((-2, -1)))

@@ -1,0 +1,155 @@
+"""From victims to observations: what the server sees of them, and what each attack is granted. The evaluator's side of the wall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gidef import config
+from gidef.attack import local_sgd
+from gidef.clients.participate import DECODER
+from gidef.rng import generator
+from gidef.training import Run, Snapshot, Trained
+from gidef.types import Observation, Tensors
+
+Simulate = Callable[..., Tensors]
+
+
+@dataclass(frozen=True, slots=True)
+class Victims:
+    """Private batches in one release. O batches of B images; rows: of the training split, int64 (O, B); owners: a client per batch.
+
+    images: float32 (O, B, C, H, W) in [0, 1].  labels: int64 (O, B).  noise: each batch's draw, (B, *latent_shape) or with
+    a leading axis of local steps, or None.  private: what the client keeps.  updates: what it released.
+    """
+
+    rows: Tensor
+    owners: list[int]
+    images: Tensor
+    labels: Tensor
+    noise: list[Tensor | None]
+    private: list[Tensors]
+    updates: list[Tensors]
+
+
+def observed_simulator(run: Run, trained: Trained, snapshot: Snapshot, *, terms: str) -> Callable[[], Simulate]:
+    """A factory of simulators of the released update: one gradient, or the delta of local steps."""
+    evaluation = run.recipe.evaluation
+    make = trained.training.defence.simulator(terms=terms, progress=snapshot.progress)
+    if evaluation.release == "gradient":
+        return make
+    return lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
+
+
+def noise_shape(run: Run, trained: Trained) -> tuple[int, ...] | None:
+    """Shape of one observation's noise: (B, *latent), with a leading axis of steps where there are several; None without noise."""
+    evaluation, latent = run.recipe.evaluation, trained.training.defence.noise_shape
+    if latent is None:
+        return None
+    if evaluation.release == "gradient":
+        return (evaluation.batch_size, *latent)
+    return (evaluation.local_steps, evaluation.batch_size // evaluation.local_steps, *latent)
+
+
+def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int) -> Victims:
+    """Let the victims' clients compute what they would send, at a checkpoint, with fresh noise from (seed, checkpoint, batch).
+
+    A batch belongs to the client that holds its first image: that client's decoder and front are used. Images, and so rows, are
+    sorted by owner before they are cut into batches; with more images per batch than victims per client, a batch mixes clients.
+    """
+    setting, recipe, device = run.setting, run.recipe, run.world.device
+    size, defence, participation = recipe.evaluation.batch_size, trained.training.defence, trained.training.participation
+    train = setting.dataset.train
+    order = setting.roles.victims if size == 1 else torch.tensor(sorted(setting.roles.victims.tolist(), key=setting.owner))
+    rows = order.view(-1, size)
+    images = train.images[rows.flatten()].to(device, torch.float32).div_(255).view(*rows.shape, *setting.dataset.image_shape)
+    labels = train.labels[rows.flatten()].to(device).view(rows.shape)
+    simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss)()
+    shape = noise_shape(run, trained)
+    owners, noises, privates, updates = [], [], [], []
+    participation.versions = dict(snapshot.versions)
+    for batch, members in enumerate(rows.tolist()):
+        owner = setting.owner(members[0])[0]
+        private = {name: tensor.to(device) for name, tensor in participation.state(owner).items()}
+        noise = None
+        if shape is not None:
+            noise = _frozen(run, trained, members, seed=seed)
+            if noise is None:
+                count = math.prod(shape[: len(shape) - len(defence.noise_shape)])
+                noise = defence.draw_noise(count, generator=generator(seed, "victim-noise", snapshot.name, batch))
+            noise = noise.view(shape).to(device)
+        targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
+        update = simulate(snapshot.params, private, images[batch], targets, noise)
+        owners.append(owner)
+        noises.append(noise)
+        privates.append(private)
+        updates.append({name: tensor.detach() for name, tensor in update.items()})
+    return Victims(rows, owners, images, labels, noises, privates, updates)
+
+
+def _frozen(run: Run, trained: Trained, members: list[int], *, seed: int) -> Tensor | None:
+    """The lifelong noise of some training images, where the defence freezes it."""
+    drawn = []
+    for row in members:
+        client, position = run.setting.owner(row)
+        table = trained.training.defence.frozen_noise(run.setting.clients[client], seed=seed)
+        if table is None:
+            return None
+        drawn.append(table[position])
+    return torch.stack(drawn)
+
+
+def observations(
+    run: Run, trained: Trained, snapshot: Snapshot, attack: config.NaiveMatching, victims: Victims, *, surrogate: Tensors | None = None
+) -> list[Observation]:
+    """What a matching attack is given of each batch: the update it matches, the weights, and what its threat model grants.
+
+    Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
+    the naive attack leaves out the perturbation's and the decoder's own parameters, which its noise-free model does not
+    have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
+    initialisation for the naive attack, and the true one (a bound) for the joint one.
+    """
+    training = trained.training
+    names = list(snapshot.params)
+    if not isinstance(attack, config.JointMatching):
+        matched = [name for name in names if not name.startswith(("perturbation.", DECODER))]
+    elif attack.decoder == "unused":
+        predictor = set(training.defence.model.parts["predictor"])
+        matched = [name for name in names if name in predictor]
+    else:
+        matched = names
+    initial = training.defence.initial()
+    params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
+    rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
+    found = []
+    for private, update, labels in zip(victims.private, victims.updates, victims.labels, strict=True):
+        if not isinstance(attack, config.JointMatching):
+            granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
+        elif attack.decoder == "surrogate":
+            granted = {name: (surrogate or {}).get(name, tensor) for name, tensor in private.items()}
+        else:
+            granted = private
+        found.append(
+            Observation(
+                params=params,
+                update={name: update[name] for name in matched},
+                num_examples=len(labels),
+                kind=run.recipe.evaluation.release,
+                labels=labels if attack.labels == "known" else None,
+                known={**rest, **granted},
+            )
+        )
+    return found
+
+
+def terms(attack: config.NaiveMatching, released: str) -> str:
+    """Which of the client's loss terms the attack simulates: the naive one cross-entropy only, the joint one what was released."""
+    if not isinstance(attack, config.JointMatching) or attack.decoder == "unused":
+        return "utility"
+    return released

@@ -1,0 +1,208 @@
+"""The ranks of a run: who we are, on which device, and the few collectives that gidef needs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gidef.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This rank among `size`, and its device. With size 1 there is no process group and every collective is a no-op.
+
+    All ranks must call the same methods in the same order. Small values travel as JSON over gloo, never as pickles.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    nccl: Any = field(default=None, repr=False, compare=False)
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
+        if self.size == 1:
+            return tensor
+        if tensor.is_cuda and self.nccl is None:  # ranks that share a GPU: NCCL refuses them
+            host = tensor.cpu()
+            dist.all_reduce(host)
+            return tensor.copy_(host)
+        dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
+        return tensor
+
+    def barrier(self) -> None:
+        """Return when every rank got here."""
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank: the same answer on all, so that all stop together."""
+        return bool(self.all_reduce_sum_(torch.tensor(int(flag))))
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Values go through JSON: tuples come back as lists, keys as strings."""
+        data = json.dumps(value).encode()
+        if self.size == 1:
+            return [json.loads(data)]
+        lengths = [int(length) for length in self._gather(torch.tensor([len(data)]))]
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = zip(self._gather(own), lengths, strict=True)
+        return [json.loads(part[:length].numpy().tobytes()) for part, length in parts]
+
+    def broadcast_json(self, value: Any, *, source: int = 0) -> Any:
+        """The source rank's value on every rank, through JSON; the others' values are ignored."""
+        data = json.dumps(value).encode() if self.rank == source else b""
+        if self.size == 1:
+            return json.loads(data)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, source)
+        text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(text, source)
+        return json.loads(text.numpy().tobytes())
+
+    def agree(self, label: str, text: str | bytes) -> None:
+        """Raise RuntimeError on every rank, naming those that differ from the majority, unless all hold the same text."""
+        if self.size == 1:
+            return
+        digest = hashlib.sha256(text.encode() if isinstance(text, str) else text).digest()
+        digests = [bytes(part.tolist()) for part in self._gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))]
+        common = max(digests, key=lambda one: (digests.count(one), -digests.index(one)))
+        odd = [rank for rank, one in enumerate(digests) if one != common]
+        if odd:
+            raise RuntimeError(f"ranks disagree on {label}: {odd} of {self.size} ranks differ from the others")
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, by rank."""
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What the launcher said: this process among `size`, and where they meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    init_method: str = "env://"
+
+
+def placement(environ: Mapping[str, str]) -> Placement:
+    """Read torchrun's variables, else srun's, else a single process.
+
+    torchrun:  RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
+    srun:      SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID when the step has several tasks; they meet at
+               MASTER_ADDR and MASTER_PORT if set, else on the step's first node at 20000 + job number mod 20000.
+    A shell inside a Slurm allocation, and `srun -n1`, are single processes. Several independent runs under one `srun -n4` cannot
+    be told from four ranks of one run: start them as steps of one task.
+
+    Raises: InputError when a variable is missing or makes no sense.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        rank, size, local_rank = (_number(environ, name, default=0 if name == "LOCAL_RANK" else None) for name in names)
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if size > 1 and name not in environ]
+        if missing:
+            raise InputError(f"WORLD_SIZE={size} without {' and '.join(missing)}: start with torchrun, or unset RANK and WORLD_SIZE")
+        place = Placement(rank, size, local_rank)
+    elif _number(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        rank, size, local_rank = (_number(environ, f"SLURM_{name}") for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
+        host = environ.get("MASTER_ADDR") or first_host(nodes)
+        port = environ.get("MASTER_PORT") or 20000 + _number(environ, "SLURM_JOB_ID") % 20000
+        place = Placement(rank, size, local_rank, f"tcp://{host}:{port}")
+    else:
+        return Placement()
+    if not 0 <= place.rank < place.size:
+        raise InputError(f"rank {place.rank} of {place.size}: the launcher's variables contradict each other")
+    return place
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: `a[003-010,12]n[1-2],b7` → `a003n1`. Raises InputError for an empty list."""
+    first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])+", nodes.strip())
+    if first is None:
+        raise InputError(f"no first host in SLURM_JOB_NODELIST={nodes!r}: set MASTER_ADDR to rank 0's host")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
+
+
+@contextlib.contextmanager
+def open_world(
+    device: str = "auto", timeout_s: float = 600, *, init_method: str | None = None, rank: int | None = None, size: int | None = None
+) -> Iterator[World]:
+    """Join the run's other ranks, if the launcher started any, and leave them at the end.
+
+    Control values always travel over gloo. Sums of CUDA tensors travel over NCCL when every rank has a GPU to itself,
+    and through host memory when ranks share one. An error leaves without waiting for anybody: the others see the connection
+    close, at the latest after `timeout_s`.
+
+    Args:    device: "auto" (GPU number LOCAL_RANK modulo the GPUs seen, else the CPU), "cpu", "cuda" or "cuda:1".
+             timeout_s: longest wait in one collective; a rank that vanished silently is noticed only then.
+             init_method, rank, size: meet there instead of where the launcher's variables say, e.g. "file:///shared/meet".
+    Raises:  InputError for contradictory variables or a device that is not there.
+    """
+    place = placement(os.environ)
+    if init_method is not None:
+        place = Placement(rank or 0, size or 1, rank or 0, init_method)
+    chosen = _choose_device(device, place.local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if place.size == 1:
+        yield World(0, 1, place.local_rank, chosen)
+        return
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.size, timeout=timeout)
+    nccl = None
+    try:
+        world = World(place.rank, place.size, place.local_rank, chosen)
+        seats = world.all_gather_json(str(torch.cuda.get_device_properties(chosen).uuid) if chosen.type == "cuda" else None)
+        if None not in seats and len(set(seats)) == place.size:
+            nccl = dist.new_group(backend="nccl", timeout=timeout, device_id=chosen)
+            world = World(place.rank, place.size, place.local_rank, chosen, nccl)
+        yield world
+    except BaseException:
+        if nccl is not None:
+            nccl.abort()  # else destroy waits for collectives that the other ranks may never join
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    """Torch device of this rank."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda" or (chosen.index or 0) >= count:
+        raise InputError(f"device={device!r}, but {count} CUDA devices are visible here: use auto or cpu")
+    return chosen if chosen.index is not None else torch.device("cuda", local_rank % count)
+
+
+def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    """An integer variable."""
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.strip().isdigit():
+        raise InputError(f"environment variable {name}={text!r}: expected a number; unset the launcher's variables for a single process")
+    return int(text)

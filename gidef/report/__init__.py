@@ -1,0 +1,52 @@
+"""Console, record of a run, results, tables, verdict and pictures. Everything shown is computed from two files of a run:
+
+`record.jsonl`  one JSON object per line, each with a "kind" (see `record`); what happened, in order.
+`results.json`  what came out, written once at the end (see `results`); its layout, kept stable under "format": 1:
+
+    format        1
+    recipe        the resolved recipe;  recipe_name: str
+    data          name, source, md5 (or null), synthetic: bool, counts: {train, val, test, victims, tuning, judge, ...}
+    versions      {python, torch, timm, gidef, ...: str};  hardware: {...}
+    seeds         [int];  world_size: int;  threads: int
+    seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
+    weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
+    training      [one per defence and seed: defence, seed, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
+                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
+    rows          [one per defence, attack and checkpoint:
+                  defence, attack: names in the recipe;  attack_id: "A0" naive, "A3" joint, "A12" decoder on the given latent
+                  checkpoint: "untrained" | "early" | "final";  seed: int, or seeds: [int] where several are pooled
+                  share_policy: "full" | "head" | "all"
+                  threat: {release: "gradient" | "delta", batch_size: int, labels: "known" | "recovered", ...}
+                  victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
+                  client_accuracy, attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
+                  iterations, restarts: int;  seconds: float;  note: str]
+    bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour";
+                  mse, psnr_db, ssim, attacker_accuracy: what a guess without any gradient scores on the same victims]
+    judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1]}
+    pictures      [paths relative to results.json]
+    verdict       [sentences, see `verdict`]
+
+A measured value is a number, null, or {mean, low, high, worst, worst_decile}: the mean over victims (per-image values), its
+95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth. Accuracies lie in [0, 1], PSNR is in dB.
+JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
+"""
+
+from gidef.report import results, tables
+from gidef.report.console import Console
+from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
+from gidef.report.record import Record, read
+from gidef.report.verdict import verdict
+
+__all__ = [
+    "Console",
+    "Record",
+    "attack_curves",
+    "grid",
+    "learning_curves",
+    "partition_bars",
+    "preview",
+    "read",
+    "results",
+    "tables",
+    "verdict",
+]

@@ -1,0 +1,66 @@
+"""Plain JSON values, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gidef.errors import InputError
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON takes it: tensors and arrays of any device become numbers or lists, paths strings, tuples lists; NaN and ±inf become None.
+
+    Raises: TypeError for anything else.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"{value!r} of type {type(value).__name__} has no JSON form")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an InputError that names `path` and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"disk full while writing {path}: free some space, then continue the run.") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose a folder that can be written to.") from error
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Replace `path` by a file that holds `data`: written beside it, synced, renamed. A reader sees the old file or the new one.
+
+    Raises: InputError on a full disk or a folder that cannot be written to; the old file stays and no temporary one is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return path

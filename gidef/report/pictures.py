@@ -1,0 +1,273 @@
+"""Figures and contact sheets, as PNG, PDF or SVG by the file's ending. Each is replaced whole; threads may draw at once.
+
+Colours are Okabe and Ito's (2008), told apart by the colour-blind, and lines differ in their dashes as well. The caller's
+title says "synthetic" where the data are.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gidef.errors import InputError
+from gidef.report.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+_DPI = 150
+_CELL, _GAP, _LINE = 128, 14, 24  # px: side of a shown image at least, space between two, height of a text line at 10 pt
+_LETTER = 12.5  # px: mean width of a letter at 10 pt, on the wide side
+
+
+def grid(
+    path: str | Path,
+    columns: Sequence[tuple[str, Any]],
+    row_labels: Sequence[str] | None = None,
+    title: str | None = None,
+    captions: Sequence[Sequence[str] | None] | None = None,
+    max_rows: int = 16,
+) -> Path:
+    """A contact sheet: one column per kind of image (private, undefended, defended, ...), one row per victim, in the order given.
+
+    Args:    columns: (title, images (N, C, H, W)); uint8, or float in [0, 1] (clamped; NaN is drawn mid-grey); C is 1 or 3.
+             row_labels: N texts.  captions: per column None or N texts, such as "24.4 dB", written under the images.
+             max_rows: further rows are left out, and a line below says so.
+    Returns: the path. Images are enlarged by whole numbers of pixels, never smoothed.
+    Raises:  InputError if columns differ in N, or for another shape or ending of the file.
+    """
+    pictures = [_drawable(images, f"column {name!r}") for name, images in columns]
+    sizes = {len(images) for images in pictures}
+    if len(sizes) != 1:
+        raise InputError(f"grid {path}: columns of {sorted(sizes)} images, expected as many in each: give every column the same victims.")
+    for texts in (row_labels, *(captions or ())):
+        if texts is not None and len(texts) != len(pictures[0]):
+            raise InputError(f"grid {path}: {len(texts)} labels or captions for {len(pictures[0])} images, expected one each.")
+    rows = min(max_rows, len(pictures[0]))
+    below = f"The first {rows} of {len(pictures[0])}." if rows < len(pictures[0]) else None
+    cells = [[images[row] for images in pictures] for row in range(rows)]
+    texts = [[caption[row] if caption else "" for caption in captions] for row in range(rows)] if captions else None
+    return _sheet(path, cells, titles=[name for name, _ in columns], row_labels=row_labels, title=title, captions=texts, below=below)
+
+
+def preview(path: str | Path, images: Any, labels: Any, class_names: Sequence[str], per_class: int = 8, title: str | None = None) -> Path:
+    """The first `per_class` images of each class, one row per class.
+
+    Args:   images: (N, C, H, W) as in `grid`.  labels: (N,) in [0, len(class_names)).
+    Raises: InputError as in `grid`. A class without images has an empty row.
+    """
+    labels = _array(labels)
+    members = [np.flatnonzero(labels == number)[:per_class] for number in range(len(class_names))]
+    images = _array(images)
+    drawn = [list(_drawable(images[chosen], "images")) if len(chosen) else [] for chosen in members]
+    counts = [f"{name} ({int((labels == number).sum())})" for number, name in enumerate(class_names)]
+    return _sheet(path, drawn, titles=None, row_labels=counts, title=title, captions=None, below=None, gap=4)
+
+
+def partition_bars(path: str | Path, counts: Any, class_names: Sequence[str], title: str | None = None) -> Path:
+    """Stacked bars of class counts. counts: (clients, classes) int; class_names: one per class (a colour bar from 13 on)."""
+    counts = _array(counts)
+    num_clients, num_classes = counts.shape
+    if num_classes != len(class_names):
+        raise InputError(f"partition_bars {path}: counts for {num_classes} classes and {len(class_names)} names: give one name per class.")
+    named = num_classes <= 12
+    figure, axes = _axes(title, "client", "training images", width=max(7.0, min(16.0, 2.5 + 0.3 * num_clients)))
+    bottom = np.zeros(num_clients)
+    for number, name in enumerate(class_names):
+        if named:  # after eight colours the same ones come back hatched
+            style = {"facecolor": OKABE_ITO[number % 8], "hatch": "///" if number >= 8 else None, "edgecolor": "white"}
+        else:
+            style = {"facecolor": _viridis(number / (num_classes - 1))}
+        top = bottom + counts[:, number]
+        if num_clients <= 60:
+            width = 0.5 if named else 0
+            axes.bar(np.arange(num_clients), top - bottom, bottom=bottom, width=0.85, linewidth=width, label=_literal(name), **style)
+        else:  # one outline per class: a thousand clients would be thousands of bars
+            axes.stairs(top, np.arange(num_clients + 1) - 0.5, baseline=bottom, fill=True, linewidth=0, label=_literal(name), **style)
+        bottom = top
+    axes.set_xlim(-0.6, num_clients - 0.4)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.margins(y=0.03)
+    if named:
+        handles, names = axes.get_legend_handles_labels()
+        _legend(axes, handles[::-1], names[::-1])  # the order of the stack, top first
+    else:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import Normalize
+
+        figure.colorbar(ScalarMappable(Normalize(0, num_classes - 1), "viridis"), ax=axes, label="class")
+    return _save(figure, path)
+
+
+def learning_curves(
+    path: str | Path,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    title: str | None = None,
+    ylabel: str = "validation accuracy",
+    chance: float | None = None,
+) -> Path:
+    """Accuracy in per cent over rounds. curves: per label (round, accuracy in [0, 1] or None); chance: a dotted level."""
+    figure, axes = _axes(title, "round", f"{ylabel} (%)")
+    for number, (label, points) in enumerate(curves.items()):
+        kept = [(step, 100 * float(value)) for step, value in points if value is not None]
+        dots = "o" if len(kept) <= 20 else None
+        axes.plot([step for step, _ in kept], [value for _, value in kept], label=_literal(label), marker=dots, markersize=4, **_line(number))
+    if chance is not None:
+        axes.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":", label="chance")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    _legend(axes)
+    return _save(figure, path)
+
+
+def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None = None, iterations: Mapping[str, int] | int | None = None) -> Path:
+    """The attackers' own losses, so that a failed optimiser does not pass for a defence.
+
+    Args: losses: per label (points,) or (attacks, points); of several the median is drawn, with the middle 80 % shaded.
+          An attack whose curve is not finite throughout is left out.
+          iterations: the last point's iteration, for all or per label; None counts the points.
+    A logarithmic axis is used where all losses are positive and span more than a factor of 30.
+    """
+    if isinstance(iterations, Mapping) and not losses.keys() <= iterations.keys():
+        raise InputError(f"attack_curves {path}: no iterations given for {sorted(losses.keys() - iterations.keys())}: give them for each label.")
+    figure, axes = _axes(title, "iteration" if iterations is not None else "point of the curve", "attacker's loss")
+    smallest, largest = np.inf, -np.inf
+    for number, (label, values) in enumerate(losses.items()):
+        values = np.atleast_2d(_array(values).astype(float))
+        values = values[np.isfinite(values).all(axis=1)]
+        if not values.size:
+            axes.plot([], [], label=f"{_literal(label)} (no finite loss)", **_line(number))
+            continue
+        last = iterations[label] if isinstance(iterations, Mapping) else iterations
+        steps = np.arange(values.shape[1]) if last is None else np.linspace(0, last, values.shape[1])
+        style = _line(number)
+        axes.plot(steps, np.median(values, axis=0), label=_literal(label), **style)
+        if len(values) > 1:
+            low, high = np.quantile(values, [0.1, 0.9], axis=0)
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+    if 0 < smallest < largest / 30:
+        axes.set_yscale("log")
+    _legend(axes)
+    return _save(figure, path)
+
+
+def _sheet(
+    path: str | Path,
+    cells: list[list[np.ndarray]],
+    *,
+    titles: list[str] | None,
+    row_labels: Sequence[str] | None,
+    title: str | None,
+    captions: list[list[str]] | None,
+    below: str | None,
+    gap: int = _GAP,
+) -> Path:
+    """Images (H, W, 3) laid out to the pixel: rows of `cells`, which may differ in length."""
+    from matplotlib.figure import Figure
+
+    num_columns = max([len(row) for row in cells], default=0) or 1
+    first = next((image for row in cells for image in row), np.zeros((1, 1, 3)))
+    scale = max(1, -(-_CELL // max(first.shape[:2])))
+    high, wide = first.shape[0] * scale, first.shape[1] * scale
+    heads = [textwrap.wrap(text, max(6, int((wide + gap) / _LETTER))) or [""] for text in titles or []]
+    labels = [textwrap.wrap(str(label), 16) for label in (row_labels or [])[: len(cells)]]
+    left = _GAP + int(_LETTER * max([len(line) for label in labels for line in label], default=0)) + (_GAP if labels else 0)
+    width = left + num_columns * (wide + gap) + _GAP
+    width = max(width, 480)
+    title_lines = textwrap.wrap(title, int((width - 2 * _GAP) / (1.15 * _LETTER))) if title else []
+    top = _GAP + int(1.25 * _LINE) * len(title_lines) + (_GAP // 2 if title else 0)
+    head = _LINE * max([len(lines) for lines in heads], default=0) + 6
+    step = high + (_LINE + 4 if captions else 0) + gap
+    height = top + head + step * len(cells) + (_LINE + 4 if below else 0) + _GAP
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / width, 1 - y / height, text, parse_math=False, **{"fontsize": 10, "va": "top"} | style)
+
+    for number, line in enumerate(title_lines):
+        write(_GAP, _GAP + 1.25 * _LINE * number, line, fontsize=12, weight="bold")
+    for column, lines in enumerate(heads):
+        for number, line in enumerate(lines):
+            write(left + column * (wide + gap) + wide / 2, top + _LINE * (number + head // _LINE - len(lines)), line, ha="center")
+    for row, images in enumerate(cells):
+        y = top + head + row * step
+        if row < len(labels):
+            write(left - _GAP, y + high / 2, "\n".join(labels[row]), ha="right", va="center")
+        for column, image in enumerate(images):
+            x = left + column * (wide + gap)
+            axes = figure.add_axes((x / width, 1 - (y + high) / height, wide / width, high / height))
+            axes.imshow(image, interpolation="nearest", aspect="auto", vmin=0, vmax=1)
+            axes.set_axis_off()
+            if captions:
+                write(x + wide / 2, y + high + 4, captions[row][column], ha="center", fontsize=9)
+    if below:
+        write(_GAP, height - _GAP - _LINE, below, fontsize=9, color="0.3")
+    return _save(figure, path)
+
+
+def _axes(title: str | None, xlabel: str, ylabel: str, width: float = 7.0) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.2), dpi=_DPI, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    if title:
+        axes.set_title(textwrap.fill(title, int(8.5 * width)), fontsize=12, fontweight="bold", loc="left", parse_math=False)
+    axes.set_xlabel(xlabel, fontsize=11)
+    axes.set_ylabel(ylabel, fontsize=11)
+    axes.tick_params(labelsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axes: Axes, *entries: Any) -> None:
+    """Beside the axes, where it hides nothing."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(*entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, handlelength=3)
+
+
+def _line(number: int) -> dict[str, Any]:
+    colours = [colour for colour in OKABE_ITO if colour != "#F0E442"]  # yellow lines vanish on white
+    return {"color": colours[number % len(colours)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.8}
+
+
+def _viridis(share: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](share)
+
+
+def _literal(text: str) -> str:
+    """A legend entry as it stands: no mathematics between dollars, and not hidden by a leading underscore."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+def _drawable(images: Any, what: str) -> np.ndarray:
+    """(N, C, H, W) to float (N, H, W, 3) in [0, 1]."""
+    images = _array(images)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise InputError(f"{what}: shape {images.shape}, expected (N, C, H, W) with C of 1 or 3.")
+    images = images / 255 if images.dtype == np.uint8 else np.clip(np.nan_to_num(images.astype(float), nan=0.5), 0, 1)
+    return np.repeat(images.transpose(0, 2, 3, 1), 3 // images.shape[1], axis=3)
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path, page = Path(path), io.BytesIO()
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"picture {path}: ending {path.suffix!r}, expected .png, .pdf or .svg.")
+    figure.savefig(page, format=path.suffix[1:], dpi=_DPI)
+    return write_atomically(path, page.getvalue())

@@ -1,0 +1,203 @@
+"""The results as a table: on the console, as plain text, CSV, Markdown and LaTeX, all from the same cells."""
+
+from __future__ import annotations
+
+import csv as csv_format
+import io
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.table import Table
+from rich.text import Text
+
+from gidef.report.results import MEASURED, interval_of, mean_of
+
+_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "victims", "note")
+_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "victims")
+_FEWER_INTERVALS = (MEASURED, MEASURED[1:], MEASURED[2:], ("psnr_db",))
+_SCALE_DIGITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 1), "psnr_db": (1, 1), "ssim": (1, 2)}
+_STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One row or bound, formatted. values: mean and interval ("" where there is none) of each of MEASURED."""
+
+    names: tuple[str, str, str]
+    values: tuple[tuple[str, str], ...]
+    victims: str = ""
+    notes: str = ""
+
+    def wide(self) -> tuple[str, ...]:
+        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), self.victims, self.notes)
+
+    def folded(self, intervals: tuple[str, ...]) -> tuple[str, ...]:
+        defence, attack, checkpoint = (textwrap.fill(name, 16, break_long_words=False) for name in self.names)
+        named = zip(MEASURED, self.values, strict=True)
+        values = (f"{mean}\n{interval}" if key in intervals and interval else mean for key, (mean, interval) in named)
+        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, self.victims)
+
+
+def table(results: dict[str, Any], width: int = 120) -> Table:
+    """Attacks, beneath them the bounds; the judge and the notes in the caption.
+
+    Args:    results: in the layout of `gidef.report`.  width: columns at hand. Where they do not hold everything side by side, the
+             95 % intervals move to a second line; where that is too wide still, only PSNR keeps its own. 80 columns will do.
+    Returns: a rich Table.
+    """
+    rows, bounds, notes = _lines(results)
+    found = _table(results, notes, _HEADERS, [line.wide() for line in rows], [line.wide() for line in bounds])
+    for intervals in _FEWER_INTERVALS:
+        if RichConsole(file=io.StringIO(), width=1000).measure(found).maximum <= width:
+            break
+        found = _table(results, notes, _FOLDED, [line.folded(intervals) for line in rows], [line.folded(intervals) for line in bounds])
+    return found
+
+
+def training_table(results: dict[str, Any]) -> Table:
+    """One line per defence and seed: accuracies, the worst client, seconds and bytes per round."""
+    keys = ("val_accuracy", "test_accuracy", "macro_f1", "auc", "client_accuracy_worst")
+    found = _empty(_title(results, "training"), "")
+    headers = ("defence", "seed", "rounds", "best\nround", "val\nacc. %", "test\nacc. %", "macro\nF1 %", "AUC\n%", "worst\nclient %")
+    for header in (*headers, "s/\nround", "MB/\nround"):
+        found.add_column(header, justify="left" if header == "defence" else "right")
+    for run in results["training"]:
+        shares = [_number(mean_of(run.get(key)), 100.0, 1) for key in keys]
+        costs = [_number(run.get("seconds_per_round"), 1.0, 2), _number(run.get("bytes_per_round"), 1e-6, 2)]
+        counts = [str(run.get(key, "-")) for key in ("seed", "rounds", "best_round")]
+        found.add_row(*(Text(cell) for cell in (run["defence"], *counts, *shares, *costs)))
+    return found
+
+
+def text(results: dict[str, Any], width: int = 120) -> str:
+    """`table` as aligned plain lines without escape codes, at most `width` columns wide."""
+    page = io.StringIO()
+    RichConsole(file=page, width=width, color_system=None, force_terminal=False, highlight=False).print(table(results, width))
+    return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n") + "\n"
+
+
+def csv(results: dict[str, Any]) -> str:
+    """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
+    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "victims", "failed")
+    tail = ("iterations", "restarts", "seconds", "note")
+    page = io.StringIO()
+    writer = csv_format.writer(page, lineterminator="\n")
+    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail])
+    lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound["name"], **bound}) for bound in results["bounds"]]
+    for kind, row in lines:
+        seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
+        measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, MEASURED)]
+        values = [value.get(part) for value in measured for part in _STATISTICS]
+        head = [seeds if name == "seed" else row.get(name) for name in names]
+        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail)])
+    return page.getvalue()
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table in GitHub's Markdown, with title, judge and notes."""
+
+    def line(cells: tuple[str, ...]) -> str:
+        return "| " + " | ".join(_escape(cell, {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "_": "\\_", "`": "\\`"}) for cell in cells) + " |"
+
+    rows, bounds, notes = _lines(results)
+    rule = "| " + " | ".join("---:" if _is_number(header) else "---" for header in _HEADERS) + " |"
+    lines = [f"**{_title(results)}**", "", line(_HEADERS), rule, *(line(row.wide()) for row in rows + bounds), ""]
+    return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes))]).rstrip() + "\n"
+
+
+def latex(results: dict[str, Any]) -> str:
+    """The table as a LaTeX `table` environment; needs no package."""
+    special = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
+
+    def line(cells: tuple[str, ...]) -> str:
+        # a cell that begins with "[" would be read as the argument of the \\ before it, so each row opens with {}
+        return "    {}" + " & ".join(_escape(cell, special) for cell in cells) + r" \\"
+
+    rows, bounds, notes = _lines(results)
+    columns = "".join("r" if _is_number(header) else "l" for header in _HEADERS)
+    caption = " ".join(f"{_escape(part, special)}" + ("" if part.endswith(".") else ".") for part in (_title(results), *_caption(results, notes)))
+    middle = [r"    \hline"] if rows and bounds else []
+    body = [line(_HEADERS), r"    \hline", *(line(row.wide()) for row in rows), *middle, *(line(bound.wide()) for bound in bounds)]
+    head = [r"\begin{table}", r"  \centering", f"  \\caption{{{caption}}}", f"  \\begin{{tabular}}{{{columns}}}", r"    \hline"]
+    return "\n".join([*head, *body, r"    \hline", r"  \end{tabular}", r"\end{table}"]) + "\n"
+
+
+def _title(results: dict[str, Any], what: str = "what the shared updates gave away") -> str:
+    data = results["data"]
+    return f"{results['recipe_name']}: {what}, {data['name']}" + (" (SYNTHETIC data)" if data["synthetic"] else "")
+
+
+def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]]:
+    """The rows, the bounds, and the notes that the rows number."""
+    notes: dict[str, int] = {}
+    rows = []
+    for row in results["rows"]:
+        defence = row["defence"] if row.get("seeds") or row.get("seed") is None else f"{row['defence']} (seed {row['seed']})"
+        said = [row["note"]] if row.get("note") else []
+        said += [f"{row['failed']} failed, scored as mid-grey"] if row.get("failed") else []
+        said += [f"share policy {row['share_policy']}"] if len(_policies(results)) > 1 else []
+        marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), str(row["victims"]), marks))
+    return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
+
+
+def _policies(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["share_policy"] for row in results["rows"]))
+
+
+def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
+    """What the numbers are, the judge's ceiling and chance, the notes."""
+    judge = results.get("judge") or {}
+    known = [("on the true images (ceiling)", "accuracy_on_truth"), ("on test images", "accuracy_on_test"), ("by chance", "chance")]
+    known = [f"{_number(judge[key], 100.0, 1)} % {name}" for name, key in known if judge.get(key) is not None]
+    policy = f"Share policy {_policies(results)[0]}; means" if len(_policies(results)) == 1 else "Means"
+    lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient scores.'] if results["rows"] else []
+    lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
+    return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
+
+
+def _table(results: dict[str, Any], notes: list[str], headers: tuple[str, ...], *parts: list[tuple[str, ...]]) -> Table:
+    found = _empty(_title(results), "\n".join(_caption(results, notes)))
+    shown = [index for index, header in enumerate(headers) if header != "note" or notes]
+    for index in shown:
+        number = _is_number(headers[index])
+        found.add_column(headers[index], justify="right" if number else "left", no_wrap=number)
+    for part in parts:
+        for cells in part:
+            found.add_row(*(Text(cells[index]) for index in shown))
+        found.add_section()
+    return found
+
+
+def _empty(title: str, caption: str) -> Table:
+    found = Table(title=Text(title), caption=Text(caption), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    found.title_justify = found.caption_justify = "left"
+    found.title_style, found.caption_style = "bold", ""
+    return found
+
+
+def _is_number(header: str) -> bool:
+    return not header.startswith(("defence", "attack\n", "checkpoint", "note")) and header != "attack"
+
+
+def _measured(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Mean and interval of each of MEASURED."""
+    cells = []
+    for key in MEASURED:
+        scale, digits = _SCALE_DIGITS[key]
+        ends = interval_of(row.get(key))
+        interval = f"[{', '.join(_number(end, scale, digits) for end in ends)}]" if ends else ""
+        cells.append((_number(mean_of(row.get(key)), scale, digits), interval))
+    return tuple(cells)
+
+
+def _number(value: float | None, scale: float, digits: int) -> str:
+    return "-" if value is None else f"{scale * value:.{digits}f}"
+
+
+def _escape(text: str, special: dict[str, str]) -> str:
+    return "".join(special.get(char, char) for char in text.replace("\n", " "))

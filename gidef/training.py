@@ -1,0 +1,368 @@
+"""Federated training of one defence and seed: consumes the rounds, evaluates, saves, resumes, stops early."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gidef import build, config, metrics
+from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
+from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
+from gidef.clients.local import load_parameters
+from gidef.data import Images
+from gidef.errors import InputError
+from gidef.parallel import World
+from gidef.report import Console, Record
+from gidef.rng import generator
+from gidef.rounds.algorithm import federate
+from gidef.types import ServerState, Tensors
+
+CHECKPOINTS = ("untrained", "early", "final")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where a run's parts meet: the recipe's setting, the ranks, the folder, the console and the record."""
+
+    setting: build.Setting
+    world: World
+    folder: Path
+    console: Console
+    record: Record | None
+    """On rank 0 only."""
+    fingerprint: str
+    """Of the scientific fields and the data; a checkpoint resumes only under the same."""
+
+    @property
+    def recipe(self) -> config.Recipe:
+        return self.setting.recipe
+
+    @property
+    def leads(self) -> bool:
+        return self.world.rank == 0
+
+    def append(self, kind: str, **values: Any) -> None:
+        if self.record is not None:
+            self.record.append(kind, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A model at one of CHECKPOINTS: shared tensors, and which state of each client belongs to it."""
+
+    name: str
+    round: int
+    progress: float
+    params: Tensors
+    versions: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """summary: the "training" entry of results.json.  snapshots: by checkpoint name.  sha256: of the final model."""
+
+    training: build.Training
+    snapshots: dict[str, Snapshot]
+    summary: dict[str, Any]
+    sha256: str
+
+
+def fingerprint(recipe: config.Recipe, dataset: Any) -> str:
+    """SHA-256 of the recipe's scientific fields and the data's identity."""
+    images = dataset.train.images
+    probe = hashlib.sha256(images[:: max(1, len(images) // 64)].contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(f"{config.science(recipe)}|{dataset.name}|{dataset.md5}|{probe}".encode()).hexdigest()
+
+
+def run_key(defence: str, seed: int) -> str:
+    return f"{defence}-{seed}"
+
+
+def snapshot_path(folder: Path, key: str, name: str) -> Path:
+    return folder / "snapshots" / key / f"{name}.safetensors"
+
+
+def early_round(rounds: int) -> int:
+    """Rounds that the `early` checkpoint has seen: a tenth, at least one."""
+    return max(1, rounds // 10)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def logits(run: Run, training: build.Training, tensors: Tensors, images: Images, *, seed: int, split: str) -> Tensor:
+    """Logits (N, K) float32 on the CPU, the same bits on every rank: chunks are dealt out over ranks and worker threads.
+
+    A perturbation is on at its trained strength, with noise from (seed, split, chunk).
+    """
+    world, defence = run.world, training.defence
+    models = [player.model for player in training.participation.players]
+    for model in models:
+        load_parameters(model, tensors)
+        model.eval()
+    result = torch.zeros(len(images), run.setting.dataset.num_classes)
+    mine = list(range(num_chunks(images.images)))[world.rank :: world.size]
+
+    def noise(count: int, chunk: int) -> Tensor | None:
+        return defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=world.device))
+
+    def work(worker: int) -> None:
+        torch.set_num_threads(run.recipe.speed.threads)
+        for chunk in mine[worker :: len(models)]:
+            result[chunk * CHUNK : (chunk + 1) * CHUNK] = predict_chunk(models[worker], images.images, chunk, noise)
+
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(work, range(len(models))))
+    for model in models:
+        model.train()
+    world.all_reduce_sum_(result)  # every row comes from one rank and zeros from the others: exact
+    return result
+
+
+def fronts(training: build.Training, params: Tensors, clients: list[int]) -> list[Tensors]:
+    """The whole model's tensors: one if the server has all of them, else one per client, with the client's own front."""
+    names = list(training.defence.initial_model())
+    if all(name in params for name in names):
+        return [{name: params[name] for name in names}]
+    return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
+
+
+def accuracies(run: Run, training: build.Training, params: Tensors, images: Images, *, seed: int, split: str, clients: list[int]) -> list[float]:
+    """Accuracy on a split, of the server's model or of each client's own front under `head`."""
+    return [
+        metrics.accuracy(logits(run, training, tensors, images, seed=seed, split=split), images.labels.cpu())
+        for tensors in fronts(training, params, clients)
+    ]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a checkpoint holds beside the server: plain numbers."""
+
+    best_round: int = 0
+    best_accuracy: float = -1.0
+    best_versions: dict[int, int] = field(default_factory=dict)
+    early_versions: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
+    """Train one defence and seed to its end, or continue it; every rank calls this together.
+
+    The final model is the best round's on validation accuracy (ties: the earlier). Raises InputError on a checkpoint of another run.
+    """
+    recipe, world, key = run.recipe, run.world, run_key(name, seed)
+    training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    participation, best, progress = training.participation, dict(training.server.params), _Progress()
+    export = run.folder / "models" / f"{key}.safetensors"
+    if recipe.resume and export.exists():
+        run.console.say(f"{name}, seed {seed}: training had ended.")
+        return _finished(run, training, key, export)
+
+    server = training.server
+    state = _load_checkpoint(run, key)
+    if state is not None:
+        server, best, progress = _unpack(*state, participation, world.device)
+        run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
+    elif recipe.resume:
+        run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
+    world.agree(f"{key}: state before round {server.round}", weights_sha256(server.params))
+    if server.round == 0:
+        _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
+    val, total = run.setting.dataset.val, run.setting.rounds
+    started = time.perf_counter() - progress.seconds
+    early = early_round(total)
+    with run.console.track(f"{name}, seed {seed}: round", total) as bar:
+        stop = _patience_over(recipe, server.round, progress)
+        for number, server, cohort, mean in () if stop else federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run):
+            before = dict(participation.versions)
+            participation.versions |= dict.fromkeys(cohort, number)
+            values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
+            accuracy = sum(values) / len(values)
+            if accuracy > progress.best_accuracy:
+                best = dict(server.params)
+                progress.best_round, progress.best_accuracy, progress.best_versions = number + 1, accuracy, dict(participation.versions)
+            if number + 1 == early:
+                progress.early_versions = dict(participation.versions)
+                _save_snapshot(run, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
+            progress.seconds = time.perf_counter() - started
+            run.append(
+                "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
+                val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
+            )  # fmt: skip
+            if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
+                _save_checkpoint(run, key, server, best, participation.versions, progress)
+            if run.leads:  # what the two kept checkpoints, the best round and the early snapshot refer to
+                referred = (before, participation.versions, progress.best_versions, progress.early_versions)
+                training.store.prune({pair for versions in referred for pair in versions.items()})
+            bar.update(number + 1, loss=mean.metrics["loss"], acc=accuracy)
+            if _patience_over(recipe, number + 1, progress):
+                run.console.say(f"{name}, seed {seed}: stops early, {recipe.rounds.patience} rounds without a better validation accuracy.")
+                break
+    rounds_run = server.round
+    if rounds_run < early:  # patience ended training before a tenth of it
+        _save_snapshot(run, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
+    participation.versions = dict(progress.best_versions)
+    _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
+    summary = _summary(run, training, name, seed, best, progress, rounds_run)
+    sha = final_hash(training, best, run.recipe.data.num_clients)
+    if run.leads:
+        meta = {"summary": summary, "sha256": sha, "defence": name, "seed": seed, "fingerprint": run.fingerprint} | _shape(run)
+        export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
+    run.append("trained", weights_sha256=sha, **summary)
+    world.barrier()
+    return Trained(training, _snapshots(run, key), summary, sha)
+
+
+def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
+    """Test results of the final model; per client: the test accuracy under the client's own mix of classes."""
+    dataset, counts = run.setting.dataset, run.setting.counts.double()
+    everyone = list(range(run.recipe.data.num_clients))
+    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, best, everyone)]
+    labels = dataset.test.labels.cpu()
+    scores = [metrics.accuracy(output, labels) for output in outputs]
+    mixes = counts / counts.sum(1, keepdim=True)
+    per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
+    per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
+    shared_bytes = sum(tensor.nbytes for tensor in training.participation.template().values())
+    return {
+        "defence": name, "seed": seed, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
+        "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
+        "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
+        "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
+        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
+        "parameters_shared": sum(t.numel() for t in best.values()),
+    }  # fmt: skip
+
+
+def _shape(run: Run) -> dict[str, Any]:
+    return {"num_classes": run.setting.dataset.num_classes, "image_shape": list(run.setting.dataset.image_shape)}
+
+
+def _expected(mix: Tensor, per_class: Tensor) -> float:
+    """Accuracy under a mix of classes; classes without test images are left out."""
+    known = per_class.isfinite()
+    share = mix * known
+    return float((share * per_class.nan_to_num()).sum() / share.sum().clamp_min(1e-12))
+
+
+def _exported(training: build.Training, params: Tensors, num_clients: int) -> Tensors:
+    """The final model: the shared tensors, and under `head` every client's private front as `client-<k>/<name>`."""
+    tensors = dict(params)
+    names = training.defence.initial_model()
+    if not all(name in params for name in names):
+        for k in range(num_clients):
+            state = training.participation.state(k)
+            tensors |= {f"client-{k:05d}/{name}": state[name] for name in names if name not in params}
+    return tensors
+
+
+def final_hash(training: build.Training, params: Tensors, num_clients: int) -> str:
+    """SHA-256 of the final model: fp32 little-endian bytes, name order (see checkpoint.weights_sha256)."""
+    return weights_sha256(_exported(training, params, num_clients))
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) -> bool:
+    patience = recipe.rounds.patience
+    return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
+
+
+def _save_checkpoint(run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> None:
+    tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
+    tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    meta = {
+        "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
+        "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
+        "seconds": progress.seconds,
+    }  # fmt: skip
+    save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
+
+
+def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | None:
+    """Rank 0 finds the newest whole checkpoint, the others read the same one."""
+    if not run.recipe.resume:
+        return None
+    found = load_latest(run.folder / "checkpoints" / key, notice=run.console.notice) if run.leads else None
+    number = run.world.broadcast_json(found[0] if found else None)
+    if number is None:
+        return None
+    if found is None:
+        found = load_latest(run.folder / "checkpoints" / key, notice=lambda text: None, at=number)
+    if found is None or found[2]["fingerprint"] != run.fingerprint:
+        raise InputError(
+            f"the checkpoint of round {number} in {run.folder / 'checkpoints' / key} belongs to another recipe or other data: "
+            "resume with the recipe and data that began it, or choose another --out."
+        )
+    return found[1], found[2]
+
+
+def _unpack(tensors: Tensors, meta: dict[str, Any], participation: Any, device: torch.device) -> tuple[ServerState, Tensors, _Progress]:
+    def part(prefix: str) -> Tensors:
+        return {name.removeprefix(prefix): tensor.to(device) for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    slots = {name.split("/")[1] for name in tensors if name.startswith("slots/")}
+    server = ServerState(part("params/"), meta["round"], {slot: part(f"slots/{slot}/") for slot in slots})
+    participation.versions = _numbers(meta["versions"])
+    progress = _Progress(
+        meta["best_round"], meta["best_accuracy"], _numbers(meta["best_versions"]), _numbers(meta["early_versions"]), meta["seconds"]
+    )
+    return server, part("best/"), progress
+
+
+def _numbers(versions: dict[str, int]) -> dict[int, int]:
+    """JSON turns integer keys into text."""
+    return {int(client): int(version) for client, version in versions.items()}
+
+
+def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
+    if run.leads:
+        meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}
+        save_file(snapshot_path(run.folder, key, snapshot.name), snapshot.params, meta)
+
+
+def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
+    """Raises InputError if the snapshot is missing, damaged or of another recipe."""
+    path = snapshot_path(run.folder, key, name)
+    tensors, meta = load_file(path)
+    if meta["fingerprint"] != run.fingerprint:
+        raise InputError(f"{path} belongs to another recipe or other data: attack it with the recipe and data that made it.")
+    params = {n: t.to(run.world.device) for n, t in tensors.items()}
+    return Snapshot(meta["name"], meta["round"], meta["progress"], params, _numbers(meta["versions"]))
+
+
+def _snapshots(run: Run, key: str) -> dict[str, Snapshot]:
+    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS}
+
+
+def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
+    """A trained defence and seed of a finished run. Raises InputError if its training has not ended."""
+    key = run_key(name, seed)
+    export = run.folder / "models" / f"{key}.safetensors"
+    if not export.exists():
+        raise InputError(f"{name}, seed {seed}: {export} is missing, so its training has not ended. Finish the run with --resume first.")
+    return _finished(run, build.make_training(run.setting, chosen, seed=seed, world=run.world, state_folder=run.folder / "clients" / key), key, export)
+
+
+def _finished(run: Run, training: build.Training, key: str, export: Path) -> Trained:
+    """What an ended training left."""
+    _, meta = load_export(export)
+    if meta["fingerprint"] != run.fingerprint:
+        raise InputError(f"{export} belongs to another recipe or other data: resume with those that made it, or choose another --out.")
+    snapshots = _snapshots(run, key)
+    training.participation.versions = dict(snapshots["final"].versions)
+    return Trained(training, snapshots, meta["summary"], meta["sha256"])

@@ -1,0 +1,105 @@
+"""The records that rooms hand to one another. No behaviour beyond checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+"""Named tensors, such as a model's parameters or an update. The order of names carries no meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One client's own data.
+
+    images: uint8 (n, C, H, W) in [0, 255].  labels: int64 (n,) in [0, num_classes).
+    """
+
+    id: int
+    images: Tensor
+    labels: Tensor
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.labels.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one client sends: Δ = w_client − w_server of the shared tensors, so that the server adds.
+
+    metrics: sums over examples or steps are not allowed here, only means; the mean over the cohort is weighted by num_examples.
+    """
+
+    delta: Tensors
+    num_examples: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """The server between rounds: shared parameters, optimiser slots (e.g. "m", "v", "control") and the next round's number."""
+
+    params: Tensors
+    round: int = 0
+    slots: dict[str, Tensors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """All that the adversary sees of one client in one round, and what the threat model grants on top.
+
+    params:       shared tensors, as the server sent them.
+    update:       shared tensors' gradient (kind "gradient") or w_client − w_server (kind "delta"), after the defence.
+    num_examples: B, images in the private batch.
+    labels:       int64 (B,) when the threat model grants them, else None.
+    known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
+
+    The private images are not a field: nothing that attacks can reach them.
+    """
+
+    params: Tensors
+    update: Tensors
+    num_examples: int
+    kind: Literal["gradient", "delta"] = "gradient"
+    labels: Tensor | None = None
+    known: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """What an attack returns for one observation: its best restart by the attacker's own loss.
+
+    images: float32 (B, C, H, W) in [0, 1].  labels: int64 (B,), granted or recovered.  loss: the attacker's final
+    objective.  losses: float32 (points,), its curve.  restart: which start won.  restart_losses: float32 (restarts,).
+    restart_images: float32 (restarts, B, C, H, W), for the evaluator's separate oracle column only.
+    status: "ok", or "failed" with the reason in `error`; a failed attack's images are mid-grey.
+    """
+
+    images: Tensor
+    labels: Tensor
+    loss: float
+    losses: Tensor
+    restart: int = 0
+    restart_losses: Tensor | None = None
+    restart_images: Tensor | None = None
+    status: Literal["ok", "failed"] = "ok"
+    error: str = ""
+
+
+def check_same_names(left: Tensors, right: Tensors, what: str) -> None:
+    """Raise ValueError unless both maps hold the same names and shapes."""
+    if left.keys() != right.keys():
+        only_left, only_right = sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys())
+        raise ValueError(f"{what}: tensors differ in names: only left {only_left[:3]}, only right {only_right[:3]}")
+    for name, tensor in left.items():
+        if tensor.shape != right[name].shape:
+            raise ValueError(f"{what}: {name} has shape {tuple(tensor.shape)} against {tuple(right[name].shape)}")
+
+
+def to_device(tensors: Tensors, device: torch.device | str) -> Tensors:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

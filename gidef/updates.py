@@ -1,0 +1,210 @@
+"""Arithmetic on updates, and a weighted sum of them whose bits depend on neither order nor number of ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gidef.errors import InputError
+from gidef.types import Client, Tensors, Update, check_same_names
+
+
+def subtract(left: Tensors, right: Tensors) -> Tensors:
+    """left − right, tensor by tensor. Raises ValueError when names or shapes differ; inputs stay as they are."""
+    check_same_names(left, right, "subtract")
+    return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def add(left: Tensors, right: Tensors) -> Tensors:
+    """left + right, tensor by tensor. Raises ValueError when names or shapes differ; inputs stay as they are."""
+    check_same_names(left, right, "add")
+    return {name: tensor + right[name] for name, tensor in left.items()}
+
+
+def scale(tensors: Tensors, factor: float | Tensor) -> Tensors:
+    """factor · tensors, with a number or a 0-dim tensor as factor; the input stays as it is."""
+    return {name: tensor * factor for name, tensor in tensors.items()}
+
+
+def norm(tensors: Tensors) -> Tensor:
+    """Global L2 norm over all entries of all tensors: float64, 0-dim, differentiable; 0 for an empty map.
+
+    Summed in name order, so two maps that differ only in the order of names have the same bits.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(tensors[name], dtype=torch.float64) for name in sorted(tensors)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+class FixedPointSum:
+    """Weighted sum of updates in int64 fixed point.
+
+        S = Σ_k round(2^f · n_k · Δ_k),   mean = S / (2^f · Σ_k n_k)
+
+    Integer addition is exactly associative, so the bits of the mean depend on neither the order of clients, nor on
+    threads, nor on how the clients are spread over ranks. `buffer` is one flat int64 tensor,
+    [tensors in name order | metrics · weight | total weight | count | counters]: summing it over ranks in place
+    (one all-reduce) merges the ranks' sums. `add` may be called from several threads.
+
+    Each term is refused beyond 2^62 / max_terms, and more than max_terms terms are refused, so no sum can overflow,
+    merged or not. At f = 32 and 64 terms that is |n_k Δ_k| ≤ 1.6e7; the rounding error of the mean is
+    at most 2^-33 · count / total weight, far below float32's own at any weight of interest.
+
+    Args:    template: names, shapes, dtypes and device of the mean; floating point only (no step counters).
+             metric_names: the metrics that every update brings.  max_terms: most updates that the sum will hold
+             over all ranks, at least 1.  fraction_bits: f.  counters: further int64 entries for the caller's own
+             use, merged like the rest.
+    Raises:  ValueError if the template holds integer tensors or max_terms is below 1.
+    """
+
+    def __init__(
+        self,
+        template: Tensors,
+        *,
+        metric_names: Sequence[str] = (),
+        max_terms: int,
+        fraction_bits: int = 32,
+        counters: int = 0,
+    ) -> None:
+        if max_terms < 1:
+            raise ValueError(f"max_terms={max_terms}: a sum needs room for at least one update")
+        integers = [name for name, tensor in template.items() if not tensor.is_floating_point()]
+        if integers:
+            raise ValueError(f"integer tensors cannot be averaged; leave them out of updates: {sorted(integers)[:3]}")
+        self._template = {name: (tensor.shape, tensor.dtype) for name, tensor in template.items()}
+        self._spans: dict[str, slice] = {}
+        end = 0
+        for name in sorted(template):
+            self._spans[name] = slice(end, end + template[name].numel())
+            end += template[name].numel()
+        self._metric_names = tuple(sorted(metric_names))
+        self._tail = end  # first entry after the tensors
+        self._max_terms = max_terms
+        self._limit = 2**62 // max_terms
+        self._one = 2.0**fraction_bits
+        self._lock = threading.Lock()
+        device = next((tensor.device for tensor in template.values()), torch.device("cpu"))
+        self.buffer = torch.zeros(end + len(self._metric_names) + 2 + counters, dtype=torch.int64, device=device)
+        self._settle()
+
+    @property
+    def counters(self) -> Tensor:
+        """The caller's own entries of the buffer: a view, int64 (counters,)."""
+        return self.buffer[self._tail + len(self._metric_names) + 2 :]
+
+    def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int | str = "?") -> None:
+        """Add weight · delta and weight · metrics, and count one term. A refused update leaves the sum as it was.
+
+        Args:    delta: the template's names and shapes, any float dtype and device.  weight: examples, at least 0.
+                 client: who sent it, for the message.
+        Raises:  InputError when an entry is NaN, infinite or too large for the exact sum; ValueError when names,
+                 shapes or metrics differ from the template's, or the sum is full.
+        """
+        if weight < 0:
+            raise ValueError(f"client {client}: weight {weight} is negative")
+        if delta.keys() != self._spans.keys():
+            odd = sorted(delta.keys() ^ self._spans.keys())
+            raise ValueError(f"client {client}: the update's names differ from the template's: {odd[:3]}")
+        if tuple(sorted(metrics)) != self._metric_names:
+            raise ValueError(f"client {client}: metrics {sorted(metrics)} instead of {list(self._metric_names)}")
+        terms = self._encode(delta, weight, metrics, client)
+        with self._lock:
+            if self._numbers()[-1] >= self._max_terms:
+                raise ValueError(f"client {client}: the sum already holds max_terms={self._max_terms} updates")
+            self.buffer[: terms.numel()] += terms
+            self._settle()
+
+    def mean(self) -> tuple[Tensors, int, dict[str, float]]:
+        """(mean, total weight, mean metrics), all weighted by the weights; the mean has the template's dtypes.
+
+        Raises: InputError if the total weight is 0; ValueError if more than max_terms updates were merged.
+        """
+        *metrics, weight, count = self._numbers()
+        if count > self._max_terms:
+            raise ValueError(f"{count} updates were merged into a sum with max_terms={self._max_terms}")
+        if weight == 0:
+            raise InputError(f"{count} clients hold 0 examples together: a mean needs at least one example")
+        # A tensor, not a number: CUDA divides by a Python number through its reciprocal, one rounding more than the CPU.
+        divisor = torch.tensor(self._one * weight, dtype=torch.float64, device=self.buffer.device)
+        mean = {
+            name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
+            for name, (shape, dtype) in self._template.items()
+        }
+        means = {name: value / (self._one * weight) for name, value in zip(self._metric_names, metrics, strict=True)}
+        return mean, weight, means
+
+    @property
+    def count(self) -> int:
+        """How many updates the sum holds."""
+        return self._numbers()[-1]
+
+    def _numbers(self) -> list[int]:
+        """[metrics…, total weight, count] as Python numbers."""
+        return self.buffer[self._tail : self._tail + len(self._metric_names) + 2].tolist()
+
+    @torch.no_grad()
+    def _encode(self, delta: Tensors, weight: int, metrics: Mapping[str, float], client: int | str) -> Tensor:
+        """One update's terms, checked: int64, laid out as the buffer without the counters."""
+        factor = weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
+        device = self.buffer.device
+        terms = torch.empty(self._tail + len(self._metric_names) + 2, dtype=torch.int64, device=device)
+        peaks = []
+        for name, span in self._spans.items():
+            if delta[name].shape != self._template[name][0]:
+                wanted = tuple(self._template[name][0])
+                raise ValueError(f"client {client}: {name!r} has shape {tuple(delta[name].shape)} instead of {wanted}")
+            value = delta[name].to(device=device, dtype=torch.float64, copy=True).mul_(factor).round_().flatten()
+            peaks.append(value.abs().amax() if value.numel() else value.sum())
+            terms[span] = value
+        tail = torch.tensor([float(metrics[name]) for name in self._metric_names], dtype=torch.float64)
+        tail = tail.mul_(factor).round_()
+        peaks = torch.stack(peaks).tolist() if peaks else []  # the only wait for the device
+        names = [*self._spans, *(f"metric {name}" for name in self._metric_names), "weight"]
+        for name, peak in zip(names, [*peaks, *tail.abs().tolist(), weight], strict=True):
+            if not peak <= self._limit:  # NaN fails every comparison
+                self._refuse(name, peak, weight, client)
+        terms[self._tail :] = torch.cat([tail.to(torch.int64), torch.tensor([weight, 1])])
+        return terms
+
+    def _refuse(self, name: str, peak: float, weight: int, client: int | str) -> None:
+        """Say which entry cannot be summed and why."""
+        if peak != peak or peak == float("inf"):
+            what = "holds NaN or infinity"
+        else:
+            most = self._limit / self._one / max(weight, 1)
+            what = f"reaches {peak / self._one / max(weight, 1):.3g}, where weight {weight} allows {most:.3g}"
+        raise InputError(f"client {client}: {name} {what}; training diverged: lower the learning rate or clip gradients")
+
+    def _settle(self) -> None:
+        """Threads may work on different CUDA streams: the lock orders their launches, only this their writes."""
+        if self.buffer.is_cuda:
+            torch.cuda.current_stream(self.buffer.device).synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class CohortMean:
+    """Σ n_k Δ_k / Σ n_k over a cohort: delta with the template's dtypes, Σ n_k, metrics weighted alike, and the clients counted."""
+
+    delta: Tensors
+    num_examples: int
+    metrics: dict[str, float]
+    count: int
+
+
+def mean_over(shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()) -> CohortMean:
+    """Weighted mean of the cohort's updates, one client after another; the sharded twin is `parallel.cohort`.
+
+    Args:    shared_update: `shared_update(client, worker=0)` → Update.  cohort: at least one client.
+             template: names, shapes, dtypes and device of the mean.  metric_names: what each Update.metrics holds.
+    Raises:  ValueError for an empty cohort; whatever `shared_update` and `FixedPointSum` raise.
+    """
+    total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort))
+    for client in cohort:
+        update = shared_update(client, worker=0)
+        total.add(update.delta, update.num_examples, update.metrics, client=client.id)
+    return CohortMean(*total.mean(), count=total.count)

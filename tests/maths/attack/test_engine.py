@@ -1,0 +1,257 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gidef.attack import Matching, drain, invert, joint, naive, plan, run, run_chunk, select
+from gidef.attack.matching import kink_width, step_factor, tv_weight
+from gidef.errors import InputError
+from gidef.types import Observation
+
+DOUBLE = {"seed": 3, "dtype": torch.float64}
+
+
+@pytest.fixture
+def case(tiny):
+    """Three defended observations of one model, its simulator, and settings for the joint attack."""
+    model = tiny.Net(sigma=0.5)
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    made = [tiny.observe(simulate, params, size=2, seed=seed, noise=tiny.draw_noise(seed, 2)) for seed in range(3)]
+    settings = joint(noise_shape=(2, *tiny.latent), iterations=8, restarts=2, **tiny.settings)
+    return [one[0] for one in made], simulate, settings, [one[1] for one in made]
+
+
+def assert_same(left, right, **tolerance):
+    for one, other in zip(left, right, strict=True):
+        assert one.restart == other.restart and one.status == other.status
+        for name in ("images", "labels", "losses", "restart_losses", "restart_images"):
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
+
+
+@pytest.mark.parametrize("change", [{}, {"distance": "l2"}, {"signed": True, "decay": "step"}, {"kink_width": None}, {"noise_shape": None}])
+def test_one_program_gives_the_numbers_of_a_plain_loop(case, change):
+    observations, simulate, settings, _ = case
+    settings = dataclasses.replace(settings, **change)
+    made = [run(observations, lambda: simulate, settings, mode=mode, at_once=4, **DOUBLE) for mode in ("vmap", "loop")]
+    assert_same(*made)
+    assert made[0][0].loss < float(made[0][0].losses[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_results_do_not_depend_on_how_attacks_are_cut_into_chunks(case, at_once):
+    observations, simulate, settings, _ = case
+    reference = run(observations, lambda: simulate, settings, at_once=3, **DOUBLE)
+    assert_same(reference, run(observations, lambda: simulate, settings, at_once=at_once, **DOUBLE))
+
+
+def test_results_do_not_depend_on_the_order_of_attacks_or_of_chunks(case):
+    observations, simulate, settings, _ = case
+    one = [drain(run_chunk(chunk, observations, simulate, settings, **DOUBLE)) for chunk in plan(3, 2, 6)]
+    other = [drain(run_chunk(chunk, observations, simulate, settings, **DOUBLE)) for chunk in [((2, 1), (0, 0)), ((1, 1), (0, 1), (2, 0), (1, 0))]]
+    assert_same(select(one, 3), select(other, 3))
+
+
+def test_another_seed_starts_elsewhere_and_restarts_differ(case):
+    observations, simulate, settings, _ = case
+    settings = dataclasses.replace(settings, iterations=0)
+    first, again, other = (run(observations, lambda: simulate, settings, seed=seed)[0].restart_images for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+
+
+def test_observations_with_weights_and_knowledge_of_their_own_are_attacked_with_their_own(tiny):
+    model = tiny.Net(sigma=0.5)
+    simulate, observations = tiny.simulator(model), []
+    for seed in range(3):
+        known = {"noise": tiny.draw_noise(seed)}
+        observations.append(tiny.observe(simulate, tiny.weights(model, seed), seed=seed, known=known)[0])
+    settings = naive(iterations=10, **tiny.settings)
+    together = run(observations, lambda: simulate, settings, at_once=3, **DOUBLE)
+    for index, found in enumerate(together):
+        alone = drain(run_chunk(((index, 0),), observations, simulate, settings, **DOUBLE))
+        torch.testing.assert_close(found.images, alone["images"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_reported_loss_is_the_lowest_of_the_curve_and_that_of_the_returned_images(case):
+    """At this step size candidates jump from wall to wall: the last point is not the best, and neighbours have other losses."""
+    observations, simulate, settings, _ = case
+    steps = {"lr": 2.0, "noise_lr": 1.0, "signed": True, "decay": "step", "iterations": 7, "restarts": 1}
+    settings = dataclasses.replace(settings, distance="l2", tv=0.01, noise_weight=0.1, tv_boost=10.0, **steps)
+    rows = drain(run_chunk(((0, 0), (1, 0), (2, 0)), observations, simulate, settings, **DOUBLE))
+    assert (rows["losses"][:, -1] > rows["loss"] + 1e-4).any()
+    for index, observation in enumerate(observations):
+        images, noise = rows["images"][index].double(), rows["noise"][index].double()
+        update = simulate(observation.params, {}, images, F.one_hot(observation.labels, 3).double(), noise)
+        apart = sum((update[k] - t).square().sum() for k, t in observation.update.items())
+        apart = apart / sum(t.square().sum() for t in observation.update.values())
+        roughness = images.diff(dim=-1).abs().mean() + images.diff(dim=-2).abs().mean()
+        expected = apart + 0.01 * roughness + 0.1 * noise.square().mean()
+        torch.testing.assert_close(rows["loss"][index].double(), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(rows["loss"][index], rows["losses"][index].min())
+
+
+def test_candidates_stay_in_the_box_however_large_the_steps(case):
+    observations, simulate, settings, _ = case
+    settings = dataclasses.replace(settings, lr=5.0, iterations=3)
+    for found in run(observations, lambda: simulate, settings, seed=0):
+        assert found.restart_images.min() >= 0 and found.restart_images.max() <= 1 and found.images.dtype == torch.float32
+
+
+def test_a_broken_update_fails_alone_with_its_reason_and_mid_grey_images(case):
+    observations, simulate, settings, _ = case
+    healthy = run(observations, lambda: simulate, settings, at_once=6, **DOUBLE)
+    nothing = {name: torch.zeros_like(t) for name, t in observations[0].update.items()}
+    broken = {**observations[2].update, "encoder.0.bias": torch.full((4,), torch.nan)}
+    changed = [dataclasses.replace(observations[0], update=nothing), observations[1], dataclasses.replace(observations[2], update=broken)]
+    found = run(changed, lambda: simulate, settings, at_once=6, **DOUBLE)
+    assert_same(found[1:2], healthy[1:2])
+    for one, reason in ((found[0], "zero"), (found[2], "not finite")):
+        assert one.status == "failed" and reason in one.error and (one.images == 0.5).all() and one.loss == torch.inf
+        assert one.restart_losses.tolist() == [torch.inf] * 2 and one.images.shape == (2, 2, 6, 6)
+
+
+def test_a_loss_that_becomes_nan_on_the_way_fails_alone_and_says_when(tiny):
+    model = tiny.Net()
+    gradient = tiny.simulator(model)
+
+    def simulate(params, known, images, labels, noise):
+        trap = 0 * torch.log(known["limit"] - (images - 0.5).abs().max())
+        return {name: tensor + trap for name, tensor in gradient(params, {}, images, labels, noise).items()}
+
+    params = tiny.weights(model)
+    observations = [tiny.observe(gradient, params, seed=seed)[0] for seed in range(3)]
+    limits = torch.tensor([1.0, 0.35, 1.0], dtype=torch.float64)
+    observations = [dataclasses.replace(o, known={"limit": limit}) for o, limit in zip(observations, limits, strict=True)]
+    settings = naive(iterations=20, start=lambda observation, restart: (torch.full((1, *tiny.shape), 0.5), None), **tiny.settings)
+    found = run(observations, lambda: simulate, settings, at_once=3, **DOUBLE)
+    assert [one.status for one in found] == ["ok", "failed", "ok"] and (found[1].images == 0.5).all()
+    iteration = int(found[1].error.split()[-1])
+    assert 1 < iteration < 20 and found[1].losses[:iteration].isfinite().all() and not found[1].losses[iteration].isfinite()
+    without = run(observations[::2], lambda: simulate, settings, **DOUBLE)
+    assert_same(found[::2], without)
+
+
+def test_an_observation_of_another_model_is_refused_before_the_first_iteration(case, tiny):
+    observations, simulate, settings, _ = case
+    for change in (
+        {"encoder.0.weight": torch.zeros(4, 3, 3, 3)},
+        {"extra": torch.zeros(1)},
+    ):
+        wrong = dataclasses.replace(observations[1], update={**observations[1].update, **change})
+        running = invert([observations[0], wrong], lambda: simulate, settings, seed=0, dtype=torch.float64)
+        with pytest.raises(InputError, match="does not fit"):
+            next(running)
+    fewer = dataclasses.replace(observations[0], update={k: t for k, t in observations[0].update.items() if k != "encoder.0.bias"})
+    with pytest.raises(InputError, match=r"encoder\.0\.bias.*missing in the observation"):
+        run([fewer], lambda: simulate, settings, **DOUBLE)
+
+
+def test_observations_that_differ_in_size_or_names_and_labels_out_of_range_are_refused(case, tiny):
+    observations, simulate, settings, _ = case
+    single = tiny.observe(simulate, observations[0].params, size=1)[0]
+    with pytest.raises(InputError, match="separate calls"):
+        run([observations[0], single], lambda: simulate, settings, **DOUBLE)
+    with pytest.raises(InputError, match="separate calls"):
+        run([observations[0], dataclasses.replace(observations[1], known={"x": torch.ones(1)})], lambda: simulate, settings, **DOUBLE)
+    for labels in (torch.tensor([0]), torch.tensor([0, 3]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])):
+        with pytest.raises(InputError, match="granted labels"):
+            run([dataclasses.replace(observations[0], labels=labels)], lambda: simulate, settings, **DOUBLE)
+
+
+def test_labels_that_are_not_granted_are_recovered_and_used(case):
+    observations, simulate, settings, _ = case
+    hidden = [dataclasses.replace(o, labels=None) for o in observations]
+    for found, observation in zip(run(hidden, lambda: simulate, settings, **DOUBLE), observations, strict=True):
+        assert found.labels.tolist() == sorted(observation.labels.tolist())
+
+
+def test_the_private_images_cannot_reach_an_attack(case):
+    """They are no field of the observation; overwriting them, after it was made, changes no bit."""
+    observations, simulate, settings, truth = case
+    assert {field.name for field in dataclasses.fields(Observation)} == {"params", "update", "num_examples", "kind", "labels", "known"}
+    before = run(observations, lambda: simulate, settings, **DOUBLE)
+    for images in truth:
+        images.copy_(images.flip(0).roll(1, 2))
+    assert_same(before, run(observations, lambda: simulate, settings, **DOUBLE), rtol=0, atol=0)
+
+
+def test_an_attack_modifies_none_of_its_inputs(case):
+    observations, simulate, settings, _ = case
+    kept = copy.deepcopy(observations)
+    run(observations, lambda: simulate, settings, **DOUBLE)
+    for one, other in zip(observations, kept, strict=True):
+        assert all(torch.equal(one.params[k], other.params[k]) and torch.equal(one.update[k], other.update[k]) for k in kept[0].params)
+
+
+def row(observation, restart, loss, failure=0):
+    images = torch.full((1, 1, 2, 2), 0.1 * restart)
+    tensors = {"images": images, "labels": torch.tensor([0]), "loss": torch.tensor(loss), "losses": torch.ones(3), "failure": torch.tensor(failure)}
+    return {name: t[None] for name, t in {**tensors, "attacks": torch.tensor([observation, restart]), "failed_at": torch.tensor(7)}.items()}
+
+
+def test_the_restart_of_the_lowest_own_loss_is_chosen_and_a_failed_one_never_while_another_lives():
+    rows = [row(1, 0, torch.inf, 3), row(0, 2, 0.3), row(1, 2, torch.inf, 3), row(0, 0, 0.2), row(1, 1, 9.0), row(0, 1, 0.1)]
+    first, second = select(rows, 2)
+    assert (first.restart, second.restart, second.status) == (1, 1, "ok")
+    torch.testing.assert_close(first.restart_losses, torch.tensor([0.2, 0.1, 0.3]))
+    assert torch.equal(first.images, first.restart_images[1]) and second.restart_losses.tolist() == [torch.inf, 9.0, torch.inf]
+    (failed,) = select([row(0, 0, torch.inf, 3)], 1)
+    assert failed.status == "failed" and failed.error.endswith("iteration 7")
+
+
+@pytest.mark.parametrize("rows", [[(0, 0)], [(0, 0), (1, 0), (1, 1)], [(0, 0), (1, 0), (1, 0)], [(0, 0), (1, 0), (2, 0)]])
+def test_missing_doubled_and_foreign_attacks_are_noticed(rows):
+    with pytest.raises(ValueError, match="once each"):
+        select([row(o, r, 0.1) for o, r in rows], 2)
+
+
+def test_progress_comes_every_so_often_and_at_the_end_and_curves_are_thinned(case):
+    observations, simulate, settings, _ = case
+    settings = dataclasses.replace(settings, iterations=45, restarts=1)
+    running, seen = invert(observations, lambda: simulate, settings, seed=0, at_once=2, every=20), []
+    try:
+        while True:
+            seen.append(next(running))
+    except StopIteration as end:
+        found = end.value
+    assert [(p.chunk, p.iteration, p.attacks) for p in seen] == [(0, i, 2) for i in (0, 20, 40, 45)] + [(1, i, 1) for i in (0, 20, 40, 45)]
+    assert all(p.chunks == 2 and p.iterations == 45 and p.failed == 0 for p in seen) and seen[3].loss < seen[0].loss
+    assert found[0].losses.shape == (46,) and found[0].losses.dtype == torch.float32
+    long = run(observations[:1], lambda: simulate, dataclasses.replace(settings, iterations=220), seed=0)
+    assert long[0].losses.shape == (200,)
+
+
+def test_step_sizes_fall_tenfold_after_three_five_and_seven_eighths():
+    step = Matching(image_shape=(1, 2, 2), num_classes=2, iterations=80, decay="step")
+    assert [round(step_factor(step, i), 6) for i in (0, 29, 30, 49, 50, 69, 70, 79)] == [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    smooth = dataclasses.replace(step, decay="quadratic")
+    assert step_factor(smooth, 0) == 1 and step_factor(smooth, 40) == 0.25 and step_factor(dataclasses.replace(step, decay="linear"), 60) == 0.25
+
+
+def test_the_smoothing_schedules_run_from_their_first_to_their_last_value():
+    settings = Matching(image_shape=(1, 2, 2), num_classes=2, iterations=80, tv=0.01, tv_boost=100.0, kink_width=(1.0, 0.01))
+    assert [round(tv_weight(settings, i), 6) for i in (0, 30, 60, 80)] == [1.0, 0.1, 0.01, 0.01]
+    assert [round(kink_width(settings, i), 6) for i in (0, 40, 80)] == [1.0, 0.1, 0.01]
+    assert kink_width(dataclasses.replace(settings, kink_width=None), 5) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"distance": "l1"}, {"decay": "none"}, {"start": "truth"}, {"restarts": 0}, {"iterations": -1}, {"tv": -1.0}, {"lr": 0.0},
+     {"noise_lr": float("nan")}, {"image_shape": (6, 6)}, {"num_classes": 1}, {"kink_width": (1.0, 0.0)}, {"tv_boost": 0.5},
+     {"noise_weight": float("inf")}],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong)).split("_")[0]):
+        Matching(**{"image_shape": (1, 2, 2), "num_classes": 2, **wrong})
+
+
+def test_unknown_modes_and_empty_chunks_are_refused(case):
+    observations, simulate, settings, _ = case
+    with pytest.raises(InputError, match="mode"):
+        run(observations, lambda: simulate, settings, mode="map", **DOUBLE)
+    with pytest.raises(InputError, match="at_once=0"):
+        plan(3, 1, 0)
+    with pytest.raises(InputError, match="start gave"):
+        run(observations, lambda: simulate, dataclasses.replace(settings, start=lambda o, r: (torch.zeros(1, 2, 6, 6), None)), **DOUBLE)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, vmap
+
+from gidef.attack import drain, invert, joint, local_adam, local_sgd, naive
+from gidef.errors import InputError
+from gidef.types import Observation
+
+
+def trained(tiny, images, labels, noise, optimiser, *, steps, epochs):
+    """The same local training with torch.optim."""
+    model = tiny.Net(sigma=0.5)
+    start = tiny.weights(model)
+    params = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
+    optimiser = optimiser(params.values())
+    size = len(images) * epochs // steps
+    for t in range(steps):
+        rows = slice(t * size % len(images), t * size % len(images) + size)
+        optimiser.zero_grad()
+        F.cross_entropy(functional_call(model, params, (images[rows], noise[t])), labels[rows]).backward()
+        optimiser.step()
+    return {name: (tensor - start[name]).detach() for name, tensor in params.items()}
+
+
+CASES = {
+    "sgd": (lambda s, **k: local_sgd(s, lr=0.1, **k), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "momentum": (lambda s, **k: local_sgd(s, lr=0.1, momentum=0.9, **k), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+    "adam": (lambda s, **k: local_adam(s, lr=0.01, **k), lambda p: torch.optim.Adam(p, lr=0.01)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("size", "steps", "epochs"), [(2, 1, 1), (6, 3, 1), (4, 6, 3), (2, 4, 4)])
+def test_the_delta_is_that_of_torch_optim_over_consecutive_slices_in_the_same_order_every_epoch(tiny, name, size, steps, epochs):
+    ours, theirs = CASES[name]
+    _, images, labels = tiny.observe(tiny.simulator(tiny.Net()), tiny.weights(tiny.Net()), size=size)
+    noise = torch.stack([tiny.draw_noise(t, size * epochs // steps) for t in range(steps)])
+    model = tiny.Net(sigma=0.5)
+    simulate = ours(tiny.simulator(model), steps=steps, epochs=epochs)
+    delta = simulate(tiny.weights(model), {}, images, F.one_hot(labels, tiny.classes).double(), noise)
+    expected = trained(tiny, images, labels, noise, theirs, steps=steps, epochs=epochs)
+    for key in expected:
+        torch.testing.assert_close(delta[key], expected[key])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_vmappable_and_its_derivative_agrees_with_finite_differences(tiny, name):
+    model = tiny.Net(activation=torch.nn.Tanh)
+    params, simulate = tiny.weights(model), CASES[name][0](tiny.simulator(model), steps=2)
+    images = torch.stack([tiny.observe(tiny.simulator(model), params, size=2, seed=seed)[1] for seed in range(2)])
+    labels = F.one_hot(torch.tensor([0, 2]), tiny.classes).double()
+
+    def released(x):
+        return sum(tensor.square().sum() for tensor in simulate(params, {}, x, labels, None).values())
+
+    slopes = vmap(grad(released))(images)
+    direction = torch.ones_like(images[0])
+    for x, slope in zip(images, slopes, strict=True):
+        measured = (released(x + 1e-5 * direction) - released(x - 1e-5 * direction)) / 2e-5
+        torch.testing.assert_close((slope * direction).sum(), measured, rtol=1e-4, atol=1e-9)
+
+
+def test_adam_s_derivative_is_finite_where_a_gradient_is_zero():
+    simulate = local_adam(lambda params, known, x, y, noise: {"w": x.sum() * params["w"] * torch.tensor([1.0, 0.0])}, steps=2, lr=0.1)
+    slope = grad(lambda x: simulate({"w": torch.ones(2)}, {}, x, torch.zeros(2), None)["w"].sum())(torch.ones(2))
+    assert slope.isfinite().all()
+
+
+def test_tensors_without_a_gradient_stay_and_are_not_released():
+    simulate = local_sgd(lambda params, known, x, y, noise: {"w": params["v"] * x.sum()}, steps=2, lr=0.5)
+    delta = simulate({"w": torch.zeros(1), "v": torch.ones(1)}, {}, torch.ones(2), torch.zeros(2), None)
+    assert delta.keys() == {"w"} and delta["w"].item() == -1.0
+
+
+def test_arguments_out_of_range_are_refused(tiny):
+    simulate = tiny.simulator(tiny.Net())
+    for wrong in ({"steps": 0, "lr": 1}, {"steps": 3, "lr": 1, "epochs": 2}, {"steps": 1, "lr": 0}, {"steps": 1, "lr": 1, "momentum": 1.0}):
+        with pytest.raises(InputError):
+            local_sgd(simulate, **wrong)
+    with pytest.raises(InputError, match="betas"):
+        local_adam(simulate, steps=1, lr=1, betas=(1.0, 0.9))
+    with pytest.raises(InputError, match="do not divide"):
+        local_sgd(simulate, steps=2, lr=1)({}, {}, torch.zeros(3, 2), torch.zeros(3), None)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_engine_inverts_the_delta_of_local_training(tiny, noisy):
+    model = tiny.Net(sigma=0.3 if noisy else None)
+    shape = (2, 1, *tiny.latent)
+    noise = tiny.draw_noise(0, 2).view(shape) if noisy else None
+    simulate = local_sgd(tiny.simulator(model), steps=2, lr=0.1)
+    params = tiny.weights(model)
+    _, images, _ = tiny.observe(tiny.simulator(model), params, size=2, seed=1)
+    labels = torch.tensor([0, 2])
+    update = simulate(params, {}, images, F.one_hot(labels, tiny.classes).double(), noise)
+    observation = Observation(params, update, 2, kind="delta", labels=labels)
+    settings = {**tiny.settings, "iterations": 150, "tv": 0.0}
+    matching = joint(noise_shape=shape, **settings) if noisy else naive(**settings)
+    (found,) = drain(invert([observation], lambda: simulate, matching, seed=0, dtype=torch.float64))
+    assert found.loss < 0.1 * float(found.losses[0])

@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from gidef.metrics import bootstrap_interval, interval, worst_decile
+
+
+def test_equal_seeds_give_equal_intervals_and_the_global_generator_is_untouched():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values.tolist(), seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_interval_covers_the_mean_at_about_its_level():
+    draw = torch.Generator().manual_seed(0)
+    covered = 0
+    for trial in range(200):
+        low, high = bootstrap_interval(torch.randn(50, generator=draw), seed=trial, resamples=400)
+        covered += low <= 0 <= high
+    assert 0.89 <= covered / 200 <= 0.99  # 0.95, less 1 point for percentile bootstrap at n = 50, ± 3 standard errors
+
+
+def test_the_interval_matches_the_normal_one_for_many_values_and_widens_with_the_level():
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    low, high = bootstrap_interval(values, seed=0, resamples=4000)
+    half = 1.96 * values.std().item() / math.sqrt(2000)
+    assert low == pytest.approx(values.mean().item() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean().item() + half, abs=0.1 * half)
+    narrow = bootstrap_interval(values, seed=0, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_drawing_in_chunks_keeps_the_number_of_resamples(monkeypatch):
+    values = torch.rand(30, generator=torch.Generator().manual_seed(0))
+    whole = bootstrap_interval(values, seed=0)
+    monkeypatch.setattr(interval, "CHUNK", 100)
+    assert bootstrap_interval(values, seed=0) == pytest.approx(whole, abs=0.02)
+
+
+def test_one_value_or_equal_values_have_no_width():
+    assert bootstrap_interval([0.25], seed=0) == (0.25, 0.25)
+    assert bootstrap_interval(torch.full((9,), 0.5), seed=0) == (0.5, 0.5)
+
+
+def test_the_worst_decile_is_the_tenth_that_leaks_most_rounded_up():
+    values = torch.arange(25.0)  # ⌈25/10⌉ = 3 values
+    assert worst_decile(values) == 23
+    assert worst_decile(values, higher_is_leak=False) == 1
+    assert worst_decile([4.0, 9.0, 5.0]) == 9
+    assert values.tolist() == list(range(25))
+
+
+def test_empty_and_broken_values_are_refused():
+    for broken in ([], [1.0, math.nan], [math.inf], torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="finite values"):
+            bootstrap_interval(broken, seed=0)
+        with pytest.raises(ValueError, match="finite values"):
+            worst_decile(broken)
+    with pytest.raises(ValueError, match="level=1.0"):
+        bootstrap_interval([1.0], seed=0, level=1.0)
+    with pytest.raises(ValueError, match="resamples=0"):
+        bootstrap_interval([1.0], seed=0, resamples=0)

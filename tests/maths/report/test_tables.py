@@ -1,0 +1,97 @@
+import csv
+import io
+
+import pytest
+
+from gidef.report import tables
+from gidef.report.console import Console
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_the_plain_table_fits_and_breaks_no_number(results, width):
+    results["rows"][0]["note"] = "decoder granted"
+    results["data"]["synthetic"] = True
+    text = tables.text(results, width)
+    assert max(map(len, text.splitlines())) <= width and "\x1b" not in text
+    assert "bloodmnist (SYNTHETIC data)" in text and "Note 1: decoder granted" in " ".join(text.split())
+    for whole in ("[23.8, 25.0]", "[11.5, 12.7]", "24.4", "untrained", "constant", "neighbour", "95.0 %", "12.5 %"):
+        assert whole in text, whole
+    if width >= 100:
+        assert "[0.27, 0.33]" in text and "[17.0, 23.0]" in text
+
+
+def test_intervals_stand_beside_their_means_where_there_is_room(results):
+    assert "24.4 [23.8, 25.0]" in tables.text(results, 160) and "24.4 [23.8, 25.0]" not in tables.text(results, 100)
+
+
+def test_the_bounds_come_beneath_the_attacks_in_the_same_columns(results):
+    lines = tables.text(results, 160).splitlines()
+    attack, bound = (next(line for line in lines if start in line) for start in ("learned", "class mean"))
+    assert lines.index(bound) > lines.index(attack)
+    assert attack.index("8.0 [7.4, 8.6]") + len("8.0 [7.4, 8.6]") == bound.index("19.0 [18.7, 19.3]") + len("19.0 [18.7, 19.3]")
+
+
+def test_real_data_are_not_called_synthetic(results):
+    assert all("ynthetic" not in render(results) for render in (tables.text, tables.markdown, tables.latex))
+
+
+def test_the_console_prints_the_table_to_screen_and_log(results, tmp_path, capsys):
+    with Console(log=tmp_path / "log.txt", width=100) as console:
+        console.table(tables.table(results, console.width))
+        console.table(tables.training_table(results))
+    screen = capsys.readouterr().out
+    assert "[11.5, 12.7]" in screen and "90.3" in screen
+
+    def words(text):
+        return text.replace("─", "").split()
+
+    assert words(screen) == words((tmp_path / "log.txt").read_text())
+
+
+def test_csv_holds_every_number_as_it_is(results):
+    results["data"]["synthetic"] = True
+    results["rows"][2]["note"] = 'said "so", twice'
+    lines = list(csv.DictReader(io.StringIO(tables.csv(results))))
+    assert [line["kind"] for line in lines] == ["attack"] * 3 + ["bound"] * 4
+    assert float(lines[2]["psnr_db_high"]) == results["rows"][2]["psnr_db"]["high"]
+    assert lines[2]["note"] == 'said "so", twice' and lines[2]["seed"] == "0 1 2" and lines[2]["synthetic"] == "True"
+    assert float(lines[2]["attacker_accuracy_mean"]) == 0.5 and lines[2]["attacker_accuracy_low"] == ""
+    assert lines[3]["defence"] == "constant grey" and float(lines[3]["mse_mean"]) == 0.08
+
+
+def test_failures_seeds_and_mixed_share_policies_are_marked(results):
+    results["rows"][0].update(failed=2, seeds=None, seed=0, share_policy="head")
+    text = " ".join(tables.text(results, 160).split())
+    assert "plain (seed 0)" in text and "2 failed, scored as mid-grey" in text and "share policy head" in text
+    assert "Share policy full" not in text
+
+
+def test_markdown_cells_stay_in_their_columns(results):
+    results["rows"][0].update(defence="a|b_c*\\", note="x\ny")
+    lines = tables.markdown(results).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + 3 + 4 and len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert "a\\|b\\_c\\*\\\\" in table[2] and "Note 1: x y  " not in lines and any(line.startswith("Note 1: x") for line in lines)
+
+
+def test_latex_escapes_its_special_characters(results):
+    results["rows"][0].update(defence=r"50%_a&b#$~^\{x}", note="")
+    text = tables.latex(results)
+    assert r"50\%\_a\&b\#\$\textasciitilde{}\textasciicircum{}\textbackslash{}\{x\}" in text
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 8 and all(line.replace(r"\&", "").count("&") == 9 for line in body)
+    assert text.count(r"\begin{") == text.count(r"\end{") == 2
+
+
+def test_missing_values_are_dashes_and_a_run_without_attacks_still_prints(results):
+    results["rows"][0].update(psnr_db=None, client_accuracy=None, ssim={"mean": 0.25, "low": None, "high": None})
+    line = next(line for line in tables.text(results, 160).splitlines() if "plain" in line)
+    assert line.split()[3] == "-" and "0.25" in line
+    results["rows"], results["bounds"], results["judge"] = [], [], {}
+    for render in (tables.text, tables.csv, tables.markdown, tables.latex):
+        assert render(results)
+
+
+def test_square_brackets_in_names_are_no_markup(results):
+    results["rows"][0]["defence"] = "[red]x"
+    assert "[red]x" in tables.text(results, 120)

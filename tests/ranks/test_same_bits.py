@@ -1,0 +1,60 @@
+"""The final model is the same bits on 1, 2 and 3 ranks, and after a kill and a resumption. Synthetic cells."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.ranks.launch import record, results, run, run_until
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(1, "tiny.py", "--rounds.count", "3", "--out", str(folder))
+    return folder
+
+
+def test_two_and_three_ranks_end_with_the_bits_of_one(alone, tmp_path):
+    expected = results(alone)
+    for ranks in (2, 3):
+        run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / str(ranks)))
+        found = results(tmp_path / str(ranks))
+        assert found["world_size"] == ranks
+        assert found["weights_sha256"] == expected["weights_sha256"]
+        assert len(set(found["weights_sha256"].values())) == 2  # two defences, two models
+        for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
+            assert mine["psnr_db"]["mean"] == pytest.approx(theirs["psnr_db"]["mean"], abs=1e-3)
+
+
+def test_a_run_killed_in_training_and_resumed_on_other_ranks_ends_with_the_same_bits(alone, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("--rounds.count", "3", "--out", str(folder))
+    run_until(lambda: (folder / "checkpoints" / "learned-0" / "round-000001.safetensors").exists(), 1, "tiny.py", *arguments)
+    assert not (folder / "results.json").exists()
+    run(2, "tiny.py", *arguments, "--resume")
+    assert results(folder)["weights_sha256"] == results(alone)["weights_sha256"]
+    _no_line_is_doubled(folder, alone)
+
+
+def test_a_run_killed_in_the_attacks_and_resumed_gives_the_same_reconstructions(alone, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("--rounds.count", "3", "--out", str(folder))
+    run_until(lambda: any((folder / "attacks").glob("undefended-0/untrained/naive/*.safetensors")), 1, "tiny.py", *arguments)
+    run(1, "tiny.py", *arguments, "--resume")
+    found, expected = results(folder), results(alone)
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    assert [row["psnr_db"] for row in found["rows"]] == [row["psnr_db"] for row in expected["rows"]]
+    _no_line_is_doubled(folder, alone)
+
+
+def _no_line_is_doubled(folder, alone) -> None:
+    def key(line):
+        return tuple(str(line.get(name)) for name in ("kind", "defence", "seed", "round", "checkpoint", "attack", "victim"))
+
+    counts = Counter(key(line) for line in record(folder) if line["kind"] != "start")
+    assert max(counts.values()) == 1
+    assert counts.keys() == {key(line) for line in record(alone) if line["kind"] != "start"}

@@ -1,0 +1,159 @@
+"""Recipes as a user starts them. Synthetic cells, except where a test says otherwise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gidef import importing
+from gidef.config import from_json, problems, to_json
+from tests.ranks.launch import ROOT, record, results, run
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.RECIPE
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_read_without_running_and_has_no_problem(name):
+    recipe = load(name)
+    assert problems(recipe) == []
+    assert from_json(json.loads(json.dumps(to_json(recipe))), load=importing.load) == recipe
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "run"
+    return folder, run(1, "tiny.py", "--out", str(folder))
+
+
+def test_the_tiny_run_says_what_was_protected_and_shows_it(tiny):
+    folder, done = tiny
+    found = results(folder)
+    table = {(row["defence"], row["attack"], row["checkpoint"]) for row in found["rows"]}
+    for checkpoint in ("untrained", "final"):
+        assert {(d, a, c) for d, a, c in table if c == checkpoint} == {
+            ("undefended", "naive", checkpoint), ("undefended", "joint", checkpoint), ("learned", "naive", checkpoint),
+            ("learned", "joint", checkpoint), ("learned", "decoder", checkpoint),
+        }  # fmt: skip
+    assert {bound["name"] for bound in found["bounds"]} >= {"constant grey", "mean image", "class mean"}
+    assert found["data"]["synthetic"] is True
+    assert "synthetic" in done.stdout.lower()
+    assert all(sentence in " ".join(done.stdout.split()) for sentence in found["verdict"])
+    for picture in found["pictures"]:
+        assert (folder / picture).stat().st_size > 1000
+        assert picture in done.stdout
+    for name in ("table.csv", "table.md", "table.tex", "log.txt", "recipe.json", "models/learned-0.safetensors"):
+        assert (folder / name).exists()
+
+
+def test_the_record_holds_every_round_and_every_attacked_victim(tiny):
+    folder, _ = tiny
+    lines = record(folder)
+    rounds = [(line["defence"], line["round"]) for line in lines if line["kind"] == "round"]
+    assert rounds == [("undefended", 1), ("undefended", 2), ("learned", 1), ("learned", 2)]
+    attacks = [line for line in lines if line["kind"] == "attack"]
+    assert len(attacks) == 2 * 5 * 8
+    for row in results(folder)["rows"]:
+        values = [line["psnr_db"] for line in attacks if (line["defence"], line["attack"], line["checkpoint"]) == (row["defence"], row["attack"], row["checkpoint"])]
+        assert sum(values) / len(values) == pytest.approx(row["psnr_db"]["mean"])
+
+
+def test_the_trained_model_loads_in_three_lines(tiny):
+    import torch
+
+    from gidef.build import load_model
+
+    folder, _ = tiny
+    model, meta = load_model(folder / "models" / "learned-0.safetensors")
+
+    assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 8)
+    assert meta["sha256"] == results(folder)["weights_sha256"]["learned/0"]
+
+
+def test_an_existing_run_is_refused_without_resume(tiny):
+    folder, _ = tiny
+    before = (folder / "results.json").read_bytes()
+    done = run(1, "tiny.py", "--out", str(folder), check=False)
+    assert done.returncode == 2 and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_a_run_resumes_only_under_the_same_science(tiny):
+    folder, _ = tiny
+    done = run(1, "tiny.py", "--out", str(folder), "--resume", "--clients.lr", "0.5", check=False)
+    assert done.returncode == 2 and "clients.lr" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_attack_and_report_take_up_a_finished_run(tiny, tmp_path):
+    folder, _ = tiny
+    import subprocess
+    import sys
+
+    from tests.ranks.launch import environment
+
+    out = tmp_path / "again"
+    base = [sys.executable, "-m", "gidef"]
+    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT / "recipes"), str(ROOT)]))
+    asked = ["attack", str(folder), "--attack", "naive", "--checkpoint", "untrained", "--victims", "4", "--iterations", "3", "--allow-code", "--out", str(out)]
+    done = subprocess.run([*base, *asked], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = results(out)["rows"]
+    assert {(row["attack"], row["victims"], row["iterations"]) for row in rows} == {("naive", 4, 3)}
+    refused = subprocess.run([*base, *asked[:-3], "--out", str(tmp_path / "no")], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2 and "--allow-code" in refused.stderr
+    picture = folder / "pictures" / "reconstructions-final.png"
+    picture.unlink()
+    done = subprocess.run([*base, "report", str(folder)], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert picture.exists()
+
+
+def test_speed_moves_nothing_past_tolerance(tiny, tmp_path):
+    folder, _ = tiny
+    other = tmp_path / "run"
+    run(1, "tiny.py", "--out", str(other), "--speed.workers", "1", "--speed.attacks-at-once", "3", "--speed.attack-mode", "loop")
+    found, expected = results(other), results(folder)
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
+        assert mine["psnr_db"]["mean"] == pytest.approx(theirs["psnr_db"]["mean"], abs=0.05)
+
+
+@pytest.mark.parametrize("policy", ["head", "all"])
+def test_the_other_share_policies_run_through(policy, tmp_path):
+    folder = tmp_path / "run"
+    run(1, "tiny.py", "--out", str(folder), "--share-policy", policy, "--evaluation.checkpoints", "final", "--only", "learned")
+    found = results(folder)
+    assert {row["share_policy"] for row in found["rows"]} == {policy}
+    assert len(found["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data.path", "nowhere.npz"], "nowhere.npz"),
+        (["--data.name", "chestmnist"], "several labels"),
+        (["--rounds.cohort-size", "9"], "cohort_size=9"),
+        (["--data.num-clients", "1000"], "1000"),
+        (["--rounds.count", "-1"], "rounds.count=-1"),
+        (["--model.name", "resnet81"], "resnet81"),
+        (["--model.cut", "blocks.9"], "blocks.9"),
+        (["--model.pretrained", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--only", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_no_folder(arguments, said, tmp_path):
+    folder = Path(tmp_path) / "run"
+    done = run(1, "tiny.py", "--out", str(folder), *arguments, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not folder.exists()
