@@ -60,13 +60,24 @@ class Setting:
         raise KeyError(row)
 
 
-def load_setting(recipe: config.Recipe, *, device: torch.device, notice: Callable[[str], None], progress: Any = None) -> Setting:
-    """Load the images, cut them into clients and roles. Images live as uint8 on `device` when they fit, else in main memory.
+def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None]) -> Setting:
+    """Load the images, cut them into clients and roles. Images live as uint8 on the device when they fit, else in main memory.
 
-    Raises: InputError, see data.load_dataset, the partitions and roles.
+    Rank 0 loads first, so that one rank downloads and the others find the file. Raises: InputError on every rank, see
+    data.load_dataset, the partitions and roles.
     """
-    data = recipe.data
-    dataset = load_dataset(data.name, path=data.path, size=data.size, seed=data.split_seed, download=data.download, progress=progress, notice=notice)
+    data, device, failed = recipe.data, world.device, None
+    arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
+    if world.rank == 0:
+        try:
+            dataset = load_dataset(data.name, **arguments)
+        except InputError as error:
+            failed = str(error)
+    failed = world.broadcast_json(failed)
+    if failed:
+        raise InputError(failed)
+    if world.rank != 0:
+        dataset = load_dataset(data.name, **arguments)
     labels = dataset.train.labels
     shared = {"num_clients": data.num_clients, "seed": data.split_seed, "min_examples": data.min_examples}
     match data.partition:
@@ -105,7 +116,22 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
     )  # fmt: skip
-    return SplitModel(backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+    mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
+    return SplitModel(
+        backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
+        input_mean=mean, input_std=std,
+    )  # fmt: skip
+
+
+def _input_statistics(normalise: str, backbone: torch.nn.Module, channels: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if normalise == "none":
+        return None, None
+    if normalise == "half":
+        return (0.5,) * channels, (0.25,) * channels
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    if len(known.get("mean", ())) != channels:
+        raise InputError(f"model.normalise=timm, but {type(backbone).__name__} has no timm configuration for {channels} channel(s): use half or none.")
+    return tuple(known["mean"]), tuple(known["std"])
 
 
 def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:

@@ -87,6 +87,9 @@ class Model:
     """"group" turns BatchNorm into GroupNorm."""
     activation: Literal["leaky_relu", "none"] = "leaky_relu"
     """Of the small net only."""
+    normalise: Literal["half", "timm", "none"] = "half"
+    """What the net makes of pixels in [0, 1] first: (x - 0.5) / 0.25, the mean and std of the timm model's own
+    configuration (for pretrained weights), or nothing."""
     pretrained: str | None = None
     """A local .safetensors file with the backbone's weights."""
 

@@ -38,8 +38,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         _settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
         recipe = _continued(recipe, folder, world)
-        quiet = Console(rank=world.rank)
-        setting = build.load_setting(recipe, device=world.device, notice=quiet.notice)
+        setting = build.load_setting(recipe, world=world, notice=lambda text: None)
         chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
         del chosen
         mark = fingerprint(recipe, setting.dataset)
@@ -293,7 +292,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
         raise InputError("\n".join(found))
     with open_world(new.speed.device, new.speed.timeout_s) as world:
         _settle_threads(new)
-        setting = build.load_setting(new, device=world.device, notice=Console(rank=world.rank).notice)
+        setting = build.load_setting(new, world=world, notice=lambda text: None)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")

@@ -182,7 +182,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     val, total = run.setting.dataset.val, run.setting.rounds
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
-    with run.console.track(f"{name}, seed {seed}: round", total) as bar:
+    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
         stop = _patience_over(recipe, server.round, progress)
         for number, server, cohort, mean in () if stop else federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run):
             before = dict(participation.versions)
@@ -202,7 +202,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             )  # fmt: skip
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
                 _save_checkpoint(run, key, server, best, participation.versions, progress)
-            if run.leads:  # what the two kept checkpoints, the best round and the early snapshot refer to
+                # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
             bar.update(number + 1, loss=mean.metrics["loss"], acc=accuracy)

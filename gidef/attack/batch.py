@@ -30,8 +30,6 @@ REASONS = {
 
 def labels_of(observations: Sequence[Observation], matching: Matching) -> Tensor:
     """int64 (K, B): granted, or recovered."""
-    if len({observation.num_examples for observation in observations}) > 1:
-        raise InputError("the observations of one attack differ in num_examples: attack them in separate calls.")
     found, classes = [], matching.num_classes
     for observation in observations:
         labels, size = observation.labels, observation.num_examples

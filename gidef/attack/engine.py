@@ -64,7 +64,7 @@ def run_chunk(
 ) -> Generator[Progress, None, Tensors]:
     """Attack the observations of one chunk.
 
-    Args:    chunk: which attacks.  observations: all of them; only the chunk's are read.  simulate: owned by this thread.
+    Args:    chunk: which attacks.  observations: all of them, alike in sizes, names and shapes.  simulate: owned by this thread.
              seed: a start is drawn from (seed, observation, restart) alone.  mode: "vmap", or a plain "loop" over the attacks
              with the same numbers to rounding.  every: iterations between reports, the only points at which a device waits.
     Yields:  Progress, at multiples of `every` and at the end.
@@ -75,13 +75,16 @@ def run_chunk(
              failure int64 (K,): 0 or the kind of failure;  failed_at int64 (K,): iteration.
     Raises:  InputError, before the first iteration, if observations do not fit the simulator, the settings or one another.
     """
+    if len(sizes := {observation.num_examples for observation in observations}) > 1:
+        raise InputError(f"the observations of one attack differ in num_examples, {sorted(sizes)}: attack them in separate calls.")
     cast = {"device": torch.device(device), "dtype": dtype}
     chosen = [observations[index] for index, _ in chunk]
     labels = labels_of(chosen, matching).to(cast["device"])
     targets = F.one_hot(labels, matching.num_classes).to(dtype)
     given, dims = zip(gather([o.params for o in chosen], cast), gather([o.known for o in chosen], cast), (targets, 0), strict=True)
     variables = starts(chunk, labels.shape[1], matching, seed, cast)
-    check_fit(_simulated(simulate, *pick((variables, *given), (0, *dims), 0)), chosen)
+    with torch.no_grad():
+        check_fit(_simulated(simulate, *pick((variables, *given), (0, *dims), 0)), observations)
     target, scale, failure = normalised([o.update for o in chosen], cast)
     failed_at = torch.zeros_like(failure)
 
@@ -104,7 +107,8 @@ def run_chunk(
     moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
     curve: list[Tensor] = []
     for iteration in range(matching.iterations + 1):
-        loss, *gradients = evaluate(variables, given, target, scale, tv_weight(matching, iteration), kink_width(matching, iteration))
+        with torch.no_grad():  # for parameters that a simulator closes over; never around the yield, it would leak to the consumer
+            loss, *gradients = evaluate(variables, given, target, scale, tv_weight(matching, iteration), kink_width(matching, iteration))
         better = loss < best_loss
         best = tuple(torch.where(rows(better, new), new, old) for new, old in zip(variables, best, strict=True))
         best_loss = torch.where(better, loss, best_loss)

@@ -13,4 +13,4 @@ def joint(*, noise_shape: tuple[int, ...], **settings: Any) -> Matching:
     noise_shape: of one observation's noise, as the simulator takes it.  settings: image_shape, num_classes and any
     other field of `Matching`.
     """
-    return Matching(**{"noise_shape": noise_shape, **settings})
+    return Matching(noise_shape=noise_shape, **settings)

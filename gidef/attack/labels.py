@@ -35,7 +35,7 @@ def recover_labels(
 
     The last rule is free of scale, so a delta, whose step sizes are unknown, uses it with its bias too, as −Δ.
 
-    Args:    observation: of num_examples = B images.  weight, bias: names of the layer's tensors; found if None.
+    Args:    observation: of num_examples = B images.  weight, bias: names of the layer's tensors; found if both are None.
              mean_probabilities: p̄ (num_classes,), the model's mean prediction; None takes the uniform one of an untrained model.
     Returns: int64 (B,), sorted; repeated labels and B > num_classes are fine. The order within the batch cannot be known.
     Raises:  InputError if there is no such layer, or its update is not finite.

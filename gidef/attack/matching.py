@@ -43,7 +43,7 @@ class Matching:
     noise_start:  standard deviation of the first e.
     iterations:   steps per attack; the loss is evaluated iterations + 1 times.  restarts: starts per observation.
 
-    Weights, losses and the choice of candidates use the final `tv`: the schedules bend the path, never the objective.
+    Reported losses and the choice of candidates use the final `tv`: the schedules bend the path, never the objective.
     Raises: InputError for values out of range.
     """
 

@@ -104,6 +104,7 @@ class Participation:
     def _correction(self, server: ServerState, kept: Tensors) -> tuple[Callable[[str], torch.Tensor], Tensors]:
         """SCAFFOLD's c − c_i, and c_i; private parameters are not corrected."""
         control = {name.removeprefix(CONTROL): t for name, t in kept.items() if name.startswith(CONTROL)}
+        control = {name: t.to(self._initial[name].device) for name, t in control.items()}  # the store is in main memory
         server_control = server.slots.get("control", {})
 
         def correction(name: str) -> torch.Tensor:

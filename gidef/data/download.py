@@ -9,6 +9,7 @@ import http.client
 import os
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,7 +49,7 @@ def fetch(url: str, path: Path, *, md5: str, progress: Progress | None = None) -
                         done += len(block)
                         report(done, total)
             except (OSError, http.client.HTTPException) as error:
-                raise Unreachable(str(error)) from error
+                raise Unreachable(str(error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error))) from error
         if total is not None and done != total:
             raise Unreachable(f"the transfer broke off after {done} of {total} bytes")
         if digest.hexdigest() != md5:

@@ -105,7 +105,7 @@ def _from_path(request: _Request, path: str) -> Dataset:
         return _from_shards(request, place)
     if local.is_dir():
         splits, class_names, md5, notes = read_folder(local, request.size)
-        return _assemble(request, splits, Entry(local.name, local.name, "unknown", (), class_names, ""), source=place, md5=md5, notes=notes)
+        return _assemble(request, splits, _unknown(request, local.name, class_names), source=place, md5=md5, notes=notes)
     if not local.exists():
         raise InputError(f"{path}: no such file or folder. Expected an .npz archive, a folder of images, or WebDataset shards.")
     if local.suffix != ".npz":
@@ -118,8 +118,7 @@ def _from_npz(request: _Request, file: Path) -> Dataset:
     splits, md5, name = read_npz(file), md5_of(file), re.sub(r"(_64|_128|_224)?(_resplit)?$", "", file.stem)
     known = {entry.name: entry for entry in available() if entry.supported}
     if name not in known:
-        label = file.stem if request.name in known else request.name
-        return _assemble(request, splits, Entry(label, label, "unknown", (), (), ""), source=str(file), md5=md5)
+        return _assemble(request, splits, _unknown(request, file.stem), source=str(file), md5=md5)
     entry, notes = known[name], ()
     if file.stem.endswith("_resplit"):
         entry = replace(entry, title=f"{entry.title} (re-split)")
@@ -134,13 +133,19 @@ def _from_npz(request: _Request, file: Path) -> Dataset:
 def _from_shards(request: _Request, path: str) -> Dataset:
     shards = read_shards(path, request.size)
     if shards.index is None:
-        stem = Path(path).name.partition(".")[0] or path
-        return _assemble(request, shards.splits, Entry(stem, stem, "unknown", (), (), ""), source=path, md5=shards.md5, notes=shards.notes)
+        label = re.split(r"[-_.]?[{*?.]", Path(path).name)[0] or "shards"
+        return _assemble(request, shards.splits, _unknown(request, label), source=path, md5=shards.md5, notes=shards.notes)
     index = shards.index
     entry = Entry(index["name"], index["title"], index["modality"], (), tuple(index["class_names"]), "")
     source, notes = f"{path} (from {index['source']})", (*index["notes"], *shards.notes)
     dataset = _assemble(request, shards.splits, entry, source=source, md5=shards.md5, notes=notes)
-    return replace(dataset, synthetic=index["synthetic"] is True)
+    return replace(dataset, synthetic=index.get("synthetic") is True)
+
+
+def _unknown(request: _Request, label: str, class_names: tuple[str, ...] = ()) -> Entry:
+    """What is known of somebody's own images: the name that was asked for, unless that is a public set's and so perhaps a default."""
+    name = label if request.name in [entry.name for entry in available()] else request.name
+    return Entry(name, name, "unknown", (), class_names, "")
 
 
 def _assemble(request: _Request, splits: dict[str, Images], entry: Entry, *, source: str, md5: str, notes: tuple[str, ...] = ()) -> Dataset:

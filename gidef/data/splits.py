@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import heapq
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gidef.rng import generator
 
 
 def class_shares(counts: Tensor, total: int, *, keep: int = 1) -> list[int]:
-    """How many of `total` draws fall to each class: proportional, by largest remainder, one each first if there are enough for that.
+    """How many of `total` draws fall to each class: proportional, after one each if there are enough for that.
 
     Args:    counts: int64 (K,), images per class.  total: draws in all.  keep: images that every class keeps back.
     Raises:  ValueError if the classes cannot give so many.
@@ -24,14 +24,13 @@ def class_shares(counts: Tensor, total: int, *, keep: int = 1) -> list[int]:
     quotas = [total * count / max(1, int(counts.sum())) for count in counts.tolist()]
     least = 1 if total >= sum(limit > 0 for limit in limits) else 0
     shares = [min(limit, least) for limit in limits]
-    spare = total - sum(shares)
-    for number, (limit, quota) in enumerate(zip(limits, quotas, strict=True)):  # the whole parts at once, the remainders one by one
-        extra = min(max(0, min(limit, math.floor(quota)) - shares[number]), spare)
-        shares[number] += extra
-        spare -= extra
-    for _ in range(spare):
-        open_classes = [number for number, limit in enumerate(limits) if shares[number] < limit]
-        shares[max(open_classes, key=lambda number: (quotas[number] - shares[number], -number))] += 1
+    behind = [(shares[number] - quotas[number], number) for number, limit in enumerate(limits) if shares[number] < limit]
+    heapq.heapify(behind)
+    for _ in range(total - sum(shares)):  # each to the class that is furthest behind its quota
+        excess, number = heapq.heappop(behind)
+        shares[number] += 1
+        if shares[number] < limits[number]:
+            heapq.heappush(behind, (excess + 1, number))
     return shares
 
 

@@ -43,7 +43,9 @@ class Shards:
 def is_shards(path: str) -> bool:
     """Whether a data path means shards: an address, a .tar, a pattern with braces, or a folder with .tar files in it."""
     folder = Path(path)
-    return bool(re.match(r"\w+://|pipe:", path)) or ".tar" in folder.name or "{" in path or (folder.is_dir() and any(folder.glob("*.tar*")))
+    if re.match(r"\w+://|pipe:", path, re.IGNORECASE) or ".tar" in folder.name or "{" in path:
+        return True
+    return folder.is_dir() and any(folder.glob("*.tar*"))
 
 
 def read_shards(path: str, size: int | None) -> Shards:
@@ -138,6 +140,8 @@ def _places(path: str) -> list[str]:
         places = list(itertools.islice(braceexpand(path), MAX_SHARDS + 1))
     except UnbalancedBracesError as error:
         raise InputError(f"{path!r}: unbalanced braces; expected a pattern such as shard-{{000000..000009}}.tar.") from error
+    if len(places) > MAX_SHARDS:
+        raise InputError(f"{path!r} means more than {MAX_SHARDS} shards.")
     if remote(path):
         if any(".tar" not in name_of(place) for place in places):
             raise InputError(f"{path!r}: only WebDataset shards (.tar) are read from an address; fetch other files first.")
@@ -146,8 +150,8 @@ def _places(path: str) -> list[str]:
         for place in places:
             if not Path(place).is_file():
                 raise InputError(f"{place}: no such file (of the shards {path}).")
-    if not places or len(places) > MAX_SHARDS:
-        raise InputError(f"{path!r} matches {'no' if not places else 'more than ' + str(MAX_SHARDS)} shards.")
+    if not places:
+        raise InputError(f"{path!r} matches no shards.")
     return places
 
 
@@ -156,7 +160,7 @@ def _read_index(place: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     try:
         if remote(place):
             with open_url(urljoin(place, INDEX)) as response:
-                data = response.read()
+                data = response.read(1 << 24)
         else:
             data = Path(place).with_name(INDEX).read_bytes()
     except OSError:

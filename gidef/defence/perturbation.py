@@ -26,7 +26,6 @@ from gidef.rng import generator
 from gidef.similarity import dependence, ssim
 from gidef.types import Client, Tensors
 
-
 MIN_CKA = 4
 """Below this batch size the unbiased CKA does not exist, and a batch (the rest of an epoch, a single victim) goes without R."""
 

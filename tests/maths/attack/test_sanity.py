@@ -127,6 +127,11 @@ def test_the_tuned_attack_sees_through_an_untrained_small_net_where_the_publishe
     assert psnr_db["naive"] > 22 and psnr_db["naive"] > psnr_db["inverting_gradients"] + 5, psnr_db  # plain grey: 12 dB
 
 
+def test_the_naive_attack_searches_no_noise(tiny):
+    with pytest.raises(TypeError, match="noise_shape"):
+        naive(noise_shape=(1, *tiny.latent), **tiny.settings)
+
+
 @pytest.mark.parametrize("make", [naive, inverting_gradients])
 def test_presets_give_way_to_the_caller_s_settings(make):
     settings = make(image_shape=(1, 4, 4), num_classes=2, lr=0.5, iterations=7)

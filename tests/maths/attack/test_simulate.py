@@ -95,7 +95,7 @@ def test_the_engine_inverts_the_delta_of_local_training(tiny, noisy):
     labels = torch.tensor([0, 2])
     update = simulate(params, {}, images, F.one_hot(labels, tiny.classes).double(), noise)
     observation = Observation(params, update, 2, kind="delta", labels=labels)
-    settings = {**tiny.settings, "iterations": 150, "tv": 0.0}
+    settings = {**tiny.settings, "iterations": 80, "tv": 0.0}
     matching = joint(noise_shape=shape, **settings) if noisy else naive(**settings)
     (found,) = drain(invert([observation], lambda: simulate, matching, seed=0, dtype=torch.float64))
-    assert found.loss < 0.1 * float(found.losses[0])
+    assert found.loss < 0.15 * float(found.losses[0])

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from gidef.data import Dataset, Images
+from gidef.data import Dataset, Images, medmnist_sets
 from gidef.data import cifar as cifar_module
-from gidef.data import medmnist_sets
 from gidef.data.download import Unreachable
 
 
@@ -39,19 +38,22 @@ def asked(monkeypatch):
     return urls
 
 
-def make_arrays(counts=(24, 8, 8), *, classes=4, side=12, channels=3, seed=0):
-    """MedMNIST's keys; labels run through the classes."""
-    draws = np.random.default_rng(seed)
-    shape = (side, side) if channels == 1 else (side, side, channels)
-    arrays = {}
-    for split, count in zip(("train", "val", "test"), counts, strict=True):
-        arrays[f"{split}_images"] = draws.integers(0, 256, (count, *shape), dtype=np.uint8)
-        arrays[f"{split}_labels"] = (np.arange(count) % classes).astype(np.uint8)[:, None]
-    return arrays
+@pytest.fixture
+def make_arrays():
+    """make_arrays((train, val, test)) -> arrays under MedMNIST's keys; labels run through the classes."""
+
+    def make(counts=(24, 8, 8), *, classes=4, side=12, seed=0):
+        draws, made = np.random.default_rng(seed), {}
+        for split, count in zip(("train", "val", "test"), counts, strict=True):
+            made[f"{split}_images"] = draws.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+            made[f"{split}_labels"] = (np.arange(count) % classes).astype(np.uint8)[:, None]
+        return made
+
+    return make
 
 
 @pytest.fixture
-def arrays():
+def arrays(make_arrays):
     return make_arrays()
 
 
@@ -93,9 +95,8 @@ def make_dataset():
 def same():
     """same(a, b): equal bits in every split."""
 
-    def compare(left, right, splits=("train", "val", "test")):
-        return all(
-            torch.equal(getattr(getattr(left, split), part), getattr(getattr(right, split), part)) for split in splits for part in ("images", "labels")
-        )
+    def compare(left, right):
+        pairs = [(getattr(left, split), getattr(right, split)) for split in ("train", "val", "test")]
+        return all(torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels) for one, other in pairs)
 
     return compare

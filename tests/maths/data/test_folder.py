@@ -28,6 +28,7 @@ def test_splits_and_classes_are_read_from_the_folders(tmp_path):
             for row in range(count):
                 expected[split, number, row] = picture(tmp_path / split / kind / f"{row}.png")
     dataset = load(tmp_path)
+    assert (dataset.name, load_dataset("bloodmnist", path=tmp_path, notice=print).name) == ("mine", tmp_path.name)
     assert dataset.class_names == ("cat", "dog", "eel") and dataset.image_shape == (3, 10, 12)
     for split, count in [("train", 4), ("val", 1), ("test", 2)]:
         part = getattr(dataset, split)

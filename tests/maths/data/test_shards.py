@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gidef.data import load_dataset, write_webdataset
-from gidef.data import tar_stream, webdataset_shards
+from gidef.data import load_dataset, tar_stream, webdataset_shards, write_webdataset
 from gidef.data.npz import md5_of
 from gidef.errors import InputError
 
@@ -138,7 +137,7 @@ def test_pickles_and_other_members_are_never_decoded(tmp_path):
     evil = pickle.dumps(_Spy(trace))
     members = examples(20)
     for kind in ("pyd", "pickle", "pth", "npy"):
-        members += [("000.png", b"")][:0] + [(f"x{kind}.{kind}", evil)]
+        members.append((f"x{kind}.{kind}", evil))
     members += [("evil.png", evil), ("evil.cls", evil), ("evil.json", evil)]
     path = tar(tmp_path / "0.tar", members)
     with tarfile.open(path, "a") as file:  # a link out of the archive
@@ -152,7 +151,9 @@ def test_pickles_and_other_members_are_never_decoded(tmp_path):
     assert any("1 broken" in note for note in notices)
 
 
-@pytest.mark.parametrize("address", ["pipe:touch {trace}", "pipe:touch {trace} #.tar", "PIPE:touch {trace}", "s3://bucket/0.tar", "file:///0.tar", "hf://x/0.tar"])
+@pytest.mark.parametrize(
+    "address", ["pipe:touch {trace}", "pipe:touch {trace} #.tar", "PIPE:touch {trace}", "s3://bucket/0.tar", "file:///0.tar", "hf://x/0.tar"]
+)
 def test_addresses_that_run_commands_are_refused(tmp_path, monkeypatch, address):
     trace = tmp_path / "trace"
     monkeypatch.setenv("GOPEN_REWRITE", f"/=pipe:touch {trace};")
@@ -181,7 +182,9 @@ def cut_at_member(data):
     return data[:place]
 
 
-@pytest.mark.parametrize("spoil", [cut_at(0), cut_at(0.3), cut_at(0.61), cut_at_member, broken_header, lambda data: b"\x00" * 10240, lambda data: b"no tar" * 500])
+@pytest.mark.parametrize(
+    "spoil", [cut_at(0), cut_at(0.3), cut_at(0.61), cut_at_member, broken_header, lambda data: b"\x00" * 10240, lambda data: b"no tar" * 500]
+)
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_a_broken_or_cut_archive_is_an_error(tmp_path, spoil, ending):
     path = tar(tmp_path / "0.tar", examples(60))
@@ -263,7 +266,7 @@ def test_shards_without_a_usable_set_are_errors(tmp_path, members, message):
         load(tar(tmp_path / "0.tar", members))
 
 
-@pytest.mark.parametrize("pattern", ["{0..3.tar", "x-{0..2}.tar", "*.tar", "{0..9999999}.tar"])
+@pytest.mark.parametrize("pattern", ["{0..3.tar", "x-{0..2}.tar", "*.tar", "{0..200000}.tar"])
 def test_patterns_without_shards_are_errors(tmp_path, pattern):
     with pytest.raises(InputError):
         load(tmp_path / pattern)
@@ -285,7 +288,7 @@ def test_shards_behind_an_address_are_streamed(tmp_path, make_dataset, same, mon
     for module in (tar_stream, webdataset_shards):
         monkeypatch.setattr(module, "open_url", open_url)
     address = "https://example.org/some/{train-{00000..00001},val-00000,test-00000}.tar"
-    assert same(load(address), dataset) and load(address).md5 == load(tmp_path).md5 or True
+    assert same(load(address), dataset)
     (tmp_path / "dataset.json").unlink()
     assert torch.equal(load(address).test.images, dataset.test.images)
     with pytest.raises(InputError, match="404"):

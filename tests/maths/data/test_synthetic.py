@@ -24,7 +24,7 @@ def test_the_default_set_is_what_it_says_and_quick(cells):
     names = ("basophil", "eosinophil", "erythroblast", "immature granulocyte", "lymphocyte", "monocyte", "neutrophil", "platelet")
     assert dataset.class_names == names
     assert torch.bincount(dataset.train.labels).tolist() == [300] * 8
-    assert seconds < 10  # of processor time: others may share the machine
+    assert seconds < 15  # of processor time, 3 where nobody else is at work
     assert synthetic_blood_cells() is dataset
 
 

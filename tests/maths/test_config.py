@@ -1,0 +1,299 @@
+"""Recipes as plain values: their checks, and their way to JSON and back."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from gidef import config, importing
+from gidef.config import (
+    Data,
+    Dirichlet,
+    Evaluation,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedYogi,
+    Iid,
+    InvertingGradients,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    PostHocDecoder,
+    QuantitySkew,
+    Recipe,
+    Rounds,
+    Scaffold,
+    Shards,
+    SingleGradient,
+    Speed,
+    Undefended,
+    from_json,
+    problems,
+    science,
+    to_json,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """A user's own defence: its `size` is no image size."""
+
+    size: float = 0.5
+    inner: Any = Undefended()
+
+    def build(self, make_model):
+        return make_model()
+
+
+CLASSES = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
+SGD = LocalTraining(optimiser="sgd")
+
+
+def learned(**fields):
+    return {"x": LearnedPerturbation(**fields)}
+
+
+def through_text(value, **options):
+    return from_json(json.loads(json.dumps(to_json(value))), **options)
+
+
+def recipes():
+    """Recipes that between them hold every dataclass, away from its defaults."""
+    yield Recipe()
+    yield Recipe(
+        data=Data(name="cifar10", path="a.npz", size=32, download=False, num_clients=3, partition=Dirichlet(alpha=math.inf), split_seed=2),
+        model=Model(name="resnet18", cut="layer1", small_stem=False, norm="keep", pretrained="w.safetensors"),
+        clients=LocalTraining(epochs=2, optimiser="sgd", momentum=0.9, precision="bfloat16"),
+        rounds=Rounds(count=7, cohort_size=2, server=FedAdam(lr=0.5), patience=None),
+        defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended()},
+        attacks={"n": NaiveMatching(kink_width=None), "i": InvertingGradients(), "j": JointMatching(decoder="unused"), "d": PostHocDecoder(steps=3)},
+        evaluation=Evaluation(checkpoints=("untrained", "final"), num_victims=8, batch_size=4, release="delta", local_steps=2),
+        share_policy="head", speed=Speed(workers=3), seeds=(3, 1), only=("a",), out="runs/a", resume=True,
+    )  # fmt: skip
+    for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
+        yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
+    yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+
+
+def kinds_in(value):
+    if isinstance(value, dict):
+        return ({value["type"]} if "type" in value else set()).union(*map(kinds_in, value.values()))
+    return set().union(*map(kinds_in, value)) if isinstance(value, list) else set()
+
+
+def test_every_recipe_survives_json_and_has_no_problem():
+    seen = set()
+    for recipe in recipes():
+        assert through_text(recipe) == recipe
+        assert problems(recipe) == []
+        seen |= kinds_in(to_json(recipe))
+    assert seen == {kind.__name__ for kind in CLASSES} and len(seen) > 20
+
+
+def test_every_field_is_in_the_json():
+    for kind in CLASSES:
+        assert set(to_json(kind())) == {"type"} | {spec.name for spec in dataclasses.fields(kind)}
+
+
+IMPOSSIBLE = [
+    # (recipe, what was given, what to change)
+    (Recipe(data=Data(num_clients=3), rounds=Rounds(cohort_size=4)), "rounds.cohort_size=4 exceeds data.num_clients=3", "Lower one"),
+    (Recipe(seeds=()), "seeds is empty", "--seeds 0"),
+    (Recipe(seeds=(1, 2, 1)), "seeds=(1, 2, 1) repeats", "Remove"),
+    (Recipe(defences={}), "defences is empty", "give at least one"),
+    (Recipe(only=("undefended", "gone")), "only=['gone']", "['undefended']"),
+    (Recipe(defences={"a/b": Undefended()}), "'a/b'", "use letters"),
+    (Recipe(attacks={"..": NaiveMatching()}), "'..'", "use letters"),
+    (Recipe(attacks={"": NaiveMatching()}), "name ''", "use letters"),
+    (Recipe(attacks={" a": NaiveMatching()}), "' a'", "use letters"),
+    (Recipe(rounds=Rounds(server=Scaffold())), "rounds.server=Scaffold", "set clients.optimiser=sgd"),
+    (Recipe(rounds=Rounds(server=Scaffold()), clients=replace(SGD, momentum=0.9)), "rounds.server=Scaffold", "clients.momentum=0"),
+    (Recipe(clients=LocalTraining(momentum=0.9)), "clients.momentum=0.9 is sgd's", "set clients.optimiser=sgd"),
+    (Recipe(defences=learned(law="laplace", kl_weight=0.1)), "defences.x: kl_weight=0.1", "law=gaussian"),
+    (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
+    (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
+    (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "give one defence"),
+    (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use NaiveMatching"),
+    (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
+    (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
+    (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),
+    (Recipe(evaluation=Evaluation(checkpoints=())), "evaluation.checkpoints is empty", '"untrained"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "given", "cure"), IMPOSSIBLE, ids=[given for _, given, _ in IMPOSSIBLE])
+def test_an_impossible_combination_is_one_message_with_what_was_given_and_what_to_change(recipe, given, cure):
+    [message] = problems(recipe)
+    assert given in message and cure in message and message.endswith(".")
+
+
+def test_what_is_possible_beside_it_is_allowed():
+    for recipe in (
+        Recipe(data=Data(num_clients=3), rounds=Rounds(cohort_size=3)),
+        Recipe(rounds=Rounds(server=Scaffold()), clients=SingleGradient()),
+        Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=4)),
+        Recipe(defences=learned(strength=0.0, kl_weight=0.1)),
+        Recipe(defences=learned(strength=0.0, std_floor=0.0)),
+        Recipe(defences=learned(law="laplace")),
+        Recipe(evaluation=Evaluation(release="delta", local_steps=4, batch_size=8)),
+        Recipe(seeds=[0, 1]),
+    ):
+        assert problems(recipe) == []
+
+
+TOO_SMALL = [
+    (Recipe(rounds=Rounds(count=0)), "rounds.count=0"),
+    (Recipe(rounds=Rounds(cohort_size=0)), "rounds.cohort_size=0"),
+    (Recipe(rounds=Rounds(patience=0)), "rounds.patience=0"),
+    (Recipe(data=Data(num_clients=0)), "data.num_clients=0"),
+    (Recipe(data=Data(size=7)), "data.size=7"),
+    (Recipe(data=Data(partition=Dirichlet(alpha=0.0))), "data.partition.alpha=0.0"),
+    (Recipe(data=Data(partition=Shards(per_client=0))), "data.partition.per_client=0"),
+    (Recipe(clients=LocalTraining(epochs=0)), "clients.epochs=0"),
+    (Recipe(clients=LocalTraining(lr=0.0)), "clients.lr=0.0"),
+    (Recipe(clients=LocalTraining(lr=math.nan)), "clients.lr=nan"),
+    (Recipe(clients=LocalTraining(grad_clip=math.inf)), "clients.grad_clip=inf"),
+    (Recipe(clients=SingleGradient(batch_size=0)), "clients.batch_size=0"),
+    (Recipe(clients=replace(SGD, momentum=1.0)), "clients.momentum=1.0"),
+    (Recipe(rounds=Rounds(server=FedAdam(beta2=1.0))), "rounds.server.beta2=1.0"),
+    (Recipe(rounds=Rounds(server=FedYogi(tau=0.0))), "rounds.server.tau=0.0"),
+    (Recipe(defences=learned(std_init=0.0)), "defences.x.std_init=0.0"),
+    (Recipe(defences=learned(std_floor=-0.1)), "defences.x.std_floor=-0.1"),
+    (Recipe(defences=learned(decoder_steps=-1)), "defences.x.decoder_steps=-1"),
+    (Recipe(attacks={"n": NaiveMatching(iterations=0)}), "attacks.n.iterations=0"),
+    (Recipe(attacks={"n": NaiveMatching(kink_width=(1.0, 0.0))}), "attacks.n.kink_width=0.0"),
+    (Recipe(attacks={"d": PostHocDecoder(steps=0)}), "attacks.d.steps=0"),
+    (Recipe(evaluation=Evaluation(batch_size=0)), "evaluation.batch_size=0"),
+    (Recipe(evaluation=Evaluation(release="delta", local_steps=0)), "evaluation.local_steps=0"),
+    (Recipe(speed=Speed(threads=0)), "speed.threads=0"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "given"), TOO_SMALL, ids=[given for _, given in TOO_SMALL])
+def test_a_number_out_of_range_is_named_with_its_place(recipe, given):
+    [message] = problems(recipe)
+    assert message.startswith(given) and "give" in message
+
+
+WRONG_TYPES = [
+    (Recipe(data=Data(num_clients="5")), "data.num_clients='5'", "a whole number"),
+    (Recipe(clients=LocalTraining(epochs=1.5)), "clients.epochs=1.5", "a whole number"),
+    (Recipe(clients=LocalTraining(epochs=None)), "clients.epochs=None", "a whole number"),
+    (Recipe(clients=LocalTraining(lr=True)), "clients.lr=True", "a number"),
+    (Recipe(rounds=Rounds(cohort_size="5")), "rounds.cohort_size='5'", "a whole number or None"),
+    (Recipe(data=Data(name=5)), "data.name=5", "text"),
+    (Recipe(data=Data(download="yes")), "data.download='yes'", "True or False"),
+    (Recipe(data=Data(partition=FedAvg())), "data.partition=FedAvg", "Iid or Dirichlet or Shards or QuantitySkew"),
+    (Recipe(data=Data), "data=<class", "Data"),
+    (Recipe(rounds=Rounds(server="FedAvg")), "rounds.server='FedAvg'", "FedAvg or FedAdam"),
+    (Recipe(clients=LocalTraining(precision="float16")), "clients.precision='float16'", "one of 'float32', 'bfloat16'"),
+    (Recipe(share_policy="none"), "share_policy='none'", "'full', 'head', 'all'"),
+    (Recipe(seeds=0), "seeds=0", "a tuple, each of it a whole number"),
+    (Recipe(seeds=("0",)), "seeds=('0',)", "a tuple, each of it a whole number"),
+    (Recipe(evaluation=Evaluation(checkpoints=("late",))), "evaluation.checkpoints=('late',)", "'untrained', 'early', 'final'"),
+    (Recipe(evaluation=Evaluation(checkpoints="final")), "evaluation.checkpoints='final'", "a tuple"),
+    (Recipe(attacks={"n": NaiveMatching(kink_width=(1.0,))}), "attacks.n.kink_width=(1.0,)", "a tuple of 2"),
+    (Recipe(defences=[Undefended()]), "defences=[Undefended()]", "a dict"),
+    (Recipe(defences=learned(law="cauchy")), "defences.x.law='cauchy'", "'gaussian', 'laplace'"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "given", "expected"), WRONG_TYPES, ids=[given for _, given, _ in WRONG_TYPES])
+def test_a_value_of_the_wrong_type_is_named_with_what_was_expected(recipe, given, expected):
+    [message] = problems(recipe)
+    assert message.startswith(given) and expected in message
+
+
+def test_all_wrong_fields_are_told_at_once():
+    found = problems(Recipe(rounds=Rounds(count=-1), clients=LocalTraining(lr=-1.0), defences=learned(std_init=0.0), seeds=()))
+    assert [message.partition("=")[0] for message in found] == ["clients.lr", "rounds.count", "defences.x.std_init"]
+    assert len(problems(Recipe(seeds=(), only=("gone",), clients=LocalTraining(momentum=0.5)))) == 3
+
+
+def test_a_defence_of_your_own_has_ranges_of_its_own():
+    assert problems(Recipe(defences={"own": Own(size=0.01)})) == []
+
+
+def test_science_ignores_speed_and_place_and_nothing_else():
+    base = Recipe()
+    same = replace(base, speed=Speed(workers=9, device="cuda"), out="elsewhere", resume=True)
+    assert science(same) == science(base)
+    changes = {
+        "data": Data(split_seed=1), "model": Model(norm="keep"), "clients": SGD, "rounds": Rounds(patience=3), "defences": {"u": Undefended()},
+        "share_policy": "head", "attacks": {"n": NaiveMatching()}, "evaluation": Evaluation(judge_epochs=1), "seeds": (1,), "only": ("undefended",),
+    }  # fmt: skip
+    assert changes.keys() == {spec.name for spec in dataclasses.fields(Recipe)} - {"speed", "out", "resume"}
+    assert len({science(base), *(science(replace(base, **{name: value})) for name, value in changes.items())}) == len(changes) + 1
+
+
+def test_unknown_types_and_fields_are_refused_by_name():
+    good = to_json(Recipe())
+    for wrong in ("FedSomething", "Recipe2", "problems", "Any", "json"):
+        with pytest.raises(ValueError, match=f"unknown type '{wrong}'.*another version"):
+            from_json(good | {"rounds": good["rounds"] | {"server": {"type": wrong}}})
+    with pytest.raises(ValueError, match=r"Rounds has unknown fields \['rate'\]"):
+        from_json(good | {"rounds": good["rounds"] | {"rate": 1}})
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(defences={"own": Own()}),
+        Recipe(defences={"own": Own(inner=Own())}),
+        Recipe(data=Data(name="os:getcwd")),
+        Recipe(model=Model(name="folder/net.py:Net")),
+    ],
+    ids=["defence", "nested", "data", "model"],
+)
+def test_code_of_your_own_is_imported_only_if_asked_for(recipe):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return importing.load(name)
+
+    with pytest.raises(ValueError, match="names code of its own.*--allow-code"):
+        through_text(recipe)
+    assert not loaded
+    assert through_text(recipe, load=load) == recipe
+    assert set(loaded) <= {f"{__name__}:Own"}
+
+
+def test_a_name_that_is_no_dataclass_is_refused_even_where_code_is_allowed():
+    with pytest.raises(ValueError, match="unknown type 'os:getcwd'"):
+        from_json({"type": "os:getcwd"}, load=importing.load)
+
+
+def test_values_that_json_cannot_hold_are_refused():
+    with pytest.raises(TypeError, match="plain values"):
+        to_json(Recipe(defences={"x": object()}))
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().seeds = (1,)
+
+
+def test_reading_a_recipe_and_its_help_needs_neither_torch_nor_the_rooms():
+    code = """
+import sys
+import gidef.config, gidef.main
+loaded = {"torch", "numpy", "timm", "gidef.build", "gidef.data"} & set(sys.modules)
+assert not loaded, loaded
+try:
+    gidef.main.main(gidef.config.Recipe(), args=["--help"])
+except SystemExit as end:
+    assert end.code in (0, None)
+assert not {"torch", "timm", "gidef.build"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "--rounds.cohort-size" in done.stdout
