@@ -22,7 +22,7 @@ from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, sp
 from gidef.defence import Defence, LearnedDefence
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.errors import InputError
-from gidef.models import SplitModel, decoder_for, make_backbone
+from gidef.models import SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
@@ -67,17 +67,18 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     data.load_dataset, the partitions and roles.
     """
     data, device, failed = recipe.data, world.device, None
-    arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
-    if world.rank == 0:
-        try:
-            dataset = load_dataset(data.name, **arguments)
-        except InputError as error:
-            failed = str(error)
-    failed = world.broadcast_json(failed)
-    if failed:
-        raise InputError(failed)
     if world.rank != 0:
+        world.broadcast_json(None)  # rank 0 has loaded, or failed
+    arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
+    try:
         dataset = load_dataset(data.name, **arguments)
+    except InputError as error:
+        failed = str(error)
+    if world.rank == 0:
+        world.broadcast_json(None)
+    failures = {f"rank {rank}: {text}" if world.size > 1 else text for rank, text in enumerate(world.all_gather_json(failed)) if text}
+    if failures:
+        raise InputError(sorted(failures)[0])
     labels = dataset.train.labels
     shared = {"num_clients": data.num_clients, "seed": data.split_seed, "min_examples": data.min_examples}
     match data.partition:
@@ -116,6 +117,10 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
     )  # fmt: skip
+    if has_batch_statistics(backbone):
+        raise InputError(
+            f"model.norm={model.norm} leaves {model.name} with BatchNorm, whose running statistics belong to no share policy here: set model.norm=group."
+        )
     mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
     return SplitModel(
         backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,

@@ -12,11 +12,11 @@ RECIPE = Recipe(
     data=Data(name="bloodmnist", num_clients=10),
     model=Model(name="small", cut="blocks.1"),
     clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
-    rounds=Rounds(local_steps=3000),
+    rounds=Rounds(local_steps=2000),
     defences={"undefended": Undefended(), "learned": LearnedPerturbation(dependence_weight=1.0)},
     share_policy="full",
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "decoder": PostHocDecoder(steps=800)},
-    evaluation=Evaluation(num_victims=16, checkpoints=("untrained",)),
+    attacks={"naive": NaiveMatching(iterations=600), "joint": JointMatching(iterations=600), "decoder": PostHocDecoder(steps=150, batch_size=32)},
+    evaluation=Evaluation(num_victims=16, checkpoints=("early",), judge_epochs=4),
 )
 
 main(RECIPE)

@@ -119,15 +119,15 @@ def _loop_body(grid: LatentGrid, image_shape: tuple[int, ...], width_factor: flo
 
 
 def _posthoc_body(grid: LatentGrid, image_shape: tuple[int, ...], width_factor: float) -> nn.Sequential:
-    """An encoder's mirror: three convolutions on the grid (four if nothing is doubled), two after each doubling; channels halve from the second on."""
-    width = _width(128, width_factor)
+    """An encoder's mirror: four convolutions on the grid, where they are cheap, and two after each doubling, with 64, 32, 32, … channels."""
+    width = _width(160, width_factor)
     factor = max(image_shape[1] / grid.height, image_shape[2] / grid.width)
     doublings = max(0, math.ceil(math.log2(factor)))
     body = nn.Sequential(*_conv(grid.channels, width, kernel=3 if grid.channels <= 256 else 1))
-    for _ in range(2 if doublings else 3):
+    for _ in range(3):
         body.extend(_conv(width, width))
     for doubling in range(doublings):
-        narrower = _width(max(32, 128 >> doubling), width_factor)
+        narrower = _width(max(32, 64 >> doubling), width_factor)
         body.extend([nn.Upsample(scale_factor=2, mode="nearest"), *_conv(width, narrower), *_conv(narrower, narrower)])
         width = narrower
     body.append(nn.Conv2d(width, image_shape[0], 3, padding=1))

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gidef.errors import InputError
 
 
-class SmallNet(nn.Module):
-    """Three strided convolutions, average pooling, one linear layer; about 94 k parameters.
+POOLED = 2
+"""Side of the pooled map. Pooling to one position took 40 federated rounds to 0.875 on BloodMNIST, to two 30 rounds to 0.902."""
 
-        blocks.0: in_channels → 32,  blocks.1: 32 → 64,  blocks.2: 64 → 128;  head: 128 → num_classes
+
+class SmallNet(nn.Module):
+    """Three strided convolutions, average pooling to 2×2, one linear layer; about 98 k parameters.
+
+        blocks.0: in_channels → 32,  blocks.1: 32 → 64,  blocks.2: 64 → 128;  head: 512 → num_classes
 
     Each block is a 3×3 convolution of stride 2, GroupNorm with 8 groups and LeakyReLU(0.01), the last one an option.
     The latent of the default cut, `blocks.1`, is 64×7×7 for 28-pixel images and 64×8×8 for 32.
@@ -38,7 +43,7 @@ class SmallNet(nn.Module):
                 block.add_module("act", nn.LeakyReLU())
             self.blocks.append(block)
             in_channels = width
-        self.head = nn.Linear(in_channels, num_classes)
+        self.head = nn.Linear(POOLED**2 * in_channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self._classify(self.blocks(images))
@@ -53,4 +58,4 @@ class SmallNet(nn.Module):
         return self.head
 
     def _classify(self, features: Tensor) -> Tensor:
-        return self.head(features.mean((-2, -1)))
+        return self.head(F.adaptive_avg_pool2d(features, POOLED).flatten(1))

@@ -101,7 +101,7 @@ def test_a_decoder_learns_to_invert_an_easy_latent(size):
     latent = torch.cat([torch.zeros(32, 1, 16), latent], 1)
     decoder = decoder_for((17, 16), -1, (1, 16, 16), size=size, width_factor=1.0 if size == "loop" else 0.25)
     optimiser = torch.optim.Adam(decoder.parameters(), lr=3e-3, foreach=True)
-    for _ in range(80):
+    for _ in range(200):
         optimiser.zero_grad()
         loss = F.mse_loss(decoder(latent), images)
         loss.backward()
