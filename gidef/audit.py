@@ -106,7 +106,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
         cell.victims = released[key]
         if cell.twin is None and isinstance(cell.attack, config.PostHocDecoder):
             fits.append(_decoder_task(run, cell))
-        elif cell.twin is None and getattr(cell.attack, "decoder", None) == "surrogate" and cell.trained.training.defence.decoder is not None:
+        elif cell.twin is None and getattr(cell.attack, "decoder", None) == "surrogate" and _keeps_decoder(run, cell.trained):
             fits.append(_surrogate_task(run, cell))
     _work(run, fits, "fit judge and decoders: step")
     for cell in cells:
@@ -142,14 +142,28 @@ def _cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) -> l
                     continue  # without noise on it, a latent gives the image away by construction
                 place = folder / run_key(defence, seed) / checkpoint / name
                 cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place)
-                if isinstance(attack, config.JointMatching) and not noisy:
-                    cell.note = "no noise to search"
-                    cell.twin = next((other for other in here if _same_work(other.attack, attack)), None)
-                if isinstance(attack, config.JointMatching) and one.training.defence.decoder is not None:
-                    cell.note = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}[attack.decoder]
+                if isinstance(attack, config.JointMatching):
+                    cell.note = _note(run, one, attack)
+                    if not noisy and run.recipe.share_policy != "head":  # under `head` the joint attack alone is given the private front
+                        cell.twin = next((other for other in here if _same_work(other.attack, attack)), None)
                 here.append(cell)
             cells += here
     return cells
+
+
+def _keeps_decoder(run: Run, one: Trained) -> bool:
+    """Whether clients have a decoder that the server does not see."""
+    return one.training.defence.decoder is not None and run.recipe.share_policy != "all"
+
+
+def _note(run: Run, one: Trained, attack: config.JointMatching) -> str:
+    """What sets a joint attack apart, above all what it is granted beyond the threat model."""
+    said = ["no noise to search"] if one.training.defence.noise_shape is None else []
+    if run.recipe.share_policy == "head":
+        said.append("private front known: a bound")
+    if _keeps_decoder(run, one):
+        said.append({"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}[attack.decoder])
+    return "; ".join(said)
 
 
 def _same_work(naive: Any, joint: config.JointMatching) -> bool:
@@ -297,7 +311,7 @@ def _matching_tasks(run: Run, cell: Cell) -> list[Task]:
     speed, matching = run.recipe.speed, _matching(run, cell)
     terms = observe.terms(cell.attack, run.recipe.evaluation.released_loss)
     make = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=terms)
-    surrogate = load_file(_surrogate_path(cell), run.world.device)[0] if _surrogate_path(cell).exists() else None
+    surrogate = _load_marked(_surrogate_path(cell), _mark(run, cell))[0] if _surrogate_path(cell).exists() else None
     seen = observe.observations(run, cell.trained, cell.snapshot, cell.attack, cell.victims, surrogate=surrogate)
 
     def task(number: int, chunk: attacks.Chunk) -> Task:
@@ -321,15 +335,21 @@ def _matching_tasks(run: Run, cell: Cell) -> list[Task]:
     return [task(number, chunk) for number, chunk in enumerate(attacks.plan(len(seen), matching.restarts, speed.attacks_at_once))]
 
 
+def _load_marked(path: Path, mark: str) -> tuple[Tensors, dict[str, Any]]:
+    """A task's result file, which must be of this recipe, victims and attack."""
+    tensors, meta = load_file(path)
+    if meta["mark"] != mark:
+        raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+    return tensors, meta
+
+
 def _collect(run: Run, cell: Cell) -> None:
     """Read a cell's results from the files of whoever computed them."""
     source = cell.twin or cell
     mark = _mark(run, source)
 
     def read(path: Path) -> Tensors:
-        tensors, meta = load_file(path)
-        if meta["mark"] != mark:
-            raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+        tensors, meta = _load_marked(path, mark)
         cell.seconds += meta["seconds"] if cell.twin is None else 0.0
         return tensors
 
@@ -483,7 +503,7 @@ def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], sco
     for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
         here = [cell for cell in cells if cell.checkpoint == checkpoint and cell.seed == cells[0].seed]
         columns = [cell for cell in here if cell.twin is None]
-        leak = torch.stack([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)] or [torch.zeros(1)])
+        leak = torch.stack([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)] or [torch.zeros(columns[0].victims.rows.numel())])
         order = leak.max(0).values.argsort(descending=True)
         rows = columns[0].victims.rows.flatten()
         truth = columns[0].victims.images.flatten(0, 1).cpu()
@@ -496,7 +516,7 @@ def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], sco
             captions.append([f"{value:.1f} dB" for value in scored[id(cell)]["psnr_db"][order].tolist()])
         data = folder / f"reconstructions-{checkpoint}.safetensors"
         meta = {
-            "titles": [name for name, _ in sheet], "captions": captions, "title": f"{title}: attacked at {checkpoint}",
+            "titles": [name for name, _ in sheet], "captions": captions, "title": f"{title}: attacked at the {checkpoint} checkpoint",
             "row_labels": [f"{names[labels[i]]} #{int(rows[i])}" for i in order.tolist()],
         }  # fmt: skip
         save_file(data, {f"{number:03d}": images for number, (_, images) in enumerate(sheet)}, meta)
@@ -504,7 +524,7 @@ def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], sco
         losses = {f"{cell.defence}, {cell.name}": torch.stack([found.losses for found in cell.reconstructions]) for cell in columns
                   if not isinstance(cell.attack, config.PostHocDecoder)}  # fmt: skip
         if losses:
-            attack_curves(folder / f"attack-losses-{checkpoint}.png", losses, title=f"{title}: the attackers' losses at {checkpoint}",
+            attack_curves(folder / f"attack-losses-{checkpoint}.png", losses, title=f"{title}: the attackers' losses at the {checkpoint} checkpoint",
                           iterations={f"{cell.defence}, {cell.name}": cell.attack.iterations for cell in columns if hasattr(cell.attack, "iterations")})  # fmt: skip
             drawn.append(f"pictures/attack-losses-{checkpoint}.png")
     return drawn

@@ -175,7 +175,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_cod
     """
     tensors, meta = load_export(path, device)
     try:
-        plain = {**meta["recipe"], "data": config.to_json(config.Data())}  # the images are not needed, nor code that makes them
+        # the images are not needed, nor code that makes them, nor the weights that training began with
+        plain = {**meta["recipe"], "data": config.to_json(config.Data()), "model": {**meta["recipe"]["model"], "pretrained": None}}
         recipe = config.from_json(plain, load=load_code)
         defence = make_defence(recipe.defences[meta["defence"]], recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
     except (KeyError, TypeError, ValueError) as error:

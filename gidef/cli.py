@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if not isinstance(error, InputError):
             raise
-        fail(str(error))
+        fail(str(error), everywhere=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ def _torch_pair() -> list[Finding]:
 
     try:
         import torchvision
-    except RuntimeError as error:
+    except (RuntimeError, ImportError, OSError) as error:  # a missing operator, symbol or library
         build = "a CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         return [
             Finding(
@@ -123,7 +123,7 @@ def _data() -> list[Finding]:
     folder = os.environ.get("GIDEF_DATA")
     if not folder:
         return [Finding("note", "GIDEF_DATA is not set: data come from --data.path, the MedMNIST cache or a download")]
-    path = Path(folder)
+    path = Path(folder).expanduser()
     if not path.is_dir():
         return [Finding("problem", f"GIDEF_DATA={folder} is no folder", "set it to a folder of <name>.npz files, or unset it.")]
     names = sorted(file.name for file in path.glob("*.npz"))

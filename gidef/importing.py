@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -37,10 +38,16 @@ def _from_file(path: Path) -> Any:
     for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) and Path(module.__file__).resolve() == path:
             return module
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    taken = path.stem in sys.modules  # by another module, which must stay what it is
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}" if taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or not path.exists():
         raise ImportError(f"{path} does not exist")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # half a module must not serve the next call
+        raise
     return module

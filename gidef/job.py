@@ -10,6 +10,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,13 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         if world.rank == 0:
             _write_recipe(recipe, name, folder)
         world.barrier()
-        record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder)) if world.rank == 0 else None
+        damaged: list[str] = []
+        record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
         with Console(rank=world.rank, log=folder / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             _introduce(run, name)
+            for text in damaged:
+                console.notice(text)
             trained = {
                 (key, seed): train(run, key, defence, seed) for key, defence in recipe.chosen.items() for seed in recipe.seeds
             }
@@ -99,14 +103,16 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
     path = folder / RECIPE
     if not recipe.resume or not path.exists():
         return recipe
-    saved = json.loads(path.read_text())["recipe"]
     mine = config.to_json(recipe)
-    differing = _differences(mine, saved)
+    try:
+        saved = json.loads(path.read_text())["recipe"]
+        differing, threads = _differences(mine, saved), int(saved["speed"]["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
         )
-    threads = saved["speed"]["threads"]
     if threads != recipe.speed.threads and world.rank == 0:
         print(f"gidef: the run goes on with {threads} thread(s) per operator, as it began.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, threads=threads))
@@ -131,7 +137,7 @@ def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _keeper(recipe: config.Recipe, folder: Path) -> Any:
+def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) -> Any:
     """Which lines of an earlier life's record stay: rounds up to the checkpoint that will be continued, and finished attacks."""
     from gidef.checkpoint import load_latest
 
@@ -144,7 +150,7 @@ def _keeper(recipe: config.Recipe, folder: Path) -> Any:
             if (folder / "models" / f"{name}.safetensors").exists():
                 done[key, seed] = float("inf")
             else:
-                found = load_latest(folder / "checkpoints" / name, notice=lambda text: None)
+                found = load_latest(folder / "checkpoints" / name, notice=notice)  # the only one to meet a damaged file: it sets it aside
                 done[key, seed] = found[0] if found else 0
 
     def keep(line: dict[str, Any]) -> bool:
@@ -273,12 +279,17 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str]:
     path = folder / RECIPE
     try:
         content = json.loads(path.read_text())
-        recipe = config.from_json(content["recipe"], load=importing.load if allow_code else None)
-    except FileNotFoundError as error:
+        recipe, name = config.from_json(content["recipe"], load=importing.load if allow_code else None), content["name"]
+        if not isinstance(recipe, config.Recipe):
+            raise ValueError(f"it holds a {type(recipe).__name__}, expected a Recipe.")
+        found = config.problems(recipe)  # it may have been edited by hand
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is no run: {RECIPE} is missing there. Give the folder that a recipe was run with as --out.") from error
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    return recipe, content["name"]
+    if found:
+        raise InputError(f"{path}: " + "\n".join(found))
+    return recipe, name
 
 
 def attack_again(arguments: argparse.Namespace) -> None:

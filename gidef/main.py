@@ -40,7 +40,7 @@ def main(recipe: Recipe, *, name: str | None = None, args: list[str] | None = No
     try:
         run_recipe(recipe, name)
     except InputError as error:
-        fail(str(error))
+        fail(str(error), everywhere=True)
 
 
 def parse(recipe: Recipe, args: list[str], name: str) -> Recipe:
@@ -71,10 +71,12 @@ def speaks() -> bool:
     return int(rank or 0) == 0
 
 
-def fail(message: str) -> None:
-    """One clear error from one rank, and a non-zero exit."""
+def fail(message: str, *, everywhere: bool = False) -> None:
+    """One clear error from one rank, and a non-zero exit. everywhere: it may be this rank's alone, so if no launcher ends it, it speaks too."""
     if speaks():
         print(f"gidef: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(1.0)  # so that a launcher that kills all ranks at the first exit lets rank 0 speak
+        if everywhere:
+            print(f"gidef: rank {os.environ.get('RANK') or os.environ.get('SLURM_PROCID')}: {message}", file=sys.stderr, flush=True)
     sys.exit(ERROR)

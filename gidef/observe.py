@@ -114,7 +114,12 @@ def observations(
     the naive attack leaves out the perturbation's and the decoder's own parameters, which its noise-free model does not
     have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
     initialisation for the naive attack, and the true one (a bound) for the joint one.
+
+    Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
     """
+    guessed = isinstance(attack, config.JointMatching) and attack.decoder == "surrogate"
+    if guessed and surrogate is None and any(name.startswith(DECODER) for private in victims.private for name in private):
+        raise ValueError("decoder=surrogate without the surrogate's tensors")
     training = trained.training
     names = list(snapshot.params)
     if not isinstance(attack, config.JointMatching):
@@ -132,7 +137,7 @@ def observations(
         if not isinstance(attack, config.JointMatching):
             granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
         elif attack.decoder == "surrogate":
-            granted = {name: (surrogate or {}).get(name, tensor) for name, tensor in private.items()}
+            granted = {name: surrogate[name].to(tensor) if name.startswith(DECODER) else tensor for name, tensor in private.items()}
         else:
             granted = private
         found.append(

@@ -216,10 +216,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
+    run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "seed": seed, "fingerprint": run.fingerprint} | _shape(run)
         export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
-    run.append("trained", weights_sha256=sha, **summary)
     world.barrier()
     return Trained(training, _snapshots(run, key), summary, sha)
 

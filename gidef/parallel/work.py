@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from gidef.errors import InputError
 from gidef.parallel.plan import longest_first
 from gidef.parallel.threads import run_on_threads
 from gidef.parallel.world import World
@@ -31,8 +32,8 @@ def run_tasks(
     Args:    tasks, costs: equal on all ranks (checked); costs at least 0, any unit.  do: worker is 0 ... workers − 1, one
              task at a time each; it computes with `threads` threads.  name: a task's name in messages.
              on_done: called in the main thread of the rank where the task ran, after it succeeded.
-    Raises:  RuntimeError on every rank: the names of failed tasks and the first one's error; or when the ranks'
-             tasks differ. KeyboardInterrupt and SystemExit (a SIGTERM handler's) propagate from the rank that got them.
+    Raises:  on every rank, InputError if the first failed task raised one (a full disk), else RuntimeError with the names of
+             failed tasks and the first one's error; RuntimeError when the ranks' tasks differ. KeyboardInterrupt and SystemExit (a SIGTERM handler's) propagate from the rank that got them.
     """
     if len(costs) != len(tasks):
         raise ValueError(f"{len(tasks)} tasks but {len(costs)} costs")
@@ -48,10 +49,12 @@ def run_tasks(
         on_done=None if on_done is None else lambda index: on_done(tasks[index]),
     )
     errors = {mine[index]: error for index, error in raised.items()}
-    told = world.all_gather_json([[index, f"{type(error).__name__}: {error}"] for index, error in errors.items()])
+    told = world.all_gather_json([[index, isinstance(error, InputError), f"{type(error).__name__}: {error}"] for index, error in errors.items()])
     failures = sorted([*failure, rank] for rank, part in enumerate(told) for failure in part)
     if failures:
-        index, text, rank = failures[0]
+        index, bad_input, text, rank = failures[0]
+        if bad_input:
+            raise InputError(f"{names[index]}: {text.removeprefix('InputError: ')}") from errors.get(index)
         failed = ", ".join(names[index] for index, *_ in failures)
         message = f"{len(failures)} of {len(tasks)} tasks failed: {failed}. First error, {names[index]} on rank {rank}: {text}"
         raise RuntimeError(message) from errors.get(index)

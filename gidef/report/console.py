@@ -22,6 +22,7 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from gidef.errors import InputError
 from gidef.report.files import writing
 
 PLAIN_WIDTH = 120
@@ -95,14 +96,19 @@ class Console:
             self._tracks = 0
             self._stop_bar()
             if self._log is not None:
-                self._file.close()
-                self._log = None
+                log, self._log = self._log, None
+                with writing(log):
+                    self._file.close()
 
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except InputError:
+            if kind is None:  # else the block's own error is the one to tell; on a full disk it was this log's already
+                raise
 
     def _print(self, what: RenderableType, style: str | None = None, *, screen: bool = True, log: bool = True) -> None:
         """To the screen and the log; a string is neither wrapped nor read as markup."""

@@ -137,6 +137,15 @@ def test_the_other_share_policies_run_through(policy, tmp_path):
     assert len(found["rows"]) == 3
 
 
+def test_a_released_delta_of_several_local_steps_is_attacked_with_recovered_labels(tmp_path):
+    folder = tmp_path / "run"
+    changes = ("--evaluation.release", "delta", "--evaluation.local-steps", "2", "--evaluation.batch-size", "2", "--attacks.joint.labels", "recovered")
+    run(1, "tiny.py", "--out", str(folder), "--evaluation.checkpoints", "untrained", *changes)
+    rows = results(folder)["rows"]
+    assert {(row["threat"]["release"], row["threat"]["batch_size"], row["failed"]) for row in rows} == {("delta", 2, 0)}
+    assert all(0 <= row["label_recovery"] <= 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

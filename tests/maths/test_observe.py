@@ -1,0 +1,282 @@
+"""What attackers are given of real clients: small synthetic cells, the small net, one round of training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad
+
+from gidef import audit, build, observe
+from gidef.clients.local import LocalSettings, train_locally
+from gidef.clients.participate import DECODER
+from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Speed, Undefended
+from gidef.data import Dataset, Images, synthetic_blood_cells
+from gidef.models import SplitModel
+from gidef.parallel import World
+from gidef.report import Console
+from gidef.rng import generator
+from gidef.training import Run, train
+from gidef.types import Client, Observation
+
+ATTACKS = {
+    "naive": NaiveMatching(), "recovered": NaiveMatching(labels="recovered"), "known": JointMatching(),
+    "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"),
+}  # fmt: skip
+DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1)}
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(policy, defence): (run, what one round of it left); each is trained once."""
+    before, found, runs = torch.get_num_threads(), {}, {}
+
+    def one(policy, defence):
+        if policy not in runs:
+            recipe = Recipe(
+                data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+                clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
+                evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("final",)), attacks={"naive": NaiveMatching(), "joint": JointMatching()},
+            )  # fmt: skip
+            setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+            runs[policy] = Run(setting, World(), tmp_path_factory.mktemp(policy), Console(rank=1), None, "mark")
+        if (policy, defence) not in found:
+            found[policy, defence] = train(runs[policy], defence, DEFENCES[defence], 0)
+        return runs[policy], found[policy, defence]
+
+    torch.set_num_threads(1)
+    yield one
+    torch.set_num_threads(before)
+
+
+def evaluated(run: Run, **changes) -> Run:
+    """The run with other fields of its evaluation."""
+    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+
+
+def guess(one):
+    """A decoder that is not the client's."""
+    return {name: tensor + 1 for name, tensor in one.training.defence.initial().items() if name.startswith(DECODER)}
+
+
+def seen(run, one, attack, victims=None) -> tuple[observe.Victims, list[Observation]]:
+    snapshot = one.snapshots["final"]
+    victims = victims or observe.release(run, one, snapshot, seed=0)
+    return victims, observe.observations(run, one, snapshot, attack, victims, surrogate=guess(one))
+
+
+def tensors_of(observation: Observation) -> dict[str, Tensor]:
+    maps = {"params": observation.params, "update": observation.update, "known": observation.known}
+    found = {f"{place}/{name}": tensor for place, tensors in maps.items() for name, tensor in tensors.items()}
+    return found | ({} if observation.labels is None else {"labels": observation.labels})
+
+
+def holds(tensor: Tensor, image: Tensor) -> bool:
+    """Whether the image's values stand somewhere in the tensor, one after another, as pixels in [0, 1], [0, 255] or normalised."""
+    values = tensor.detach().double().flatten()
+    for wanted in (image, image * 255, (image - 0.5) / 0.25):
+        wanted = wanted.double().flatten()
+        count = len(values) - len(wanted) + 1
+        if count < 1:
+            return False
+        fits = ((values[:count] - wanted[0]).abs() < 1e-6) & ((values[len(wanted) - 1 :] - wanted[-1]).abs() < 1e-6)
+        for place in fits.nonzero().flatten().tolist():
+            if torch.allclose(values[place : place + len(wanted)], wanted, atol=1e-6):
+                return True
+    return False
+
+
+def cosine_distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    a, b = (torch.cat([side[name].double().flatten() for name in sorted(left)]) for side in (left, right))
+    return float(1 - F.cosine_similarity(a, b, dim=0))
+
+
+# --- what an observation holds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["full", "head", "all"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_no_observation_holds_a_private_image(policy, name, trained):
+    run, one = trained(policy, "learned")
+    victims, observations = seen(run, one, ATTACKS[name])
+    assert len(observations) == 4
+    private = victims.images.flatten(0, 1)
+    memory = {t.untyped_storage().data_ptr() for t in (victims.images, run.setting.dataset.train.images, *(n for n in victims.noise))}
+    for observation in observations:
+        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known"}
+        for place, tensor in tensors_of(observation).items():
+            assert tensor.untyped_storage().data_ptr() not in memory, place
+            assert not any(holds(tensor, image) for image in private), place
+
+
+def test_the_search_for_images_finds_one_that_is_there(trained):
+    run, _ = trained("full", "learned")
+    pixels = run.setting.dataset.train.images[3]
+    image = pixels.float() / 255
+    assert holds(torch.cat([torch.rand(100), image.flatten(), torch.rand(7)]), image)
+    assert holds(pixels[None], image) and holds((image - 0.5) / 0.25, image)
+    assert not holds(image + 0.01, image) and not holds(image.flatten()[1:], image)
+
+
+@pytest.mark.parametrize("name", ["naive", "known"])
+def test_other_victims_images_change_nothing_in_an_observation(name, trained):
+    run, one = trained("full", "learned")
+    train_set, rows = run.setting.dataset.train, run.setting.roles.victims
+    images = train_set.images.clone()
+    images[rows[1:]] = images[rows[1:].flip(0)].flip(-1)
+    other = dataclasses.replace(run.setting, dataset=dataclasses.replace(run.setting.dataset, train=Images(images, train_set.labels)))
+    _, before = seen(run, one, ATTACKS[name])
+    _, after = seen(dataclasses.replace(run, setting=other), one, ATTACKS[name])
+    for place, tensor in tensors_of(before[0]).items():
+        assert torch.equal(tensor, tensors_of(after[0])[place]), place
+    assert all(not torch.equal(b.update["backbone.head.weight"], a.update["backbone.head.weight"]) for b, a in zip(before[1:], after[1:], strict=True))
+
+
+def test_labels_are_granted_only_where_the_threat_model_says_so(trained):
+    run, one = trained("full", "undefended")
+    victims, granted = seen(run, one, ATTACKS["naive"])
+    assert [observation.labels.tolist() for observation in granted] == victims.labels.tolist()
+    assert all(observation.labels is None for observation in seen(run, one, ATTACKS["recovered"])[1])
+
+
+@pytest.mark.parametrize("defence", ["undefended", "learned"])
+def test_under_head_naive_gets_the_initial_front_and_joint_the_true_one(defence, trained):
+    run, one = trained("head", defence)
+    initial, defended = one.training.defence.initial(), one.training.defence.model.parts
+    front = [*defended["encoder"], *defended["perturbation"]]
+    victims, naive = seen(run, one, ATTACKS["naive"])
+    _, joint = seen(run, one, ATTACKS["known"])
+    one.training.participation.versions = dict(one.snapshots["final"].versions)
+    for owner, common, true in zip(victims.owners, naive, joint, strict=True):
+        state = one.training.participation.state(owner)
+        assert set(common.params) == set(true.params) == set(defended["predictor"]) and set(front) <= set(state)
+        assert all(torch.equal(common.known[name], initial[name]) for name in front)
+        assert all(torch.equal(true.known[name], state[name]) for name in front)
+        assert any(not torch.equal(state[name], initial[name]) for name in front)
+        assert not any(name.startswith(DECODER) for name in common.known)
+
+
+def test_under_head_the_joint_attack_without_noise_is_work_of_its_own_and_called_a_bound(trained, tmp_path):
+    for policy, twins in (("full", True), ("head", False)):
+        run, one = trained(policy, "undefended")
+        naive, joint = audit._cells(run, {("undefended", 0): one}, tmp_path)
+        assert (joint.twin is naive) == twins
+        assert ("a bound" in joint.note) != twins
+
+
+def test_without_the_decoder_only_the_predictor_is_matched(trained):
+    run, one = trained("full", "learned")
+    predictor = set(one.training.defence.model.parts["predictor"])
+    for observation in seen(run, one, ATTACKS["unused"])[1]:
+        assert set(observation.update) == set(observation.params) == predictor
+        assert set(one.training.defence.model.parts["encoder"]) <= set(observation.known)
+    for observation in seen(run, one, ATTACKS["naive"])[1]:
+        assert set(observation.update) == {name for name in one.snapshots["final"].params if name.startswith("backbone.")}
+    assert observe.terms(ATTACKS["unused"], "client") == observe.terms(ATTACKS["naive"], "client") == "utility"
+    assert observe.terms(ATTACKS["known"], "client") == "client"
+
+
+def test_a_surrogate_stands_for_the_private_decoder_and_never_the_other_way_round(trained):
+    run, one = trained("full", "learned")
+    victims, granted = seen(run, one, ATTACKS["known"])
+    names = set(guess(one))
+    assert names == {name for name in granted[0].known if name.startswith(DECODER)}
+    for private, observation in zip(victims.private, granted, strict=True):
+        assert all(torch.equal(observation.known[name], private[name]) for name in names)
+    for private, observation in zip(victims.private, seen(run, one, ATTACKS["surrogate"], victims)[1], strict=True):
+        assert all(torch.equal(observation.known[name], guess(one)[name]) for name in names)
+        assert not any(torch.equal(observation.known[name], private[name]) for name in names)
+    with pytest.raises(ValueError, match="surrogate"):
+        observe.observations(run, one, one.snapshots["final"], ATTACKS["surrogate"], victims)
+
+
+# --- what is released --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("defence", ["learned", "level"])
+def test_at_strength_zero_the_release_is_that_of_the_normed_net_without_noise(defence, trained, monkeypatch):
+    run, one = trained("full", defence)
+    run, model, snapshot = evaluated(run, released_loss="utility", batch_size=2), one.training.defence.model, one.snapshots["final"]
+    noisy = observe.release(run, one, snapshot, seed=0)
+    monkeypatch.setattr(model.perturbation, "strength", 0.0)
+    monkeypatch.setattr(model.perturbation, "std_floor", 0.0)
+    silent = observe.release(run, one, snapshot, seed=0)
+    backbone = build.make_model(run.recipe, run.setting.dataset, seed=0).backbone
+    plain = SplitModel(
+        backbone, cut="blocks.0", image_shape=(3, 16, 16), num_classes=8, latent_norm=True, input_mean=(0.5,) * 3, input_std=(0.25,) * 3
+    )  # fmt: skip
+    weights = {name: tensor for name, tensor in snapshot.params.items() if name.startswith("backbone.")}
+    for batch in range(2):
+        images, labels = silent.images[batch], silent.labels[batch]
+        expected = grad(lambda w, images=images, labels=labels: F.cross_entropy(functional_call(plain, w, (images,)), labels))(weights)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(silent.updates[batch][name], tensor, rtol=1e-5, atol=1e-7)
+        assert cosine_distance(expected, noisy.updates[batch]) > 1e-3
+
+
+# "unused" for one gradient only: over several steps the encoder moves too, which an attack on the predictor alone does not follow
+@pytest.mark.parametrize(("name", "changes"), [("known", {}), ("unused", {}), ("known", {"release": "delta", "batch_size": 4, "local_steps": 2})])
+def test_the_true_image_and_noise_match_exactly_and_the_wrong_noise_does_not(name, changes, trained):
+    run, one = trained("full", "learned")
+    run, snapshot = evaluated(run, **changes), one.snapshots["final"]
+    victims, observations = seen(run, one, ATTACKS[name])
+    simulate = observe.observed_simulator(run, one, snapshot, terms=observe.terms(ATTACKS[name], run.recipe.evaluation.released_loss))()
+    for batch, observation in enumerate(observations):
+        labels = F.one_hot(victims.labels[batch], 8).float()
+
+        def matched(noise, observation=observation, batch=batch, labels=labels):
+            update = simulate(observation.params, observation.known, victims.images[batch], labels, noise)
+            return cosine_distance(update, observation.update)
+
+        assert victims.noise[batch].shape == observe.noise_shape(run, one)
+        assert matched(victims.noise[batch]) < 1e-6
+        assert matched(torch.zeros_like(victims.noise[batch])) > 1e-3
+
+
+def test_the_noise_of_a_batch_is_its_own_and_reproducible(trained):
+    run, one = trained("full", "learned")
+    first, again, other = (observe.release(run, one, one.snapshots["final"], seed=seed) for seed in (0, 0, 1))
+    for batch, noise in enumerate(first.noise):
+        assert torch.equal(noise, again.noise[batch]) and not torch.equal(noise, other.noise[batch])
+        assert not any(torch.equal(noise, first.noise[k]) for k in range(batch))
+
+
+def placed(images: Tensor, labels: Tensor) -> Client:
+    """A client whose batches in round 5 of seed 0 are consecutive slices of the images."""
+    client = Client(7, images.clone(), labels.clone())
+    order = torch.randperm(len(labels), generator=generator(0, "order", 5, client.id))
+    client.images[order], client.labels[order] = images, labels
+    return client
+
+
+@pytest.mark.parametrize("defence", ["undefended", "level"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, steps, trained):
+    run, one = trained("full", defence)
+    run, snapshot = evaluated(run, release="delta", batch_size=4, local_steps=steps, local_lr=0.05), one.snapshots["final"]
+    victims = observe.release(run, one, snapshot, seed=0)
+    rows = victims.rows[0]
+    client = placed(run.setting.dataset.train.images[rows], victims.labels[0])
+    settings = LocalSettings(epochs=1, batch_size=4 // steps, optimiser="sgd", lr=0.05, grad_clip=0.0)
+    player = one.training.defence.player()
+    player.begin(client, seed=0, round=5, progress=1.0, first=False)
+    found = train_locally(player, snapshot.params, client, settings, seed=0, round=5)
+    update, shape = victims.updates[0], observe.noise_shape(run, one)
+    if shape is not None:  # the player draws noise of its own
+        draws = generator(0, "noise", 5, client.id)
+        noise = torch.stack([one.training.defence.draw_noise(4 // steps, generator=draws) for _ in range(steps)])
+        assert noise.shape == shape
+        simulate = observe.observed_simulator(run, one, snapshot, terms="client")()
+        update = simulate(snapshot.params, {}, victims.images[0], F.one_hot(victims.labels[0], 8).float(), noise)
+    assert found.steps == steps
+    assert set(update) == set(found.delta)
+    for name, tensor in found.delta.items():
+        torch.testing.assert_close(update[name], tensor, rtol=1e-4, atol=1e-6)
