@@ -93,7 +93,6 @@ def effort(attack: Any) -> str:
 
 def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pictures: Path | None = None) -> Findings:
     """Attack every cell, score it, draw it. Every rank calls this together; rank 0 gets the findings, the others empty ones."""
-    recipe = run.recipe
     pictures = pictures or run.folder / "pictures"
     cells = _cells(run, trained, folder)
     judge_path = folder / f"judge-{_roles_mark(run)}.safetensors"
@@ -162,7 +161,8 @@ def _note(run: Run, one: Trained, attack: config.JointMatching) -> str:
     if run.recipe.share_policy == "head":
         said.append("private front known: a bound")
     if _keeps_decoder(run, one):
-        said.append({"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}[attack.decoder])
+        words = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}
+        said.append(words[attack.decoder])
     return "; ".join(said)
 
 
@@ -503,9 +503,9 @@ def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], sco
     for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
         here = [cell for cell in cells if cell.checkpoint == checkpoint and cell.seed == cells[0].seed]
         columns = [cell for cell in here if cell.twin is None]
-        leak = torch.stack([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)] or [torch.zeros(columns[0].victims.rows.numel())])
-        order = leak.max(0).values.argsort(descending=True)
         rows = columns[0].victims.rows.flatten()
+        leaks = [scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)]
+        order = torch.stack(leaks or [torch.zeros(len(rows))]).max(0).values.argsort(descending=True, stable=True)
         truth = columns[0].victims.images.flatten(0, 1).cpu()
         names = run.setting.dataset.class_names
         labels = columns[0].victims.labels.flatten().tolist()

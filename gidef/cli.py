@@ -98,6 +98,8 @@ def _data_download(arguments: argparse.Namespace) -> None:
     from gidef.errors import InputError
     from gidef.report import Console
 
+    if arguments.name == "synthetic" or ":" in arguments.name:
+        raise InputError(f"{arguments.name} is made by code: there is nothing to download.")
     with Console() as console:
         dataset = _load(arguments, console)
         if dataset.synthetic:
@@ -116,8 +118,11 @@ def _data_convert(arguments: argparse.Namespace) -> None:
 
 
 def _data_preview(arguments: argparse.Namespace) -> None:
+    from gidef.errors import InputError
     from gidef.report import Console, preview
 
+    if arguments.per_class < 1:
+        raise InputError(f"--per-class {arguments.per_class}: give at least 1.")
     with Console() as console:
         dataset = _load(arguments, console)
         path = preview(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -49,7 +50,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         world.barrier()
         damaged: list[str] = []
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
-        with Console(rank=world.rank, log=folder / "log.txt") as console:
+        with record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             _introduce(run, name)
             for text in damaged:
@@ -63,8 +64,6 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
             world.barrier()
-        if record is not None:
-            record.close()
     return content
 
 
@@ -309,7 +308,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
             raise InputError(f"{out} holds results already: choose another --out.")
         mark = fingerprint(recipe, setting.dataset)
         record = Record(out / "record.jsonl") if world.rank == 0 else None
-        with Console(rank=world.rank, log=out / "log.txt") as console:
+        with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
             trained = {}
@@ -321,8 +320,6 @@ def attack_again(arguments: argparse.Namespace) -> None:
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()
-        if record is not None:
-            record.close()
 
 
 def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Recipe:

@@ -25,8 +25,8 @@ def main(recipe: Recipe, *, name: str | None = None, args: list[str] | None = No
         return
     name = name or Path(caller.get("__file__", "recipe")).stem
     args = sys.argv[1:] if args is None else args
-    # the deepspeed launcher adds --local_rank; the environment says the same
-    args = [arg for arg in args if not arg.startswith("--local_rank")]
+    # the deepspeed launcher adds --local_rank, torch.distributed.launch --local-rank; the environment says the same
+    args = [arg for arg in args if not arg.startswith(("--local_rank", "--local-rank"))]
     recipe = parse(recipe, args, name)
     found = problems(recipe)
     if found:
@@ -66,9 +66,9 @@ def parse(recipe: Recipe, args: list[str], name: str) -> Recipe:
 def speaks() -> bool:
     """Whether this process is rank 0, as far as the environment says."""
     rank = os.environ.get("RANK")
-    if rank is None and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if rank is None and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         rank = os.environ.get("SLURM_PROCID")
-    return int(rank or 0) == 0
+    return not (rank or "0").isdigit() or int(rank or 0) == 0  # nonsense is refused later, by open_world, which must be heard
 
 
 def fail(message: str, *, everywhere: bool = False) -> None:

@@ -33,7 +33,8 @@ def run_tasks(
              task at a time each; it computes with `threads` threads.  name: a task's name in messages.
              on_done: called in the main thread of the rank where the task ran, after it succeeded.
     Raises:  on every rank, InputError if the first failed task raised one (a full disk), else RuntimeError with the names of
-             failed tasks and the first one's error; RuntimeError when the ranks' tasks differ. KeyboardInterrupt and SystemExit (a SIGTERM handler's) propagate from the rank that got them.
+             failed tasks and the first one's error; RuntimeError when the ranks' tasks differ.
+             KeyboardInterrupt and SystemExit (a SIGTERM handler's) propagate from the rank that got them.
     """
     if len(costs) != len(tasks):
         raise ValueError(f"{len(tasks)} tasks but {len(costs)} costs")

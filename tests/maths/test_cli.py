@@ -116,6 +116,9 @@ def test_the_preview_is_a_picture(tmp_path, capsys):
 
 def test_what_cannot_be_shown_is_one_line(tmp_path, capsys):
     assert "nowhere.npz" in refused(capsys, "data", "preview", "--path", "nowhere.npz")
+    assert "--per-class 0" in refused(capsys, "data", "preview", OWN, "--per-class", "0")
+    assert "nothing to download" in refused(capsys, "data", "download", "synthetic")
+    assert "GIDEF_DATA" in refused(capsys, "data", "download", "bloodmnist")
     assert "size=-3" in refused(capsys, "data", "preview", OWN, "--size", "-3")
     assert "no_such_module" in refused(capsys, "data", "preview", "no_such_module:make")
     (tmp_path / "file").touch()
@@ -208,7 +211,9 @@ def test_a_stale_lock_is_found_and_a_fresh_one_is_not(healthy, tmp_path, monkeyp
     assert f"{tmp_path}/py311_cpu/old/lock" in out and "py311_cpu/new/lock" not in out
 
 
-@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"), ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operator torchvision::nms does not exist"), ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so")]
+)
 def test_a_torchvision_of_another_torch_is_found(error, healthy, monkeypatch, capsys):
     real = builtins.__import__
 

@@ -43,7 +43,8 @@ def trained(tmp_path_factory):
             recipe = Recipe(
                 data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
                 clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
-                evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("final",)), attacks={"naive": NaiveMatching(), "joint": JointMatching()},
+                evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("final",)),
+                attacks={"naive": NaiveMatching(), "joint": JointMatching()},
             )  # fmt: skip
             setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
             runs[policy] = Run(setting, World(), tmp_path_factory.mktemp(policy), Console(rank=1), None, "mark")
@@ -137,7 +138,8 @@ def test_other_victims_images_change_nothing_in_an_observation(name, trained):
     _, after = seen(dataclasses.replace(run, setting=other), one, ATTACKS[name])
     for place, tensor in tensors_of(before[0]).items():
         assert torch.equal(tensor, tensors_of(after[0])[place]), place
-    assert all(not torch.equal(b.update["backbone.head.weight"], a.update["backbone.head.weight"]) for b, a in zip(before[1:], after[1:], strict=True))
+    for first, second in zip(before[1:], after[1:], strict=True):
+        assert not torch.equal(first.update["backbone.head.weight"], second.update["backbone.head.weight"])
 
 
 def test_labels_are_granted_only_where_the_threat_model_says_so(trained):
