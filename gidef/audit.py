@@ -223,7 +223,7 @@ def _judge_task(run: Run, path: Path) -> Task:
         for step in fit_judge(judge, train, epochs=recipe.evaluation.judge_epochs, seed=0):
             report(step - before)
             before = step
-        save_file(path, {name: tensor for name, tensor in judge.state_dict().items()}, {"fingerprint": run.fingerprint})
+        save_file(path, dict(judge.state_dict()), {"fingerprint": run.fingerprint})
 
     return Task("judge", steps, path, do)
 

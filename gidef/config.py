@@ -308,7 +308,8 @@ class Evaluation:
     """Images in one observed batch."""
     checkpoints: tuple[Literal["untrained", "early", "final"], ...] = ("untrained",)
     release: Literal["gradient", "delta"] = "gradient"
-    """What the server observes of the victim: one gradient (FedSGD), or the delta of local epochs (FedAvg)."""
+    """What the server observes of the victim: one gradient (FedSGD), or the delta of local sgd steps (FedAvg). In a delta only
+    the shared tensors move: a private front and the decoder stand still during the victim's steps."""
     local_steps: int = 1
     """Of a released delta: plain sgd steps on consecutive batches."""
     local_lr: float = 0.01
@@ -332,8 +333,9 @@ class Speed:
     attack_mode: Literal["vmap", "loop"] = "vmap"
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
-    timeout_s: float = 600.0
-    """A collective that waits longer ends the run with an error."""
+    timeout_s: float = 3600.0
+    """A collective that waits longer ends the run with an error. A rank that died is noticed at once; this bounds a silent cut, and
+    must exceed the longest single attack chunk, for which idle ranks wait."""
 
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew
@@ -442,6 +444,8 @@ def problems(recipe: Recipe) -> list[str]:
             f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
             "each local step takes an equal slice of the batch. Change one of them."
         )
+    if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
+        found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
     return found

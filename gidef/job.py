@@ -311,6 +311,8 @@ def attack_again(arguments: argparse.Namespace) -> None:
         with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
+            for note in setting.dataset.notes:
+                console.notice(note)
             trained = {}
             for key, defence in new.chosen.items():
                 for seed in new.seeds:

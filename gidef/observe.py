@@ -120,7 +120,9 @@ def observations(
     if guessed and surrogate is None and any(name.startswith(DECODER) for private in victims.private for name in private):
         raise ValueError("decoder=surrogate without the surrogate's tensors")
     training = trained.training
-    names = list(snapshot.params)
+    order = {name: place for place, name in enumerate(training.defence.initial())}
+    # the classifier's tensors last, where label recovery looks for them
+    names = sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
     if not isinstance(attack, config.JointMatching):
         matched = [name for name in names if not name.startswith(("perturbation.", DECODER))]
     elif attack.decoder == "unused":

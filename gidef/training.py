@@ -16,7 +16,7 @@ from gidef import build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
-from gidef.data import Images
+from gidef.data import Dataset, Images
 from gidef.errors import InputError
 from gidef.parallel import World
 from gidef.report import Console, Record
@@ -74,11 +74,14 @@ class Trained:
     sha256: str
 
 
-def fingerprint(recipe: config.Recipe, dataset: Any) -> str:
-    """SHA-256 of the recipe's scientific fields and the data's identity."""
-    images = dataset.train.images
-    probe = hashlib.sha256(images[:: max(1, len(images) // 64)].contiguous().numpy().tobytes()).hexdigest()
-    return hashlib.sha256(f"{config.science(recipe)}|{dataset.name}|{dataset.md5}|{probe}".encode()).hexdigest()
+def fingerprint(recipe: config.Recipe, dataset: Dataset) -> str:
+    """SHA-256 of the recipe's scientific fields and of all labels and images (of the source file's MD5 instead, where there is one)."""
+    digest = hashlib.sha256(f"{config.science(recipe)}|{dataset.name}|{dataset.md5}".encode())
+    for split in (dataset.train, dataset.val, dataset.test):
+        digest.update(split.labels.cpu().numpy().tobytes())
+        if dataset.md5 is None:
+            digest.update(split.images.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def run_key(defence: str, seed: int) -> str:
@@ -184,7 +187,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
         stop = _patience_over(recipe, server.round, progress)
-        for number, server, cohort, mean in () if stop else federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run):
+        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
+        for number, server, cohort, mean in () if stop else rounds:
             before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
             values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)

@@ -5,7 +5,19 @@ Expect: the picture and the table in the README.
 Costs:  about 4 minutes on 2 CPU cores, sized for that: raise --rounds.count and --attacks.*.iterations for results to quote.
 """
 
-from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, PostHocDecoder, Recipe, Rounds, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    PostHocDecoder,
+    Recipe,
+    Rounds,
+    Undefended,
+)
 from gidef.main import main
 
 RECIPE = Recipe(

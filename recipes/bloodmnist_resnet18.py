@@ -4,7 +4,20 @@ Shows:  the same table as recipes/bloodmnist.py for a net of 11 million paramete
 Expect: about 0.94 or more test accuracy undefended.  Costs: not for a CPU.
 """
 
-from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, PostHocDecoder, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    PostHocDecoder,
+    Recipe,
+    Rounds,
+    Speed,
+    Undefended,
+)
 from gidef.main import main
 
 RECIPE = Recipe(

@@ -51,4 +51,4 @@ def test_a_backbone_splits_trains_a_step_and_is_attacked(name):
     with torch.no_grad():
         reconstruction = defence.decoder(defence.model.run(images, noise).perturbed)
     assert reconstruction.shape == images.shape
-    assert 0 <= float(reconstruction.min()) and float(reconstruction.max()) <= 1
+    assert float(reconstruction.min()) >= 0 and float(reconstruction.max()) <= 1
