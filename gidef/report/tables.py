@@ -128,7 +128,7 @@ def latex(results: dict[str, Any]) -> str:
 
 def _title(results: dict[str, Any], what: str = "what the shared updates gave away") -> str:
     data = results["data"]
-    return f"{results['recipe_name']}: {what}, {data['name']}" + (" (SYNTHETIC data)" if data["synthetic"] else "")
+    return f"{results['recipe_name']}: {what}, {data.get('title') or data['name']}" + (" (SYNTHETIC data)" if data["synthetic"] else "")
 
 
 def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]]:
