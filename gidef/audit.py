@@ -67,6 +67,8 @@ class Cell:
     twin: Cell | None = None
     victims: observe.Victims | None = None
     reconstructions: list[Any] = field(default_factory=list)
+    in_loop_psnr_db: float | None = None
+    """Of the decoder that the clients trained against, beside a post-hoc one."""
     seconds: float = 0.0
 
     @property
@@ -267,13 +269,20 @@ def _decoder_task(run: Run, cell: Cell) -> Task:
         for step in fit_decoder(decoder, latents, public, steps=settings.steps, seed=cell.seed, batch_size=settings.batch_size, lr=settings.lr):
             report(step - before)
             before = step
-        images = []
+        in_loop = copy.deepcopy(training.defence.decoder)
+        images, guesses = [], []
         with torch.no_grad():
             for batch, private in zip(cell.victims.images, cell.victims.private, strict=True):
-                load_parameters(model, {n: t for n, t in {**private, **cell.snapshot.params}.items() if not n.startswith(DECODER)})
+                held = {**private, **cell.snapshot.params}
+                load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
                 noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images), device=run.world.device))
-                images.append(decoder(model.run(batch, noise).perturbed).clamp(0, 1).cpu())
-        save_file(path, {"images": torch.stack(images)}, {"mark": _mark(run, cell), "seconds": time.perf_counter() - began})
+                perturbed = model.run(batch, noise).perturbed
+                images.append(decoder(perturbed).clamp(0, 1).cpu())
+                if in_loop is not None:  # the opponent that the client trained against, for the gap
+                    load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})
+                    guesses.append(in_loop(perturbed).clamp(0, 1).cpu())
+        saved = {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
+        save_file(path, saved, {"mark": _mark(run, cell), "seconds": time.perf_counter() - began})
 
     return Task(cell.label, cell.attack.steps, path, do)
 
@@ -354,7 +363,11 @@ def _collect(run: Run, cell: Cell) -> None:
         return tensors
 
     if isinstance(cell.attack, config.PostHocDecoder):
-        images = read(cell.folder / "decoded.safetensors")["images"]
+        tensors = read(cell.folder / "decoded.safetensors")
+        images = tensors["images"]
+        if "in_loop" in tensors:
+            truth = cell.victims.images.flatten(0, 1).cpu()
+            cell.in_loop_psnr_db = float(metrics.psnr_db(tensors["in_loop"].flatten(0, 1), truth).mean())
         cell.reconstructions = [
             Reconstruction(images=batch, labels=labels.cpu(), loss=0.0, losses=torch.zeros(1)) for batch, labels in zip(images, cell.victims.labels, strict=True)
         ]
@@ -473,6 +486,8 @@ def _rows(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]]) -> 
         values = {name: torch.stack([scored[id(cell)][name] for cell in group]).mean(0) for name in (*MEASURES, "recovered", "oracle_psnr_db")}
         failed = sum(found.status == "failed" for cell in group for found in cell.reconstructions)
         accuracies = [cell.trained.summary["test_accuracy"] for cell in group]
+        gap = [cell.in_loop_psnr_db for cell in group if cell.in_loop_psnr_db is not None]
+        note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
         budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps") if hasattr(first.attack, name)}
         rows.append({
             "defence": first.defence, "attack": first.name, "attack_id": ATTACK_ID[type(first.attack)], "checkpoint": first.checkpoint,
@@ -480,7 +495,8 @@ def _rows(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]]) -> 
             "victims": first.victims.rows.numel(), "failed": failed, "client_accuracy": sum(accuracies) / len(accuracies),
             "client_accuracies": accuracies, **{name: _measured(values[name], name, seed=0) for name in MEASURES},
             "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
-            **budget, "seconds": sum(cell.seconds for cell in group), "note": first.note,
+            **budget, "seconds": sum(cell.seconds for cell in group), "note": note,
+            **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         })  # fmt: skip
     return rows
 

@@ -576,6 +576,7 @@ NOT_SCIENCE = ("speed", "out", "resume")
 """Fields of a recipe that may differ between a run and its resumption."""
 
 
-def science(recipe: Recipe) -> str:
-    """The scientific fields as canonical JSON: two recipes with equal text give the same results."""
-    return json.dumps({key: value for key, value in to_json(recipe).items() if key not in NOT_SCIENCE}, sort_keys=True)
+def science(recipe: Recipe | dict[str, Any]) -> str:
+    """The scientific fields of a recipe, or of one as JSON, as canonical text: two recipes with equal text give the same results."""
+    values = recipe if isinstance(recipe, dict) else to_json(recipe)
+    return json.dumps({key: value for key, value in values.items() if key not in NOT_SCIENCE}, sort_keys=True)

@@ -259,7 +259,9 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.heading("Where to look")
     for picture in pictures:
         console.say(f"picture  {folder / picture}")
-    console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}; models {folder / 'models'}")
+    console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}")
+    if (folder / "models").exists():
+        console.say(f"models   {folder / 'models'}")
     console.say(f"time     {content['seconds']['total']:.0f} s")
 
 
@@ -274,7 +276,8 @@ def sentence_of(text: str) -> Any:
 # --- taking up a finished run ----------------------------------------------------------------------------------------
 
 
-def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str]:
+def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, dict[str, Any]]:
+    """The recipe of a run, its name, and the recipe as it stands in the file."""
     path = folder / RECIPE
     try:
         content = json.loads(path.read_text())
@@ -288,14 +291,14 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str]:
         raise InputError(f"{path} cannot be read: {error}") from error
     if found:
         raise InputError(f"{path}: " + "\n".join(found))
-    return recipe, name
+    return recipe, name, content["recipe"]
 
 
 def attack_again(arguments: argparse.Namespace) -> None:
     """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
     began = time.perf_counter()
     folder = Path(arguments.folder)
-    recipe, name = _read_run(folder, allow_code=arguments.allow_code)
+    recipe, name, saved = _read_run(folder, allow_code=arguments.allow_code)
     new = _altered(recipe, arguments)
     found = config.problems(new)
     if found:
@@ -306,7 +309,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
-        mark = fingerprint(recipe, setting.dataset)
+        mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         record = Record(out / "record.jsonl") if world.rank == 0 else None
         with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)

@@ -74,7 +74,7 @@ class Trained:
     sha256: str
 
 
-def fingerprint(recipe: config.Recipe, dataset: Dataset) -> str:
+def fingerprint(recipe: config.Recipe | dict[str, Any], dataset: Dataset) -> str:
     """SHA-256 of the recipe's scientific fields and of all labels and images (of the source file's MD5 instead, where there is one)."""
     digest = hashlib.sha256(f"{config.science(recipe)}|{dataset.name}|{dataset.md5}".encode())
     for split in (dataset.train, dataset.val, dataset.test):

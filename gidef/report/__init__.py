@@ -19,6 +19,7 @@
                   threat: {release: "gradient" | "delta", batch_size: int, labels: "known" | "recovered", ...}
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
+                  in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour";
                   mse, psnr_db, ssim, attacker_accuracy: what a guess without any gradient scores on the same victims]
