@@ -28,11 +28,11 @@ from gidef.clients.participate import DECODER
 from gidef.data import Images
 from gidef.errors import InputError
 from gidef.fit import fit_decoder, fit_judge
-from gidef.metrics import bounds
 from gidef.models import decoder_for, make_judge
 from gidef.parallel import run_tasks
 from gidef.report import attack_curves, grid
 from gidef.rng import generator, stream_seed
+from gidef.scores import MEASURES, Scorer, measured
 from gidef.training import Run, Snapshot, Trained, fronts, run_key
 from gidef.types import Reconstruction, Tensors
 
@@ -119,8 +119,8 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     judge = _load_judge(run, judge_path)
     for cell in cells:
         _collect(run, cell)
-    scorer = _Scorer(run, judge)
-    scored = {id(cell): scorer.score(cell) for cell in cells}
+    scorer = Scorer(run, judge)
+    scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
     for cell in cells:
         _record(run, cell, scored[id(cell)])
     rows = _rows(run, cells, scored)
@@ -376,95 +376,7 @@ def _collect(run: Run, cell: Cell) -> None:
     cell.reconstructions = attacks.select([read(path) for path in paths], len(cell.victims.rows))
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-MEASURES = ("mse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
-
-
-class _Scorer:
-    """Scores reconstructions against the truth, as the evaluator, with the judge and the trivial bounds."""
-
-    def __init__(self, run: Run, judge: torch.nn.Module) -> None:
-        self._run, self._judge = run, judge
-        dataset, roles = run.setting.dataset, run.setting.roles
-        train, device = dataset.train, run.world.device
-        self.rows = roles.victims
-        self.truth = train.images[self.rows].to(device, torch.float32).div_(255)
-        self.labels = train.labels[self.rows].to(device)
-        self._public = dataset.val.images.to(device, torch.float32).div_(255)
-        self._public_labels = dataset.val.labels.to(device)
-        pool = torch.cat([self.rows, roles.judge[:POOL]])
-        self._pool, self._pool_labels = train.images[pool].to(device, torch.float32).div_(255), train.labels[pool].to(device)
-
-    def measure(self, images: Tensor, truth: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Per-image values (N,) on the CPU; images and truth (N, C, H, W) paired."""
-        images = images.to(truth)
-        with torch.no_grad():
-            values = {
-                "mse": metrics.mse(images, truth), "psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth),
-                "attacker_accuracy": metrics.attacker_correct(self._judge, images, labels),
-                "iip": metrics.iip(images, truth, labels, self._pool, self._pool_labels),
-                "feature_distance": metrics.feature_distance(self._judge.features, images, truth),
-            }  # fmt: skip
-        return {name: value.double().cpu() for name, value in values.items()}
-
-    def score(self, cell: Cell) -> dict[str, Tensor]:
-        """Values per victim in the order of cell.victims.rows, after pairing each batch with its truth; plus `recovered` labels and the oracle's PSNR."""
-        victims = cell.victims
-        paired, oracle, recovered = [], [], []
-        for found, truth, labels in zip(cell.reconstructions, victims.images, victims.labels, strict=True):
-            images = found.images.to(truth)
-            paired.append(images[metrics.pair(images, truth)])
-            recovered.append(metrics.label_recovery(found.labels.cpu(), labels.cpu()))
-            starts = found.restart_images if found.restart_images is not None else found.images[None]
-            best = [metrics.psnr_db(start.to(truth)[metrics.pair(start.to(truth), truth)], truth).mean() for start in starts]
-            oracle.append(float(torch.stack(best).max()))
-        images = torch.cat(paired)
-        values = self.measure(images, victims.images.flatten(0, 1), victims.labels.flatten())
-        values["images"] = images.cpu()
-        values["recovered"] = torch.tensor(recovered, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
-        values["oracle_psnr_db"] = torch.tensor(oracle, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
-        return values
-
-    def bounds(self) -> list[dict[str, Any]]:
-        """What guesses without any gradient score on the same victims, from public images."""
-        guesses = {
-            "constant grey": bounds.grey(self.truth),
-            "mean image": bounds.mean_image(self._public, len(self.truth)),
-            "class mean": bounds.class_means(self._public, self._public_labels, self.labels),
-            "nearest public neighbour": bounds.nearest_public(self.truth, self.labels, self._public, self._public_labels),
-        }
-        found = []
-        for name, images in guesses.items():
-            values = self.measure(images, self.truth, self.labels)
-            found.append({"name": name, **{key: _measured(values[key], key, seed=0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}})
-        return found
-
-    def judge_record(self) -> dict[str, Any]:
-        test = self._run.setting.dataset.test
-        with torch.no_grad():
-            outputs = [
-                self._judge(batch.to(self._run.world.device, torch.float32).div_(255)).cpu() for batch in test.images.split(500)
-            ]
-            truth = metrics.attacker_accuracy(self._judge, self.truth, self.labels)
-        return {
-            "accuracy_on_truth": truth, "accuracy_on_test": metrics.accuracy(torch.cat(outputs), test.labels.cpu()),
-            "chance": 1 / self._run.setting.dataset.num_classes, "pool": len(self._pool),
-        }  # fmt: skip
-
-
-POOL = 2000
-"""Further images, beside the victims, among which a reconstruction has to be identified (IIP)."""
-
-
-def _measured(values: Tensor, name: str, *, seed: int) -> dict[str, float]:
-    """Mean over victims, 95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth."""
-    higher = name not in ("mse", "feature_distance")
-    low, high = metrics.bootstrap_interval(values, seed=seed)
-    return {
-        "mean": float(values.mean()), "low": low, "high": high, "worst": float(values.max() if higher else values.min()),
-        "worst_decile": metrics.worst_decile(values, higher_is_leak=higher),
-    }  # fmt: skip
+# --- rows, record, pictures ------------------------------------------------------------------------------------------
 
 
 def _threat(run: Run, cell: Cell) -> dict[str, Any]:
@@ -493,7 +405,7 @@ def _rows(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]]) -> 
             "defence": first.defence, "attack": first.name, "attack_id": ATTACK_ID[type(first.attack)], "checkpoint": first.checkpoint,
             "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": _threat(run, first),
             "victims": first.victims.rows.numel(), "failed": failed, "client_accuracy": sum(accuracies) / len(accuracies),
-            "client_accuracies": accuracies, **{name: _measured(values[name], name, seed=0) for name in MEASURES},
+            "client_accuracies": accuracies, **{name: measured(values[name], name, seed=0) for name in MEASURES},
             "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
             **budget, "seconds": sum(cell.seconds for cell in group), "note": note,
             **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
@@ -513,7 +425,7 @@ def _record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:
         )  # fmt: skip
 
 
-def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], scorer: _Scorer, folder: Path) -> list[str]:
+def _draw(run: Run, cells: list[Cell], scored: dict[int, dict[str, Tensor]], scorer: Scorer, folder: Path) -> list[str]:
     """A contact sheet per checkpoint (private | each defence under each attack), most leaked victim first; and the attackers' losses."""
     drawn, title = [], run.setting.dataset.title
     for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
