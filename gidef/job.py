@@ -40,7 +40,8 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         _settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
         recipe = _continued(recipe, folder, world)
-        setting = build.load_setting(recipe, world=world, notice=lambda text: None)
+        said: list[str] = []  # shown once there is a console with a log
+        setting = build.load_setting(recipe, world=world, notice=said.append)
         chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
         del chosen
         mark = fingerprint(recipe, setting.dataset)
@@ -52,7 +53,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
         with record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
-            _introduce(run, name)
+            _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
             trained = {
@@ -162,13 +163,13 @@ def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) 
     return keep
 
 
-def _introduce(run: Run, name: str) -> None:
+def _introduce(run: Run, name: str, said: list[str]) -> None:
     """What is going to happen, in a few lines; the partition's table and picture."""
     recipe, dataset, console = run.recipe, run.setting.dataset, run.console
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
     console.say(f"images    {dataset.title}, {shape}, {len(dataset.train)} for training, from {dataset.source}")
-    for note in dataset.notes:
+    for note in dict.fromkeys([*dataset.notes, *said]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
@@ -305,7 +306,8 @@ def attack_again(arguments: argparse.Namespace) -> None:
         raise InputError("\n".join(found))
     with open_world(new.speed.device, new.speed.timeout_s) as world:
         _settle_threads(new)
-        setting = build.load_setting(new, world=world, notice=lambda text: None)
+        said: list[str] = []
+        setting = build.load_setting(new, world=world, notice=said.append)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
@@ -314,7 +316,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
         with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
-            for note in setting.dataset.notes:
+            for note in dict.fromkeys([*setting.dataset.notes, *said]):
                 console.notice(note)
             trained = {}
             for key, defence in new.chosen.items():
