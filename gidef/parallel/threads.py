@@ -49,6 +49,9 @@ def run_on_threads(
             if stop_at_error:
                 stop.set()
             return False
+        except BaseException:  # an exit: the others start nothing more
+            stop.set()
+            raise
         return True
 
     if workers == 1:
