@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, config, importing
+from gidef import audit, build, cells, config, findings, importing
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
 from gidef.parallel import World, open_world
@@ -179,7 +179,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
         f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
-    attacks = ", ".join(f"{key} ({audit.effort(attack)})" for key, attack in recipe.attacks.items())
+    attacks = ", ".join(f"{key} ({cells.effort(attack)})" for key, attack in recipe.attacks.items())
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
@@ -331,27 +331,43 @@ def attack_again(arguments: argparse.Namespace) -> None:
 
 def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Recipe:
     """The run's recipe with the command's changes to attacks, victims and budgets."""
-    for asked, offered, what in ((arguments.attack, recipe.attacks, "attacks"), (arguments.defence, recipe.chosen, "defences")):
-        unknown = [name for name in asked or () if name not in offered]
-        if unknown:
-            raise InputError(f"{unknown} is none of the run's {what}, which are {sorted(offered)}.")
-    attacks = {}
-    for key, attack in recipe.attacks.items():
-        if arguments.attack and key not in arguments.attack:
-            continue
-        fields = {spec.name for spec in dataclasses.fields(attack)}
-        asked = {name: getattr(arguments, name) for name in ("iterations", "restarts", "labels") if getattr(arguments, name) is not None}
-        attacks[key] = dataclasses.replace(attack, **{name: value for name, value in asked.items() if name in fields})
+    if unknown := [name for name in arguments.defence or () if name not in recipe.chosen]:
+        raise InputError(f"{unknown} is none of the run's defences, which are {sorted(recipe.chosen)}.")
+    offered = {**config.PRESETS, **recipe.attacks}  # the recipe's own settings win over a preset of the same name
+    if unknown := [name for name in arguments.attack or () if name not in offered]:
+        raise InputError(f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}.")
+    attacks = {name: _asked(offered[name], arguments) for name in arguments.attack or recipe.attacks}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
         "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
     }  # fmt: skip
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
-    speed = {name: value for name, value in (("device", arguments.device), ("attacks_at_once", arguments.at_once)) if value is not None}
+    chosen = (
+        ("device", arguments.device), ("attacks_at_once", arguments.at_once), ("attack_mode", arguments.mode), ("compile", arguments.compile or None),
+        ("schedule", arguments.schedule),
+    )  # fmt: skip
+    speed = {name: value for name, value in chosen if value is not None}
     return dataclasses.replace(
         recipe, attacks=attacks, evaluation=evaluation, speed=dataclasses.replace(recipe.speed, **speed),
         only=tuple(arguments.defence or recipe.only), resume=True, out=str(arguments.folder),
     )  # fmt: skip
+
+
+def _asked(attack: Any, arguments: argparse.Namespace) -> Any:
+    """An attack with the command's budget and knowledge, as far as it has such fields."""
+    fixed = [f"--{name}" for name in ("iterations", "restarts", "steps") if getattr(arguments, name) is not None]
+    if isinstance(attack, config.Standard) and fixed:
+        raise InputError(f"the budgets of an ensemble are fixed, so that its name says what was done: leave out {', '.join(fixed)}, or choose quick.")
+    hints = {spec.name: str(spec.type) for spec in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else {}
+    asked = {name: getattr(arguments, name) for name in ("iterations", "restarts", "labels") if getattr(arguments, name) is not None}
+    fitting = {name: value for name, value in asked.items() if name in hints and (name != "labels" or f"'{value}'" in hints[name])}
+    if arguments.steps is not None:
+        fitting |= {name: min(arguments.steps, getattr(attack, name)) for name in TRAINING if name in hints}
+    return dataclasses.replace(attack, **fitting)
+
+
+TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
+"""Fields of attacks that say how long something is trained on public images."""
 
 
 def report_again(folder: str | Path) -> None:
@@ -360,6 +376,6 @@ def report_again(folder: str | Path) -> None:
     content = results.load(folder / "results.json")
     content["verdict"] = verdict(content)
     with Console() as console:
-        redrawn = audit.redraw(folder)
+        redrawn = findings.redraw(folder)
         content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
         publish(content, folder, console)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gidef import config
-from gidef.attack import local_sgd
+from gidef.attack import local_sgd, recover_labels
 from gidef.clients.participate import DECODER
 from gidef.rng import generator
 from gidef.training import Run, Snapshot, Trained
@@ -56,8 +57,10 @@ def noise_shape(run: Run, trained: Trained) -> tuple[int, ...] | None:
     return (evaluation.local_steps, evaluation.batch_size // evaluation.local_steps, *latent)
 
 
-def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int) -> Victims:
-    """Let the victims' clients compute what they would send, at a checkpoint, with fresh noise from (seed, checkpoint, batch).
+def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0) -> Victims:
+    """Let the victims' clients compute what they would send, at a checkpoint, with fresh noise from (seed, checkpoint, batch, repeat).
+
+    repeat: number of a release of the same batch at the same weights, for attacks over several rounds.
 
     A batch belongs to the client that holds its first image: that client's decoder and front are used. Images, and so rows, are
     sorted by owner before they are cut into batches; with more images per batch than victims per client, a batch mixes clients.
@@ -81,7 +84,8 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int) -> Vic
             noise = _frozen(run, trained, members, seed=seed)
             if noise is None:
                 count = math.prod(shape[: len(shape) - len(defence.noise_shape)])
-                noise = defence.draw_noise(count, generator=generator(seed, "victim-noise", snapshot.name, batch))
+                stream = ("victim-noise", snapshot.name, batch, *([repeat] if repeat else []))
+                noise = defence.draw_noise(count, generator=generator(seed, *stream))
             noise = noise.view(shape).to(device)
         targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
         update = simulate(snapshot.params, private, images[batch], targets, noise)
@@ -120,21 +124,14 @@ def observations(
     if guessed and surrogate is None and any(name.startswith(DECODER) for private in victims.private for name in private):
         raise ValueError("decoder=surrogate without the surrogate's tensors")
     training = trained.training
-    order = {name: place for place, name in enumerate(training.defence.initial())}
-    # the classifier's tensors last, where label recovery looks for them
-    names = sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
-    if not isinstance(attack, config.JointMatching):
-        matched = [name for name in names if not name.startswith(("perturbation.", DECODER))]
-    elif attack.decoder == "unused":
-        predictor = set(training.defence.model.parts["predictor"])
-        matched = [name for name in names if name in predictor]
-    else:
-        matched = names
+    matched = matched_names(trained, snapshot, attack)
     initial = training.defence.initial()
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
     found = []
     for private, update, labels in zip(victims.private, victims.updates, victims.labels, strict=True):
+        if attack.labels == "recovered" and isinstance(attack, config.SkipLayers):  # from the classifier, which it sees but does not match
+            labels = recover_labels(Observation(snapshot.params, update, len(labels), kind=run.recipe.evaluation.release), run.setting.dataset.num_classes)
         if not isinstance(attack, config.JointMatching):
             granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
         elif attack.decoder == "surrogate":
@@ -147,11 +144,35 @@ def observations(
                 update={name: update[name] for name in matched},
                 num_examples=len(labels),
                 kind=run.recipe.evaluation.release,
-                labels=labels if attack.labels == "known" else None,
+                labels=_granted_labels(attack, labels),
                 known={**rest, **granted},
             )
         )
     return found
+
+
+def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:
+    """What the threat model grants; of counts, the order within the batch stays unknown."""
+    if attack.labels == "counts":
+        return labels.sort().values
+    return labels if attack.labels == "known" or isinstance(attack, config.SkipLayers) else None
+
+
+def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str]:
+    """Released tensors that an attack matches, the classifier's last, where label recovery looks for them."""
+    defence = trained.training.defence
+    order = {name: place for place, name in enumerate(defence.initial())}
+    names = sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
+    match attack:
+        case config.JointMatching(decoder="unused"):
+            return [name for name in names if name in set(defence.model.parts["predictor"])]
+        case config.JointMatching():
+            return names
+        case config.SkipLayers():
+            return [name for name in names if name in set(defence.model.parts["encoder"])]
+        case config.EotMatching():
+            return [name for name in names if not name.startswith(DECODER)]
+    return [name for name in names if not name.startswith(("perturbation.", DECODER))]
 
 
 def terms(attack: config.NaiveMatching, released: str) -> str:

@@ -46,33 +46,44 @@ class Scorer:
         return {name: value.double().cpu() for name, value in values.items()}
 
     def score(self, victims: Victims, reconstructions: list[Reconstruction]) -> dict[str, Tensor]:
-        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels and the oracle's PSNR."""
-        paired, oracle, recovered = [], [], []
+        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels, the PSNR of the
+        start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
+        paired, oracle, recovered, curves = [], [], [], []
         for found, truth, labels in zip(reconstructions, victims.images, victims.labels, strict=True):
             images = found.images.to(truth)
             paired.append(images[metrics.pair(images, truth)])
             recovered.append(metrics.label_recovery(found.labels.cpu(), labels.cpu()))
             starts = found.restart_images if found.restart_images is not None else found.images[None]
-            best = [metrics.psnr_db(start.to(truth)[metrics.pair(start.to(truth), truth)], truth).mean() for start in starts]
-            oracle.append(float(torch.stack(best).max()))
+            oracle.append(float(torch.stack([_paired_psnr(start, truth) for start in starts]).max()))
+            if found.snapshots is not None:
+                curves.append(torch.stack([_paired_psnr(images, truth) for images in found.snapshots.float()]))
         images = torch.cat(paired)
         values = self.measure(images, victims.images.flatten(0, 1), victims.labels.flatten())
         values["images"] = images.cpu()
         values["recovered"] = torch.tensor(recovered, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
         values["oracle_psnr_db"] = torch.tensor(oracle, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
+        if len(curves) == len(reconstructions):
+            values["psnr_on_the_way"] = torch.stack(curves).cpu()
         return values
+
+    def guess(self, name: str, truth: Tensor, labels: Tensor) -> Tensor:
+        """What a guess without any gradient draws of images (N, C, H, W) with labels (N,): one of the trivial bounds."""
+        match name:
+            case "constant grey":
+                return bounds.grey(truth)
+            case "mean image":
+                return bounds.mean_image(self._public, len(truth))
+            case "class mean":
+                return bounds.class_means(self._public, self._public_labels, labels)
+            case "nearest public neighbour":
+                return bounds.nearest_public(truth, labels, self._public, self._public_labels)
+        raise ValueError(f"no bound is called {name!r}")
 
     def bounds(self) -> list[dict[str, Any]]:
         """What guesses without any gradient score on the same victims, from public images."""
-        guesses = {
-            "constant grey": bounds.grey(self.truth),
-            "mean image": bounds.mean_image(self._public, len(self.truth)),
-            "class mean": bounds.class_means(self._public, self._public_labels, self.labels),
-            "nearest public neighbour": bounds.nearest_public(self.truth, self.labels, self._public, self._public_labels),
-        }
         found = []
-        for name, images in guesses.items():
-            values = self.measure(images, self.truth, self.labels)
+        for name in ("constant grey", "mean image", "class mean", "nearest public neighbour"):
+            values = self.measure(self.guess(name, self.truth, self.labels), self.truth, self.labels)
             found.append({"name": name, **{key: measured(values[key], key, seed=0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}})
         return found
 
@@ -87,6 +98,12 @@ class Scorer:
             "accuracy_on_truth": truth, "accuracy_on_test": metrics.accuracy(torch.cat(outputs), test.labels.cpu()),
             "chance": 1 / self._run.setting.dataset.num_classes, "pool": len(self._pool),
         }  # fmt: skip
+
+
+def _paired_psnr(images: Tensor, truth: Tensor) -> Tensor:
+    """Mean PSNR of a batch after pairing, in dB."""
+    images = images.to(truth)
+    return metrics.psnr_db(images[metrics.pair(images, truth)], truth).mean()
 
 
 def measured(values: Tensor, name: str, *, seed: int) -> dict[str, float]:

@@ -78,6 +78,8 @@ class Reconstruction:
     objective.  losses: float32 (points,), its curve.  restart: which start won.  restart_losses: float32 (restarts,).
     restart_images: float32 (restarts, B, C, H, W), for the evaluator's separate oracle column only.
     status: "ok", or "failed" with the reason in `error`; a failed attack's images are mid-grey.
+    fit, first_fit: distance of the matched updates at the end and at the start; NaN for attacks that match nothing.
+    iterations: evaluated.  snapshots: float16 (S, B, C, H, W), the best candidates on the way, for the evaluator's curves.
     """
 
     images: Tensor
@@ -89,6 +91,10 @@ class Reconstruction:
     restart_images: Tensor | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str = ""
+    fit: float = float("nan")
+    first_fit: float = float("nan")
+    iterations: int = 0
+    snapshots: Tensor | None = None
 
 
 def check_same_names(left: Tensors, right: Tensors, what: str) -> None:

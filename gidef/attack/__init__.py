@@ -1,32 +1,63 @@
 """Attacks on what a client releases. Nothing in this room sees the private images, not even to choose a restart."""
 
-from gidef.attack.batch import Chunk
-from gidef.attack.engine import Progress, drain, invert, plan, run, run_chunk, select
+from gidef.attack.batch import REASONS, Chunk
+from gidef.attack.calibrate import Calibration, calibrate
+from gidef.attack.engine import Progress, broken, drain, invert, plan, run, run_chunk, select
 from gidef.attack.joint import joint
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.labels import classifier_names, recover_labels
-from gidef.attack.matching import Matching, Simulate, Start
+from gidef.attack.matching import Matching, Point, Searched, Simulate, Start
 from gidef.attack.naive import inverting_gradients, naive
-from gidef.attack.simulate import local_adam, local_sgd
+from gidef.attack.presets import deep_leakage, gradinversion, improved_deep_leakage, modern_inverting_gradients
+from gidef.attack.program import Programs
+from gidef.attack.simulate import (
+    averaged,
+    local_adam,
+    local_sgd,
+    merge_rounds,
+    multi_round,
+    rounds_apart,
+    surrogate_model,
+    with_final_weights,
+    without_noise,
+)
 
 __all__ = [
+    "REASONS",
+    "Calibration",
     "Chunk",
     "CurvedKinks",
     "Matching",
+    "Point",
+    "Programs",
     "Progress",
+    "Searched",
     "Simulate",
     "Start",
+    "averaged",
+    "broken",
+    "calibrate",
     "classifier_names",
+    "deep_leakage",
     "drain",
+    "gradinversion",
+    "improved_deep_leakage",
     "inverting_gradients",
     "invert",
     "joint",
     "local_adam",
     "local_sgd",
+    "merge_rounds",
+    "modern_inverting_gradients",
+    "multi_round",
     "naive",
     "plan",
     "recover_labels",
+    "rounds_apart",
     "run",
     "run_chunk",
     "select",
+    "surrogate_model",
+    "with_final_weights",
+    "without_noise",
 ]

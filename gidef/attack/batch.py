@@ -1,44 +1,140 @@
-"""A chunk's attacks as stacked tensors: inputs checked, gathered along one leading dim, and run over it."""
+"""A chunk's attacks as stacked tensors: inputs checked, and gathered along one leading dim."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vmap
 
 from gidef.attack.labels import recover_labels
-from gidef.attack.matching import Matching
+from gidef.attack.matching import Matching, Simulate, tables
+from gidef.attack.optimisers import rows
+from gidef.attack.program import pick
+from gidef.attack.starts import STARTS
 from gidef.errors import InputError
 from gidef.rng import generator
 from gidef.types import Observation, Tensors
 
 Chunk = tuple[tuple[int, int], ...]
-"""(index of the observation, restart) of each attack."""
+"""(index of the observation, start) of each attack; a start is a restart under one of the variants."""
 
 Dims = dict[str, int | None]
 
-OK, ZERO, NOT_FINITE, LOST = range(4)
+OK, ZERO, NOT_FINITE, LOST, BROKEN = range(5)
 REASONS = {
     ZERO: "the observed update is zero: it holds nothing to match",
     NOT_FINITE: "the observed update is not finite",
     LOST: "the attacker's loss became infinite or NaN at iteration {}",
+    BROKEN: "the attack's program raised an error",
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What stays constant while a chunk's K attacks run.
+
+    given:  (params, known, targets (K, B, classes)).  target: observed updates over their norms.  scale: one over the norms, (K,).
+    dims:   of (given, target), as vmap's in_dims: None where all attacks share a tensor.
+    knobs, rates: schedules (iterations + 1, K), see `matching.tables`.
+    """
+
+    chunk: Chunk
+    labels: Tensor
+    given: tuple[Tensors, Tensors, Tensor]
+    target: Tensors
+    scale: Tensor
+    dims: tuple[tuple[Dims, Dims, int], Dims]
+    knobs: Tensors
+    rates: Tensors
+    seed: int
+
+    def given_at(self, iteration: int, matching: Matching) -> tuple[Tensors, Tensors, Tensor]:
+        """`given`, with what is drawn afresh."""
+        if not matching.drawn:
+            return self.given
+        params, known, targets = self.given
+        cast = {"device": self.scale.device, "dtype": self.scale.dtype}
+        return params, {**known, **draws(self.chunk, matching, iteration, self.seed, cast)}, targets
+
+    def take(self, which: list[int]) -> Batch:
+        """The same, of some of its attacks."""
+        index = torch.tensor(which, device=self.scale.device)
+
+        def some(tensors: Tensors, dims: Dims) -> Tensors:
+            return {name: tensor if dims[name] is None else tensor[index] for name, tensor in tensors.items()}
+
+        (params, known, targets), (over_params, over_known, _) = self.given, self.dims[0]
+        return dataclasses.replace(
+            self, chunk=tuple(self.chunk[row] for row in which), labels=self.labels[index],
+            given=(some(params, over_params), some(known, over_known), targets[index]), target=some(self.target, self.dims[1]), scale=self.scale[index],
+            knobs={name: tensor[:, index] for name, tensor in self.knobs.items()}, rates={name: tensor[:, index] for name, tensor in self.rates.items()},
+        )  # fmt: skip
+
+    def lowered(self, dtype: torch.dtype) -> Batch:
+        """The same, with parameters, known tensors and targets in a shorter type."""
+        params, known, targets = self.given
+        short = [{name: tensor.to(dtype) for name, tensor in tensors.items()} for tensors in (params, known, self.target)]
+        return dataclasses.replace(self, given=(short[0], short[1], targets), target=short[2])
+
+    def spread(self) -> Batch:
+        """The same, with a target for each attack even where they share one: the shape that most chunks have."""
+        count, dims = len(self.chunk), self.dims[1]
+        target = {name: tensor if dims[name] == 0 else tensor.expand(count, *tensor.shape) for name, tensor in self.target.items()}
+        return dataclasses.replace(self, target=target, dims=(self.dims[0], dict.fromkeys(dims, 0)))
+
+
+def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simulate, matching: Matching, *, seed: int, cast: dict[str, Any]) -> tuple[Batch, Tensors, Tensor]:
+    """(what stays constant, the first variables, failure codes (K,)) of a chunk. Raises InputError for observations that do not fit."""
+    if len(sizes := {observation.num_examples for observation in observations}) > 1:
+        raise InputError(f"the observations of one attack differ in num_examples, {sorted(sizes)}: attack them in separate calls.")
+    chosen = [observations[index] for index, _ in chunk]
+    labels = labels_of(chosen, matching).to(cast["device"])
+    targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
+    params, over_params = gather([o.params for o in chosen], cast)
+    known, over_known = gather([o.known for o in chosen], cast)
+    variables = first_variables(chunk, labels.shape[1], matching, seed, cast)
+    # one iteration of the simulator alone, on one attack: it says in words what would otherwise fail inside a program
+    fresh = draws(chunk, matching, 0, seed, cast)
+    known, over_known = {**known, **fresh}, over_known | dict.fromkeys(fresh, 0)
+    given, dims = (params, known, targets), (over_params, over_known, 0)
+    with torch.no_grad():
+        check_fit(simulate(*_arguments(pick(variables, 0, 0), pick(given, dims, 0), matching)), observations)
+    target, over_target, scale, failure = normalised([o.update for o in chosen], cast)
+    knobs, rates = tables(matching, [start for _, start in chunk], list(variables), cast)
+    return Batch(chunk, labels, given, target, scale, (dims, over_target), knobs, rates, seed), variables, failure
+
+
+def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], matching: Matching) -> tuple[Tensors, Tensors, Tensor, Tensor, Tensor | None]:
+    params, known, targets = given
+    images = matching.render(variables["code"]) if matching.render is not None else variables["images"]
+    return params, {**known, **{name: variables[name] for name in matching.searched}}, images, targets, variables.get("noise")
+
+
 def labels_of(observations: Sequence[Observation], matching: Matching) -> Tensor:
-    """int64 (K, B): granted, or recovered."""
-    found, classes = [], matching.num_classes
+    """int64 (K, B): granted, or recovered, once per observation. Of an update that holds nothing they are zeros: its attack fails anyway."""
+    found: dict[int, Tensor] = {}
     for observation in observations:
-        labels, size = observation.labels, observation.num_examples
-        if labels is None:
-            labels = recover_labels(observation, classes)
-        elif labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
-        found.append(labels.long().cpu())
-    return torch.stack(found)
+        if id(observation) not in found:
+            found[id(observation)] = _labels_of(observation, matching)
+    return torch.stack([found[id(observation)] for observation in observations])
+
+
+def _labels_of(observation: Observation, matching: Matching) -> Tensor:
+    labels, size, classes = observation.labels, observation.num_examples, matching.num_classes
+    if labels is None and matching.search_labels:
+        return torch.zeros(size, dtype=torch.int64)  # unknowns of the attack; the likeliest ones are returned
+    if labels is None:
+        norm = sum(tensor.double().square().sum() for tensor in observation.update.values())
+        usable = bool(norm.isfinite()) and bool(norm > 0)
+        return recover_labels(observation, classes).cpu() if usable else torch.zeros(size, dtype=torch.int64)
+    if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
+    return labels.long().cpu()
 
 
 def gather(each: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Dims]:
@@ -53,35 +149,68 @@ def gather(each: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Dims
     return tensors, dims
 
 
-def normalised(updates: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Tensor, Tensor]:
-    """Observed updates over their norms, one over the norms (K,), and failure codes (K,); a failed attack's target is zero."""
-    target, _ = gather(updates, {"device": cast["device"], "dtype": torch.float64})
-    target = {name: tensor.expand(len(updates), *updates[0][name].shape) for name, tensor in target.items()}
-    norm = sum(tensor.flatten(1).square().sum(1) for tensor in target.values()).sqrt()
+def normalised(updates: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Dims, Tensor, Tensor]:
+    """Observed updates over their norms and their vmap dims, one over the norms (K,), and failure codes (K,); a failed attack's target is zero.
+
+    A tensor that all attacks share, since they are starts of one observation, stays one.
+    """
+    found, dims = gather(updates, {"device": cast["device"], "dtype": torch.float64})
+    one = {name: tensor if dims[name] == 0 else tensor[None] for name, tensor in found.items()}
+    square = sum(tensor.flatten(1).square().sum(1) for tensor in one.values())
+    norm = (square if len(square) == len(updates) else square.expand(len(updates))).sqrt()
     failure = torch.where(norm == 0, ZERO, torch.where(norm.isfinite(), OK, NOT_FINITE))
     scale = torch.where(failure == OK, 1 / norm, 1.0)
-    target = {name: torch.where(rows(failure == OK, t), t * rows(scale, t), 0.0).to(cast["dtype"]) for name, t in target.items()}
-    return target, scale.to(cast["dtype"]), failure
+    target = {}
+    for name, tensor in one.items():
+        few = slice(0, len(tensor))
+        scaled = torch.where(rows(failure[few] == OK, tensor), tensor * rows(scale[few], tensor), 0.0).to(cast["dtype"])
+        target[name] = scaled if dims[name] == 0 else scaled[0]
+    return target, dims, scale.to(cast["dtype"]), failure
 
 
-def starts(chunk: Chunk, size: int, matching: Matching, seed: int, cast: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Where the attacks begin: images (K, B, C, H, W), and noise (K, *noise_shape) if it is searched."""
-    images, noises, shape = [], [], (size, *matching.image_shape)
-    for observation, restart in chunk:
+def first_variables(chunk: Chunk, size: int, matching: Matching, seed: int, cast: dict[str, Any]) -> Tensors:
+    """Where the attacks begin: images (K, B, C, H, W) or codes, and noise (K, *noise_shape), logits and further unknowns if they are searched.
+
+    A draw depends on (seed, observation, restart) alone, so that the variants of a restart begin at the same point.
+    """
+    each: dict[str, list[Tensor]] = {}
+    shape = (size, *matching.image_shape)
+    for observation, start in chunk:
+        restart = start % matching.restarts
         draw, noise = generator(seed, "attack", observation, restart), None
-        if callable(matching.start):
-            image, noise = matching.start(observation, restart)
-        elif matching.start == "normal":
-            image = (0.5 + 0.2 * torch.randn(shape, generator=draw)).clamp(0, 1)
+        if matching.render is not None:
+            first = {"code": torch.randn((size, *matching.code_shape), generator=draw)}
+        elif callable(matching.start):
+            images, noise = matching.start(observation, restart)
+            first = {"images": _checked("images", images, shape)}
         else:
-            image = torch.rand(shape, generator=draw)
-        images.append(image)
+            first = {"images": STARTS[matching.start](shape, draw)}
         if matching.noise_shape is not None:
-            noises.append(matching.noise_start * torch.randn(matching.noise_shape, generator=draw) if noise is None else noise)
-    for what, given, expected in (("images", images, shape), ("noise", noises, matching.noise_shape)):
-        if any(one.shape != expected for one in given):
-            raise InputError(f"start gave {what} of shapes {[tuple(one.shape) for one in given][:3]}, expected {expected}.")
-    return tuple(torch.stack(each).to(**cast) for each in (images, noises) if each)
+            if noise is None:
+                noise = matching.noise_start * torch.randn(matching.noise_shape, generator=draw)
+            first["noise"] = _checked("noise", noise, matching.noise_shape)
+        if matching.search_labels:
+            first["logits"] = torch.randn((size, matching.num_classes), generator=draw)
+        for name, one in matching.searched.items():
+            first[name] = one.start(one.shape, draw) if callable(one.start) else torch.full(one.shape, float(one.start))
+        for name, tensor in first.items():
+            each.setdefault(name, []).append(tensor)
+    return {name: torch.stack(tensors).to(**cast) for name, tensors in each.items()}
+
+
+def draws(chunk: Chunk, matching: Matching, iteration: int, seed: int, cast: dict[str, Any]) -> Tensors:
+    """What is drawn afresh in an iteration, (K, …) by name; it depends on (seed, observation, restart, iteration) alone."""
+
+    def one(draw: Any, name: str, observation: int, start: int) -> Tensor:
+        return draw(generator(seed, "draws", name, observation, start % matching.restarts, iteration))
+
+    return {name: torch.stack([one(draw, name, *attack) for attack in chunk]).to(**cast) for name, draw in matching.drawn.items()}
+
+
+def _checked(what: str, given: Tensor, expected: tuple[int, ...]) -> Tensor:
+    if tuple(given.shape) != tuple(expected):
+        raise InputError(f"start gave {what} of shape {tuple(given.shape)}, expected {tuple(expected)}.")
+    return given
 
 
 def check_fit(simulated: Tensors, observations: Sequence[Observation]) -> None:
@@ -94,31 +223,3 @@ def check_fit(simulated: Tensors, observations: Sequence[Observation]) -> None:
                     f"the simulated update does not fit the observed one: {name!r} is {ours} in the simulation and {theirs} in the observation. "
                     "Simulate the model that the client trains, and match the tensors that it releases."
                 )
-
-
-def over_attacks(function: Callable[..., tuple[Tensor, ...]], dims: tuple[Any, ...], attacks: int, mode: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The function over the leading dim of all attacks, as one vectorised program or as a loop."""
-    if mode == "vmap":
-        return vmap(function, in_dims=dims)
-    if mode != "loop":
-        raise InputError(f'mode={mode!r} is unknown: choose "vmap" or "loop".')
-
-    def loop(*inputs: Any) -> tuple[Tensor, ...]:
-        each = [function(*pick(inputs, dims, attack)) for attack in range(attacks)]
-        return tuple(torch.stack(outputs) for outputs in zip(*each, strict=True))
-
-    return loop
-
-
-def pick(value: Any, dims: Any, attack: int) -> Any:
-    """One attack's part of a value; dims as vmap's in_dims."""
-    if isinstance(value, dict):
-        return {name: pick(part, dims[name] if isinstance(dims, dict) else dims, attack) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(pick(part, dims[place] if isinstance(dims, tuple) else dims, attack) for place, part in enumerate(value))
-    return value if dims is None else value[attack]
-
-
-def rows(per_attack: Tensor, like: Tensor) -> Tensor:
-    """(K,) in the shape (K, 1, …) that broadcasts against `like`."""
-    return per_attack.view(-1, *[1] * (like.ndim - 1))

@@ -1,37 +1,40 @@
 """Gradient matching of many attacks as one program.
 
-An attack is one observation from one start. Attacks are cut into chunks; a chunk is one vectorised program, and an
-independent task: it depends on nothing but its observations, settings and seed, so its result is the same in any chunk,
-order, thread or rank (to rounding). `select` then picks each observation's best start by the attacker's own loss.
+An attack is one observation from one start: a restart under one of the hyper-parameter variants. Attacks are cut into chunks; a chunk
+is one vectorised program, and an independent task: it depends on nothing but its observations, settings and seed, so its
+result is the same in any chunk, order, thread or rank (to rounding). `select` then picks each observation's best start by the attacker's own loss.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad_and_value
 
-from gidef.attack.batch import LOST, OK, REASONS, Chunk, check_fit, gather, labels_of, normalised, over_attacks, pick, rows, starts
-from gidef.attack.kinks import CurvedKinks
-from gidef.attack.matching import Matching, Simulate, distance, kink_width, step_factor, tv_weight
+from gidef.attack.batch import BROKEN, LOST, OK, REASONS, Batch, Chunk, make_batch
+from gidef.attack.matching import Matching, Simulate
+from gidef.attack.optimisers import rows
+from gidef.attack.program import Programs
 from gidef.errors import InputError
 from gidef.similarity import total_variation
 from gidef.types import Observation, Reconstruction, Tensors
 
 # K attacks of a chunk, B images, C channels, H, W
 CURVE_POINTS = 200
+IMPROVED = 1e-3
+"""Patience counts an iteration as an improvement if the best loss fell by this share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One report of a running chunk. loss: mean objective of its attacks that have not failed (NaN if all have)."""
+    """One report of a running chunk. loss: mean objective of its attacks that have not failed (NaN if all have).
+
+    done: iterations of single attacks that are over or, with starts that were given up, will not come; of attacks × iterations.
+    """
 
     iteration: int
     iterations: int
@@ -40,13 +43,22 @@ class Progress:
     loss: float
     chunk: int = 0
     chunks: int = 1
+    done: int = 0
 
 
-def plan(num_observations: int, restarts: int, at_once: int) -> list[Chunk]:
-    """Cut all attacks into chunks of `at_once`; the restarts of an observation stay together as far as that goes."""
+def plan(num_observations: int, restarts: int, at_once: int, *, together: bool = False, done: Sequence[tuple[int, int]] = ()) -> list[Chunk]:
+    """Cut all attacks into chunks of `at_once`; the starts of an observation stay together as far as that goes.
+
+    together: keep all starts of an observation in one chunk, which then may exceed `at_once`.  done: attacks to leave out.
+    """
     if at_once < 1:
         raise InputError(f"at_once={at_once}: expected at least one attack per chunk.")
-    attacks = [(observation, restart) for observation in range(num_observations) for restart in range(restarts)]
+    left = set(done)
+    if together:
+        missing = [o for o in range(num_observations) if any((o, restart) not in left for restart in range(restarts))]
+        group = max(1, at_once // restarts)
+        return [tuple((o, r) for o in missing[i : i + group] for r in range(restarts)) for i in range(0, len(missing), group)]
+    attacks = [(o, r) for o in range(num_observations) for r in range(restarts) if (o, r) not in left]
     return [tuple(attacks[first : first + at_once]) for first in range(0, len(attacks), at_once)]
 
 
@@ -57,120 +69,329 @@ def run_chunk(
     matching: Matching,
     *,
     seed: int,
-    mode: Literal["vmap", "loop"] = "vmap",
+    mode: Literal["loop", "vmap", "traced", "compiled"] = "vmap",
+    precision: Literal["float32", "bfloat16", "bfloat16_all"] = "float32",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     every: int = 50,
+    at_once: int | None = None,
+    programs: Programs | None = None,
 ) -> Generator[Progress, None, Tensors]:
     """Attack the observations of one chunk.
 
     Args:    chunk: which attacks.  observations: all of them, alike in sizes, names and shapes.  simulate: owned by this thread.
-             seed: a start is drawn from (seed, observation, restart) alone.  mode: "vmap", or a plain "loop" over the attacks
-             with the same numbers to rounding.  every: iterations between reports, the only points at which a device waits.
+             seed: a start is drawn from (seed, observation, restart) alone.  mode: how the inner step runs, see program.py; with
+             the same numbers to rounding.  precision: of the client's pass, see program.py; the matching loss is float32 always.
+             every: iterations between reports, the only points at which a device waits.
+             at_once: attacks in one program; a larger chunk runs in turns, a smaller one is padded where programs are recorded.
+             None: all.  programs: recorded programs to share between chunks.
     Yields:  Progress, at multiples of `every` and at the end.
     Returns: tensors on the CPU, one row per attack and ready to be saved:
-             attacks int64 (K, 2): observation and restart;  images float32 (K, B, C, H, W): of the lowest loss seen;
-             noise float32 (K, *noise_shape), where noise was searched;  labels int64 (K, B);  loss float32 (K,): lowest objective;
-             losses float32 (K, points): the objective at evenly spaced iterations, the last included;
+             attacks int64 (K, 2): observation and start;  images float32 (K, B, C, H, W): of the lowest loss seen;
+             noise float32 (K, *noise_shape), where noise was searched;  labels int64 (K, B), or the likeliest searched ones;
+             loss float32 (K,): lowest objective;  fit float32 (K,): its distance alone;  first_fit: that of the start;
+             losses float32 (K, points): the objective at evenly spaced iterations, the last included, NaN after an attack stopped;
+             iterations int64 (K,): evaluated;  snapshots float16 (K, S, B, C, H, W), if there are any;
              failure int64 (K,): 0 or the kind of failure;  failed_at int64 (K,): iteration.
     Raises:  InputError, before the first iteration, if observations do not fit the simulator, the settings or one another.
     """
-    if len(sizes := {observation.num_examples for observation in observations}) > 1:
-        raise InputError(f"the observations of one attack differ in num_examples, {sorted(sizes)}: attack them in separate calls.")
     cast = {"device": torch.device(device), "dtype": dtype}
-    chosen = [observations[index] for index, _ in chunk]
-    labels = labels_of(chosen, matching).to(cast["device"])
-    targets = F.one_hot(labels, matching.num_classes).to(dtype)
-    given, dims = zip(gather([o.params for o in chosen], cast), gather([o.known for o in chosen], cast), (targets, 0), strict=True)
-    variables = starts(chunk, labels.shape[1], matching, seed, cast)
-    with torch.no_grad():
-        check_fit(_simulated(simulate, *pick((variables, *given), (0, *dims), 0)), observations)
-    target, scale, failure = normalised([o.update for o in chosen], cast)
-    failed_at = torch.zeros_like(failure)
+    batch, variables, failure = make_batch(chunk, observations, simulate, matching, seed=seed, cast=cast)
+    if precision == "bfloat16_all":
+        batch = batch.lowered(torch.bfloat16)
+    run = _Run(matching, simulate, programs or Programs(), mode, precision, every, at_once or len(chunk))
+    state = _first_state(variables, failure, matching)
+    yield from run.go(batch, state)
+    return run.result(batch)
 
-    def objective(searched: tuple, given: tuple, target: Tensors, scale: Tensor, tv: float, width: float | None) -> tuple[Tensor, Tensor]:
-        """What is descended, and the final objective at the same point."""
-        with contextlib.nullcontext() if width is None else CurvedKinks(width):
-            update = _simulated(simulate, searched, *given)
-        fit = distance(matching.distance, update, target, scale)
-        for noise in searched[1:]:
-            fit = fit + matching.noise_weight * noise.square().mean()
-        roughness = total_variation(searched[0]).mean()
-        return fit + tv * roughness, fit + matching.tv * roughness
 
-    def evaluated(*inputs: Any) -> tuple[Tensor, ...]:
-        gradients, (_, final) = grad_and_value(objective, has_aux=True)(*inputs)
-        return final, *gradients
+def _first_state(variables: Tensors, failure: Tensor, matching: Matching) -> dict[str, Tensors]:
+    """All that changes while attacks run: maps of tensors with a leading dim of attacks, so that attacks can be taken out of it."""
+    inf = torch.full_like(failure, torch.inf, dtype=next(iter(variables.values())).dtype)
+    points = min(matching.iterations + 1, CURVE_POINTS)
+    own = {
+        "best_loss": inf, "best_fit": inf, "first_fit": inf, "mark": inf, "since": torch.zeros_like(failure), "failure": failure,
+        "failed_at": torch.zeros_like(failure), "ran": torch.zeros_like(failure), "losses": inf[:, None].expand(-1, points) * torch.nan,
+    }  # fmt: skip
+    state = {"variables": variables, "best": variables, "own": own, "descent": matching.descent().begin(variables), "snapshots": {}}
+    if matching.snapshots:
+        name = "code" if matching.render is not None else "images"
+        state["snapshots"] = {"all": variables[name][:, None].expand(-1, matching.snapshots, *variables[name].shape[1:]).half()}
+    return state
 
-    evaluate = over_attacks(evaluated, (0, dims, 0, 0, None, None), len(chunk), mode)
-    best, best_loss = variables, torch.full_like(scale, torch.inf)
-    moments = [(torch.zeros_like(v), torch.zeros_like(v)) for v in variables]
-    curve: list[Tensor] = []
-    for iteration in range(matching.iterations + 1):
-        with torch.no_grad():  # for parameters that a simulator closes over; never around the yield, it would leak to the consumer
-            loss, *gradients = evaluate(variables, given, target, scale, tv_weight(matching, iteration), kink_width(matching, iteration))
-        better = loss < best_loss
-        best = tuple(torch.where(rows(better, new), new, old) for new, old in zip(variables, best, strict=True))
-        best_loss = torch.where(better, loss, best_loss)
-        newly = (failure == OK) & ~loss.isfinite()
-        failed_at = torch.where(newly, iteration, failed_at)
-        failure = torch.where(newly, LOST, failure)
-        curve.append(loss)
-        if iteration % every == 0 or iteration == matching.iterations:
-            alive = failure == OK
-            yield Progress(iteration, matching.iterations, len(chunk), int((~alive).sum()), float(loss[alive].mean()))
-        if iteration < matching.iterations:
-            variables, moments = _step(variables, gradients, moments, matching, iteration)
 
-    alive = failure == OK
-    points = torch.linspace(0, matching.iterations, min(matching.iterations + 1, CURVE_POINTS)).round().long()
+def _take(state: dict[str, Tensors], index: Tensor) -> dict[str, Tensors]:
+    return {part: {name: tensor[index] for name, tensor in tensors.items()} for part, tensors in state.items()}
+
+
+def _join(parts: Sequence[dict[str, Tensors]]) -> dict[str, Tensors]:
+    return {part: {name: torch.cat([one[part][name] for one in parts]) for name in parts[0][part]} for part in parts[0]}
+
+
+class _Run:
+    """A chunk on its way: which of its attacks are still running, and the results of those that stopped."""
+
+    def __init__(self, matching: Matching, simulate: Simulate, programs: Programs, mode: str, precision: str, every: int, at_once: int) -> None:
+        self.matching, self.simulate, self.programs, self.mode, self.precision = matching, simulate, programs, mode, precision
+        self.every, self.at_once = max(every, 1), at_once
+        self.stopped: list[tuple[Chunk, dict[str, Tensors]]] = []
+        self.given_up = 0
+
+    def go(self, batch: Batch, state: dict[str, Tensors]) -> Generator[Progress, None, None]:
+        """From rung to rung; the last one is the end."""
+        total, attacks, reached = self.matching.iterations, len(batch.chunk), 0
+        for rung in _rungs(self.matching):
+            parts, turns = [], _turns(len(batch.chunk), self.at_once if self.matching.coupling is None else len(batch.chunk))
+            for number, turn in enumerate(turns):
+                some = turn if len(turns) > 1 else None
+                part = state if some is None else _take(state, torch.tensor(some, device=batch.scale.device))
+                running = self._advance(batch if some is None else batch.take(some), part, reached, rung)
+                while True:
+                    try:
+                        at, failed, loss = next(running)
+                    except StopIteration as end:
+                        parts.append(end.value)
+                        break
+                    before = sum(map(len, turns[:number])) * (rung - reached) + self.given_up
+                    yield Progress(at, total, attacks, failed, loss, done=before + len(batch.chunk) * reached + len(turn) * (at - reached))
+            state = parts[0] if len(parts) == 1 else _join(parts)
+            reached = rung
+            if rung < total:
+                batch, state = self._halve(batch, state, rung)
+        self.stopped.append((batch.chunk, state))
+
+    def _advance(self, batch: Batch, state: dict[str, Tensors], first: int, last: int) -> Generator[tuple[int, int, float], None, dict[str, Tensors]]:
+        """Iterations first … last − 1, and the evaluation of the last point if it is the end."""
+        matching, count = self.matching, len(batch.chunk)
+        padded = count < self.at_once and self.mode in ("traced", "compiled") and matching.coupling is None
+        if padded:  # one shape for all chunks: the last attack runs several times
+            filled = [*range(count), *[count - 1] * (self.at_once - count)]
+            batch, state = batch.take(filled).spread(), _take(state, torch.tensor(filled, device=batch.scale.device))
+        variables, best, own, descent, kept = (state[part] for part in ("variables", "best", "own", "descent", "snapshots"))
+        own = {**own, "losses": own["losses"].clone()}
+        kept = {name: tensor.clone() for name, tensor in kept.items()}
+        optimiser, end = matching.descent(), matching.iterations
+        knobs_at = lambda t: {name: table[t] for name, table in batch.knobs.items()}  # noqa: E731
+        dims = (dict.fromkeys(variables, 0), batch.dims[0], batch.dims[1], 0, dict.fromkeys(batch.knobs, 0))
+        inputs = (variables, batch.given, batch.target, batch.scale, knobs_at(first))
+        evaluate = self.programs.get(self.simulate, matching, dims, inputs, mode=self.mode, precision=self.precision)
+        groups = _groups(batch.chunk)
+        curve = {int(point): place for place, point in enumerate(_points(end))}
+        marks = {end * (place + 1) // matching.snapshots: place for place in range(matching.snapshots)}
+        # patience reads the best loss and stops attacks; all of them at once is looked at when the loop reports
+        for iteration in range(first, last + (last == end)):
+            knobs = knobs_at(iteration)
+
+            given = batch.given_at(iteration, matching)
+
+            def measured(variables: Tensors, knobs: Tensors = knobs, given: Any = given, iteration: int = iteration) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+                loss, final, fit, gradients = evaluate(variables, given, batch.target, batch.scale, knobs)
+                if matching.coupling is not None:
+                    more, slope = matching.coupling(variables["images"], groups, iteration / max(end, 1), batch.labels)
+                    loss, final = loss + more, final + more
+                    gradients = {**gradients, "images": gradients["images"] + slope}
+                return loss, final, fit, gradients
+
+            with torch.no_grad():  # for parameters that a simulator closes over; never around the yield, it would leak to the consumer
+                loss, final, fit, gradients = measured(variables)
+                running = own["since"] >= 0
+                best, own = _noted(best, own, variables, final, fit, iteration, running, matching.patience)
+                if iteration in curve:
+                    own["losses"][:, curve[iteration]] = torch.where(running, final, torch.nan)
+                if iteration in marks:
+                    kept["all"][:, marks[iteration]] = best["code" if matching.render is not None else "images"].half()
+            if iteration % self.every == 0 or iteration == end:
+                alive = own["failure"][:count] == OK
+                yield iteration, int((~alive).sum()), float(final[:count][alive].mean())
+                if matching.patience is not None and not bool((own["since"] >= 0).any()):
+                    for mark in (place for at, place in marks.items() if at > iteration):
+                        kept["all"][:, mark] = best["code" if matching.render is not None else "images"].half()
+                    break
+            if iteration < end:
+                with torch.no_grad():
+                    rates = {name: table[iteration] for name, table in batch.rates.items()}
+                    index = torch.full((), iteration, device=loss.device, dtype=torch.int64)
+                    moved, carried = optimiser.step(
+                        variables, gradients, loss, descent, rates=rates, iteration=index, evaluate=lambda v: _loss_and_gradients(measured(v))
+                    )
+                    moved = _boxed(moved, matching)
+                    if matching.patience is not None:  # an attack that stopped stays where it is
+                        moved = {name: torch.where(rows(running, new), new, variables[name]) for name, new in moved.items()}
+                    variables, descent = moved, carried
+        state = {"variables": variables, "best": best, "own": own, "descent": descent, "snapshots": kept}
+        return _take(state, torch.arange(count, device=batch.scale.device)) if padded else state
+
+    def _halve(self, batch: Batch, state: dict[str, Tensors], rung: int) -> tuple[Batch, dict[str, Tensors]]:
+        """Keep each observation's best starts by the attacker's own loss; the others stop here."""
+        losses, failed = state["own"]["best_loss"].tolist(), (state["own"]["failure"] != OK).tolist()
+        kept: list[int] = []
+        for group in _groups(batch.chunk):
+            ranked = sorted(group, key=lambda row: (failed[row], losses[row], batch.chunk[row]))
+            kept += ranked[: max(1, -(-len(group) // self.matching.halving))]
+        kept.sort()
+        gone = [row for row in range(len(batch.chunk)) if row not in set(kept)]
+        if gone:
+            index = torch.tensor(gone, device=batch.scale.device)
+            self.stopped.append((tuple(batch.chunk[row] for row in gone), _take(state, index)))
+            self.given_up += len(gone) * self.matching.iterations
+            batch, state = batch.take(kept), _take(state, torch.tensor(kept, device=batch.scale.device))
+        return batch, state
+
+    def result(self, batch: Batch) -> Tensors:
+        """Of all attacks, in the order of the whole batch, on the CPU."""
+        attacks = [attack for part, _ in self.stopped for attack in part]
+        state = _join([state for _, state in self.stopped]) if len(self.stopped) > 1 else self.stopped[0][1]
+        order = torch.tensor([attacks.index(attack) for attack in batch.chunk])
+        matching, best, own = self.matching, state["best"], state["own"]
+        alive = own["failure"] == OK
+        images = best["images"] if matching.render is None else _rendered(matching, best["code"])
+        result = {
+            "images": torch.where(rows(alive, images), images, 0.5).float(),
+            "loss": torch.where(alive, own["best_loss"], torch.inf).float(),
+            "fit": torch.where(alive, own["best_fit"], torch.inf).float(),
+            "first_fit": own["first_fit"].float(),
+            "losses": own["losses"].float(),
+            "iterations": own["ran"],
+            "failure": own["failure"],
+            "failed_at": own["failed_at"],
+        }
+        for name, tensor in best.items():
+            if name != "images":
+                result[name] = torch.where(rows(alive, tensor), tensor, 0.0).float()
+        if matching.snapshots:
+            kept = state["snapshots"]["all"]
+            result["snapshots"] = kept if matching.render is None else _rendered(matching, kept.flatten(0, 1).float()).unflatten(0, kept.shape[:2]).half()
+        if "logits" in best:
+            batch = dataclasses.replace(batch, labels=best["logits"].argmax(-1)[order.to(best["logits"].device)])
+        own = {"attacks": torch.tensor(batch.chunk), "labels": batch.labels.cpu()}
+        return own | {name: tensor.cpu()[order].contiguous() for name, tensor in result.items()}
+
+
+def broken(chunk: Chunk, observations: Sequence[Observation], matching: Matching) -> Tensors:
+    """What `run_chunk` would return of attacks whose program raised an error: mid-grey images, and the failure's kind."""
+    count, size = len(chunk), observations[0].num_examples
+    granted = [observations[o].labels for o, _ in chunk]
+    labels = torch.stack([one if one is not None else torch.zeros(size, dtype=torch.int64) for one in granted]).cpu()
     result = {
-        "attacks": torch.tensor(chunk),
-        "images": torch.where(rows(alive, best[0]), best[0], 0.5).float(),
-        "labels": labels,
-        "loss": torch.where(alive, best_loss, torch.inf).float(),
-        "losses": torch.stack([curve[point] for point in points.tolist()], 1).float(),
-        "failure": failure,
-        "failed_at": failed_at,
-    }
-    if len(best) > 1:
-        result["noise"] = torch.where(rows(alive, best[1]), best[1], 0.0).float()
-    return {name: tensor.cpu() for name, tensor in result.items()}
+        "attacks": torch.tensor(chunk), "images": torch.full((count, size, *matching.image_shape), 0.5), "labels": labels,
+        "losses": torch.full((count, min(matching.iterations + 1, CURVE_POINTS)), torch.nan), "failure": torch.full((count,), BROKEN),
+    }  # fmt: skip
+    result |= {name: torch.full((count,), torch.inf) for name in ("loss", "fit", "first_fit")}
+    result |= {name: torch.zeros(count, dtype=torch.int64) for name in ("failed_at", "iterations")}
+    if matching.snapshots:
+        result["snapshots"] = torch.full((count, matching.snapshots, size, *matching.image_shape), 0.5, dtype=torch.float16)
+    return result
 
 
-def select(results: Sequence[Tensors], num_observations: int) -> list[Reconstruction]:
-    """Each observation's restart of the lowest final objective; a failed restart is never chosen while another one lives.
+def _rendered(matching: Matching, codes: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.stack([matching.render(code) for code in codes])
 
-    Args:    results: of `run_chunk`, in any order, for every restart of every observation.
-    Returns: one Reconstruction per observation, in order; restart_losses of failed restarts are infinite.
+
+def _rungs(matching: Matching) -> list[int]:
+    """Iterations at which starts are given up, and the end."""
+    total, rate = matching.iterations, matching.halving
+    if rate == 1 or matching.starts == 1:
+        return [total]
+    survivors, count = 0, matching.starts
+    while count > 1:
+        survivors, count = survivors + 1, -(-count // rate)
+    marks = [total // rate**power for power in range(survivors, 0, -1)]
+    return [*sorted({mark for mark in marks if 0 < mark < total}), total]
+
+
+def _turns(count: int, at_once: int) -> list[list[int]]:
+    return [list(range(first, min(first + at_once, count))) for first in range(0, count, at_once)]
+
+
+def _groups(chunk: Chunk) -> list[list[int]]:
+    """Rows of each observation's starts."""
+    found: dict[int, list[int]] = {}
+    for row, (observation, _) in enumerate(chunk):
+        found.setdefault(observation, []).append(row)
+    return list(found.values())
+
+
+def _points(iterations: int) -> list[int]:
+    """Iterations of the points of a curve."""
+    return torch.linspace(0, iterations, min(iterations + 1, CURVE_POINTS)).round().long().tolist()
+
+
+def _noted(
+    best: Tensors, own: Tensors, variables: Tensors, final: Tensor, fit: Tensor, iteration: int, running: Tensor, patience: int | None
+) -> tuple[Tensors, Tensors]:
+    """The best point so far, and what is kept on each attack, after an evaluation."""
+    better = (final < own["best_loss"]) & running
+    best = {name: torch.where(rows(better, new), new, best[name]) for name, new in variables.items()}
+    newly = (own["failure"] == OK) & ~final.isfinite() & running
+    own = dict(own)
+    own["best_loss"], own["best_fit"] = torch.where(better, final, own["best_loss"]), torch.where(better, fit, own["best_fit"])
+    own["failed_at"] = torch.where(newly, iteration, own["failed_at"])
+    own["failure"] = torch.where(newly, LOST, own["failure"])
+    own["ran"] = own["ran"] + running
+    if iteration == 0:
+        own["first_fit"] = fit
+    if patience is not None:
+        ahead = own["best_loss"] < own["mark"] * (1 - IMPROVED)
+        own["mark"] = torch.where(ahead, own["best_loss"], own["mark"])
+        since = torch.where(ahead, 0, own["since"] + 1)
+        # −1 marks an attack that stopped: for want of progress, or because it failed
+        own["since"] = torch.where(running & (since <= patience) & (own["failure"] == OK), since, -1)
+    return best, own
+
+
+def _loss_and_gradients(measured: tuple[Tensor, Tensor, Tensor, Tensors]) -> tuple[Tensor, Tensors]:
+    return measured[0], measured[3]
+
+
+def _boxed(variables: Tensors, matching: Matching) -> Tensors:
+    """Images in [0, 1], further unknowns between their bounds."""
+    kept = dict(variables)
+    if "images" in kept:
+        kept["images"] = kept["images"].clamp(0, 1)
+    for name, one in matching.searched.items():
+        kept[name] = kept[name].clamp(one.low, one.high)
+    return kept
+
+
+def select(
+    results: Sequence[Tensors], num_observations: int, *, choose_by: str = "objective", errors: Mapping[tuple[int, int], str] | None = None
+) -> list[Reconstruction]:
+    """Each observation's start that the attacker likes best; a failed start is never chosen while another one lives.
+
+    Args:    results: of `run_chunk`, in any order, for every start of every observation.  choose_by: the lowest "objective", "fit", or
+             "tv" of the result, see `Matching`.  errors: of attacks whose program raised one.
+    Returns: one Reconstruction per observation, in order; restart_losses of failed starts are infinite.
     Raises:  ValueError if an attack is missing or there twice.
     """
     found = {(o, r): (result, row) for result in results for row, (o, r) in enumerate(result["attacks"].tolist())}
-    restarts = 1 + max((restart for _, restart in found), default=0)
-    wanted = {(observation, restart) for observation in range(num_observations) for restart in range(restarts)}
+    starts = 1 + max((start for _, start in found), default=0)
+    wanted = {(observation, start) for observation in range(num_observations) for start in range(starts)}
     if found.keys() != wanted or len(found) != sum(len(result["attacks"]) for result in results):
-        raise ValueError(f"the results do not cover {num_observations} observations × {restarts} restarts once each: {sorted(found)[:10]}")
+        raise ValueError(f"the results do not cover {num_observations} observations × {starts} starts once each: {sorted(found)[:10]}")
     chosen = []
     for observation in range(num_observations):
-        tried = [{name: tensor[row] for name, tensor in result.items()} for result, row in (found[observation, r] for r in range(restarts))]
+        tried = [{name: tensor[row] for name, tensor in result.items()} for result, row in (found[observation, r] for r in range(starts))]
         losses = torch.stack([one["loss"] for one in tried])
-        restart = int(losses.argmin())
-        one = tried[restart]
+        start = int(torch.stack([_standing(one, choose_by) for one in tried]).argmin())
+        one = tried[start]
         failure = int(one["failure"])
+        error = "" if failure == OK else (errors or {}).get((observation, start)) or REASONS[failure].format(int(one["failed_at"]))
         chosen.append(
             Reconstruction(
-                images=one["images"],
-                labels=one["labels"],
-                loss=float(one["loss"]),
-                losses=one["losses"],
-                restart=restart,
-                restart_losses=losses,
-                restart_images=torch.stack([one["images"] for one in tried]),
-                status="ok" if failure == OK else "failed",
-                error="" if failure == OK else REASONS[failure].format(int(one["failed_at"])),
-            )
+                images=one["images"], labels=one["labels"], loss=float(one["loss"]), losses=one["losses"], restart=start, restart_losses=losses,
+                restart_images=torch.stack([one["images"] for one in tried]), status="ok" if failure == OK else "failed", error=error,
+                fit=float(one["fit"]), first_fit=float(one["first_fit"]), iterations=int(one["iterations"]), snapshots=one.get("snapshots"),
+            )  # fmt: skip
         )
     return chosen
+
+
+def _standing(one: Tensors, choose_by: str) -> Tensor:
+    """What the choice among starts goes by; infinite for a failed one."""
+    if choose_by == "tv":
+        return torch.where(one["failure"] == OK, total_variation(one["images"]).mean(), torch.inf)
+    return one["loss" if choose_by == "objective" else "fit"]
 
 
 def invert(
@@ -179,12 +400,13 @@ def invert(
     """Attack every observation, chunk after chunk, in this thread.
 
     Args:    make_simulate: gives a simulator of this thread's own.  at_once: K, attacks in one vectorised program; it moves no
-             result past rounding.  speed: mode, dtype, device and every, of `run_chunk`.
+             result past rounding.  speed: mode, precision, dtype, device, every and programs, of `run_chunk`.
     Yields:  Progress.  Returns: one Reconstruction per observation.  Raises: as `run_chunk`.
     """
-    chunks, simulate, results = plan(len(observations), matching.restarts, at_once), make_simulate(), []
+    chunks = plan(len(observations), matching.starts, at_once, together=matching.together)
+    simulate, results, programs = make_simulate(), [], speed.pop("programs", None) or Programs()
     for number, chunk in enumerate(chunks):
-        running = run_chunk(chunk, observations, simulate, matching, seed=seed, **speed)
+        running = run_chunk(chunk, observations, simulate, matching, seed=seed, at_once=at_once, programs=programs, **speed)
         while True:
             try:
                 progress = next(running)
@@ -192,7 +414,7 @@ def invert(
                 results.append(end.value)
                 break
             yield dataclasses.replace(progress, chunk=number, chunks=len(chunks))
-    return select(results, len(observations))
+    return select(results, len(observations), choose_by=matching.choose_by)
 
 
 def drain(running: Generator[Any, None, Any]) -> Any:
@@ -207,25 +429,3 @@ def drain(running: Generator[Any, None, Any]) -> Any:
 def run(observations: Sequence[Observation], make_simulate: Callable[[], Simulate], matching: Matching, **options: Any) -> list[Reconstruction]:
     """`invert`, without looking at its progress."""
     return drain(invert(observations, make_simulate, matching, **options))
-
-
-def _simulated(simulate: Simulate, searched: tuple[Tensor, ...], params: Tensors, known: Tensors, targets: Tensor) -> Tensors:
-    """The update at a point (images,) or (images, noise)."""
-    return simulate(params, known, searched[0], targets, searched[1] if len(searched) > 1 else None)
-
-
-def _step(
-    variables: tuple[Tensor, ...], gradients: Sequence[Tensor], moments: list[tuple[Tensor, Tensor]], matching: Matching, iteration: int
-) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, Tensor]]]:
-    """One step of Adam (β 0.9, 0.999) on images, kept in [0, 1], and noise. Elementwise, so attacks cannot touch one another."""
-    stepped, carried = [], []
-    for place, (variable, gradient, (m, v)) in enumerate(zip(variables, gradients, moments, strict=True)):
-        if place == 0 and matching.signed:
-            gradient = gradient.sign()
-        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient.square()
-        lr = step_factor(matching, iteration) * (matching.noise_lr if place else matching.lr)
-        # eps far below usual: gradients of one pixel of many are tiny, and Adam's steps are to be free of their scale
-        move = lr * (m / (1 - 0.9 ** (iteration + 1))) / ((v / (1 - 0.999 ** (iteration + 1))).sqrt() + 1e-12)
-        stepped.append((variable - move).clamp(0, 1) if place == 0 else variable - move)
-        carried.append((m, v))
-    return tuple(stepped), carried

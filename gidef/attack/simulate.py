@@ -1,15 +1,22 @@
-"""From a gradient simulator to one of local training: the delta that FedAvg releases."""
+"""From a gradient simulator to others: of local training, of several rounds, of the mean over noise, of a surrogate model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
-from gidef.types import Tensors
+from gidef.types import Observation, Tensors
+
+DRAWS = "draws"
+"""Under this name in `known`, `averaged` finds the noise of an iteration: (samples, *noise_shape)."""
+ALPHA, FINAL = "alpha", "final/"
+"""Of `surrogate_model`: the unknown in `known`, and the prefix there of the client's weights after its local training."""
 
 
 def local_sgd(gradient: Simulate, *, steps: int, lr: float, momentum: float = 0.0, epochs: int = 1) -> Simulate:
@@ -87,3 +94,109 @@ def _unrolled(gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[
         return {name: weights[name] - params[name] for name in changes}
 
     return simulate
+
+
+def without_noise(simulate: Simulate) -> Simulate:
+    """The simulator of an attacker who overlooks the noise (A0, A2)."""
+
+    def noise_free(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        return simulate(params, known, images, labels, None)
+
+    if hasattr(simulate, "loss"):
+        noise_free.loss = lambda params, known, images, labels, noise: simulate.loss(params, known, images, labels, None)
+    return noise_free
+
+
+def averaged(simulate: Simulate) -> Simulate:
+    """The mean update over draws of the noise, which come in known["draws"] (samples, *noise_shape), fresh in every iteration (A1).
+
+    Source:  expectation over transformation, Athalye et al. 2018, arXiv:1707.07397.
+    Deviates: gradients of clients instead of logits; the noise that was really drawn is not among the attacker's, so its loss has a floor.
+    """
+
+    def mean(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        rest = {name: tensor for name, tensor in known.items() if name != DRAWS}
+        updates = vmap(lambda draw: simulate(params, rest, images, labels, draw))(known[DRAWS])
+        return {name: tensor.mean(0) for name, tensor in updates.items()}
+
+    return mean
+
+
+def multi_round(simulate: Simulate, rounds: int) -> Simulate:
+    """The updates of one batch in several rounds, each with its own weights and noise (A9); observations by `merge_rounds`.
+
+    Returns: simulate over params, known and updates named "ROUND/name"; known tensors without a round are common to all. noise has a
+             leading axis of rounds, or is None.
+    """
+
+    def every(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        common = {name: tensor for name, tensor in known.items() if not name.partition("/")[0].isdigit()}
+        found = {}
+        for number in range(rounds):
+            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, None if noise is None else noise[number])
+            found |= {f"{number}/{name}": tensor for name, tensor in update.items()}
+        return found
+
+    return every
+
+
+def _of_round(tensors: Tensors, number: int) -> Tensors:
+    prefix = f"{number}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def merge_rounds(observations: Sequence[Observation]) -> Observation:
+    """One observation of the same batch's updates in several rounds, for `multi_round`.
+
+    Match them with the distance `rounds_apart`: under a common cosine a round of large gradients drowns the others.
+    Raises: InputError unless all have the same kind, size and labels.
+    """
+    first = observations[0]
+    for other in observations[1:]:
+        alike = (first.labels is None) == (other.labels is None) and (first.labels is None or torch.equal(first.labels, other.labels))
+        if (other.num_examples, other.kind) != (first.num_examples, first.kind) or not alike:
+            raise InputError("the rounds to be merged are of different batches: give updates of the same images and labels, of one kind.")
+    merged = {
+        place: {f"{number}/{name}": tensor for number, one in enumerate(observations) for name, tensor in getattr(one, place).items()}
+        for place in ("params", "update", "known")
+    }
+    return dataclasses.replace(first, **merged)
+
+
+def rounds_apart(update: Tensors, target: Tensors, scale: Tensor) -> Tensor:
+    """A distance for `multi_round`: the mean over rounds of 1 − cos, so that no round drowns another."""
+    numbers = sorted({name.partition("/")[0] for name in target})
+    apart = torch.zeros_like(scale)
+    for number in numbers:
+        names = [name for name in target if name.startswith(f"{number}/")]
+        power = sum(target[name].square().sum() for name in names)
+        goal = torch.where(power > 0, power, 1.0).rsqrt()
+        own = (sum((update[name] * scale).square().sum() for name in names) + 1e-12 * power + 1e-24).rsqrt() * scale
+        apart = apart + 0.5 * sum((update[name] * own - target[name] * goal).square().sum() for name in names)
+    return apart / len(numbers)
+
+
+def surrogate_model(gradient: Simulate) -> Simulate:
+    """The delta of local training, from one gradient at a model between its first and its last weights (A10).
+
+        ŵ = (1 − α) w_server + α w_client,   w_client − w_server ∥ −∇L(ŵ; all B images)
+
+    Args:    gradient: simulator of one gradient.
+    Returns: simulate(params, known, …) → −gradient, to be matched in direction (distance "cosine"); known["alpha"] in [0, 1] is searched
+             (`Searched(start=0.5, low=0.0, high=1.0)`), known["final/NAME"] are w_client = w_server + Δ.
+    Source:  Zhu, Yao and Blaschko 2023, "Surrogate model extension (SME): a fast and accurate weight update attack on federated learning", arXiv:2306.00127.
+    """
+
+    def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        alpha = known[ALPHA]
+        between = {name: tensor + alpha * (known[FINAL + name] - tensor) for name, tensor in params.items()}
+        rest = {name: tensor for name, tensor in known.items() if name != ALPHA and not name.startswith(FINAL)}
+        return {name: -tensor for name, tensor in gradient(between, rest, images, labels, noise).items()}
+
+    return simulate
+
+
+def with_final_weights(observation: Observation) -> Observation:
+    """The observation of a delta, with the client's last weights among what the attacker knows, for `surrogate_model`."""
+    final = {FINAL + name: observation.params[name] + delta for name, delta in observation.update.items()}
+    return dataclasses.replace(observation, known={**observation.known, **final})

@@ -18,7 +18,8 @@ Simulate = Callable[[Tensors, Tensors, Tensor, Tensor, "Tensor | None"], Tensors
 
 params: the shared tensors.  known: tensors that the simulated client has and does not share (front, decoder).
 images: float (B, C, H, W) in [0, 1].  labels: float (B, K), class probabilities.  noise: float (B, *latent_shape), or None.
-Pure, differentiable twice, and fit for vmap.
+Pure, differentiable twice, and fit for vmap. An attribute `loss`, of the same arguments, is the scalar whose gradient it is: attacks
+without second derivatives differentiate that.
 """
 
 DECODER = "decoder."
@@ -73,12 +74,13 @@ class Defence:
         def make() -> Simulate:
             model = copy.deepcopy(self.model).requires_grad_(False)
 
+            def loss(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+                return F.cross_entropy(functional_call(model, {**known, **params}, (images,)), labels)
+
             def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
-                def utility(shared: Tensors) -> Tensor:
-                    return F.cross_entropy(functional_call(model, {**known, **shared}, (images,)), labels)
+                return grad(loss)(params, known, images, labels, noise)
 
-                return grad(utility)(params)
-
+            simulate.loss = loss
             return simulate
 
         return make

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef.defence.base import DECODER, Defence, Simulate
+from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
 from gidef.rng import generator
 from gidef.similarity import dependence, ssim
@@ -156,29 +157,39 @@ class LearnedDefence(Defence):
             model = copy.deepcopy(self.model).requires_grad_(False)
             decoder = copy.deepcopy(self.decoder).requires_grad_(False) if self.decoder is not None else None
 
+            def parted(params: Tensors, known: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+                """The model's shared tensors, its private ones, and the decoder's."""
+                decoders = {name.removeprefix(DECODER): t for name, t in {**known, **params}.items() if name.startswith(DECODER)}
+                own, rest = ({name: t for name, t in tensors.items() if not name.startswith(DECODER)} for tensors in (params, known))
+                return own, rest, decoders
+
+            def forward(shared: Tensors, rest: Tensors, images: Tensor, noise: Tensor | None) -> Outputs:
+                return functional_call(model, {**rest, **shared}, (images, noise), {"full": True})
+
+            def loss(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+                own, rest, fixed_decoder = parted(params, known)
+                return client_loss(
+                    forward(own, rest, images, noise), images, labels, settings=settings, weight=weight, kl=model.perturbation.kl,
+                    reconstruct=lambda perturbed: functional_call(decoder, fixed_decoder, (perturbed,)),
+                )  # fmt: skip
+
             def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
-                every = {**known, **params}
-                fixed_decoder = {name.removeprefix(DECODER): t for name, t in every.items() if name.startswith(DECODER)}
-                own = {name: t for name, t in params.items() if not name.startswith(DECODER)}
-                rest = {name: t for name, t in known.items() if not name.startswith(DECODER)}
-
-                def forward(shared: Tensors) -> Outputs:
-                    return functional_call(model, {**rest, **shared}, (images, noise), {"full": True})
-
-                def client(shared: Tensors) -> Tensor:
-                    return client_loss(
-                        forward(shared), images, labels, settings=settings, weight=weight, kl=model.perturbation.kl,
-                        reconstruct=lambda perturbed: functional_call(decoder, fixed_decoder, (perturbed,)),
-                    )  # fmt: skip
-
-                gradients = grad(client)(own)
+                own, rest, fixed_decoder = parted(params, known)
+                beside = {DECODER + name: tensor for name, tensor in fixed_decoder.items()}
+                gradients = grad(loss)(own, {**rest, **beside}, images, labels, noise)
                 if len(own) < len(params):  # policy `all`: the decoder's gradient is released as well
-                    perturbed = forward(own).perturbed
+                    perturbed = forward(own, rest, images, noise).perturbed
                     shared_decoder = {name: params[DECODER + name] for name in fixed_decoder}
                     opponent = grad(lambda psi: decoder_loss(images, functional_call(decoder, psi, (perturbed,))))(shared_decoder)
                     gradients |= {DECODER + name: g for name, g in opponent.items()}
                 return {name: gradients[name] for name in params}
 
+            def of_the_model(params: Tensors, *rest: Any) -> Tensor:
+                if any(name.startswith(DECODER) for name in params):
+                    raise InputError("share policy all releases gradients of two losses: a first-order form has one; use form=double_backward.")
+                return loss(params, *rest)
+
+            simulate.loss = of_the_model
             return simulate
 
         return make

@@ -13,15 +13,21 @@
     training      [one per defence and seed: defence, seed, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
     rows          [one per defence, attack and checkpoint:
-                  defence, attack: names in the recipe;  attack_id: "A0" naive, "A3" joint, "A12" decoder on the given latent
+                  defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
+                  case per victim of an ensemble, "control" a shuffled gradient, or "own"
                   checkpoint: "untrained" | "early" | "final";  seed: int, or seeds: [int] where several are pooled
                   share_policy: "full" | "head" | "all"
-                  threat: {release: "gradient" | "delta", batch_size: int, labels: "known" | "recovered", ...}
+                  threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
+                  batch_size: int, labels: "known" | "counts" | "recovered" | "searched", ...}
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
+                  label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
+                  fit_first, fit: median distance of the matched updates at the start and at the end
+                  ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
+                  calibration: how many attacks ran as one program, how, and what else was tried
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
-    bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour";
+    bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   mse, psnr_db, ssim, attacker_accuracy: what a guess without any gradient scores on the same victims]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1]}
     pictures      [paths relative to results.json]

@@ -159,6 +159,20 @@ def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None
     return _save(figure, path)
 
 
+def progress_curves(path: str | Path, psnr_db: Mapping[str, Any], iterations: Mapping[str, int], title: str | None = None) -> Path:
+    """The evaluator's PSNR of the attackers' best candidates on the way, which no attacker sees.
+
+    Args: psnr_db: per label (attacks, points), at equally spaced iterations, the last at iterations[label]. The mean is drawn.
+    """
+    figure, axes = _axes(title, "iteration", "PSNR (dB)")
+    for number, (label, values) in enumerate(psnr_db.items()):
+        values = np.atleast_2d(_array(values).astype(float)).mean(axis=0)
+        steps = iterations[label] * np.arange(1, len(values) + 1) / len(values)
+        axes.plot(steps, values, label=_literal(label), marker="o", markersize=3, **_line(number))
+    _legend(axes)
+    return _save(figure, path)
+
+
 def _sheet(
     path: str | Path,
     cells: list[list[np.ndarray]],

@@ -11,7 +11,7 @@ from gidef.errors import InputError
 from gidef.report.files import plain, write_atomically
 
 FORMAT = 1
-BOUNDS = ("constant grey", "mean image", "class mean", "nearest public neighbour")
+BOUNDS = ("constant grey", "mean image", "class mean", "nearest public neighbour", "shuffled gradient")
 MEASURED = ("client_accuracy", "attacker_accuracy", "mse", "psnr_db", "ssim")
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}

@@ -15,8 +15,10 @@ from rich.text import Text
 
 from gidef.report.results import MEASURED, interval_of, mean_of
 
-_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "victims", "note")
-_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "victims")
+_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "oracle dB", "victims", "note")
+_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "oracle\ndB", "victims")
+_ORACLE = 8
+"""Place of the column that appears only where an attack had several starts: the PSNR of the start that the truth would have chosen."""
 _FEWER_INTERVALS = (MEASURED, MEASURED[1:], MEASURED[2:], ("psnr_db",))
 _SCALE_DIGITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 1), "psnr_db": (1, 1), "ssim": (1, 2)}
 _STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
@@ -28,17 +30,18 @@ class _Line:
 
     names: tuple[str, str, str]
     values: tuple[tuple[str, str], ...]
+    oracle: str = ""
     victims: str = ""
     notes: str = ""
 
     def wide(self) -> tuple[str, ...]:
-        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), self.victims, self.notes)
+        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), self.oracle, self.victims, self.notes)
 
     def folded(self, intervals: tuple[str, ...]) -> tuple[str, ...]:
         defence, attack, checkpoint = (textwrap.fill(name, 16, break_long_words=False) for name in self.names)
         named = zip(MEASURED, self.values, strict=True)
         values = (f"{mean}\n{interval}" if key in intervals and interval else mean for key, (mean, interval) in named)
-        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, self.victims)
+        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, self.oracle, self.victims)
 
 
 def table(results: dict[str, Any], width: int = 120) -> Table:
@@ -49,11 +52,13 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
     Returns: a rich Table.
     """
     rows, bounds, notes = _lines(results)
-    found = _table(results, notes, _HEADERS, [line.wide() for line in rows], [line.wide() for line in bounds])
+    shown = _shown(_HEADERS, rows, notes)
+    found = _table(results, notes, _HEADERS, shown, [line.wide() for line in rows], [line.wide() for line in bounds])
     for intervals in _FEWER_INTERVALS:
         if RichConsole(file=io.StringIO(), width=1000).measure(found).maximum <= width:
             break
-        found = _table(results, notes, _FOLDED, [line.folded(intervals) for line in rows], [line.folded(intervals) for line in bounds])
+        shown = _shown(_FOLDED, rows, notes)
+        found = _table(results, notes, _FOLDED, shown, [line.folded(intervals) for line in rows], [line.folded(intervals) for line in bounds])
     return found
 
 
@@ -82,17 +87,17 @@ def text(results: dict[str, Any], width: int = 120) -> str:
 def csv(results: dict[str, Any]) -> str:
     """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
     names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "victims", "failed")
-    tail = ("iterations", "restarts", "seconds", "note")
+    tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
-    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail])
+    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat"])
     lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound["name"], **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
         measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, MEASURED)]
         values = [value.get(part) for value in measured for part in _STATISTICS]
         head = [seeds if name == "seed" else row.get(name) for name in names]
-        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail)])
+        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row)])
     return page.getvalue()
 
 
@@ -103,8 +108,10 @@ def markdown(results: dict[str, Any]) -> str:
         return "| " + " | ".join(_escape(cell, {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "_": "\\_", "`": "\\`"}) for cell in cells) + " |"
 
     rows, bounds, notes = _lines(results)
-    rule = "| " + " | ".join("---:" if _is_number(header) else "---" for header in _HEADERS) + " |"
-    lines = [f"**{_title(results)}**", "", line(_HEADERS), rule, *(line(row.wide()) for row in rows + bounds), ""]
+    shown = _shown(_HEADERS, rows, notes)
+    rule = "| " + " | ".join("---:" if _is_number(_HEADERS[index]) else "---" for index in shown) + " |"
+    cells = [tuple(row[index] for index in shown) for row in (_HEADERS, *(row.wide() for row in rows + bounds))]
+    lines = [f"**{_title(results)}**", "", line(cells[0]), rule, *map(line, cells[1:]), ""]
     return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes))]).rstrip() + "\n"
 
 
@@ -118,10 +125,12 @@ def latex(results: dict[str, Any]) -> str:
         return "    {}" + " & ".join(_escape(cell, special) for cell in cells) + r" \\"
 
     rows, bounds, notes = _lines(results)
-    columns = "".join("r" if _is_number(header) else "l" for header in _HEADERS)
+    shown = _shown(_HEADERS, rows, notes)
+    columns = "".join("r" if _is_number(_HEADERS[index]) else "l" for index in shown)
+    head, *cells = [tuple(row[index] for index in shown) for row in (_HEADERS, *(row.wide() for row in rows + bounds))]
     caption = " ".join(f"{_escape(part, special)}" + ("" if part.endswith(".") else ".") for part in (_title(results), *_caption(results, notes)))
     middle = [r"    \hline"] if rows and bounds else []
-    body = [line(_HEADERS), r"    \hline", *(line(row.wide()) for row in rows), *middle, *(line(bound.wide()) for bound in bounds)]
+    body = [line(head), r"    \hline", *map(line, cells[: len(rows)]), *middle, *map(line, cells[len(rows) :])]
     head = [r"\begin{table}", r"  \centering", f"  \\caption{{{caption}}}", f"  \\begin{{tabular}}{{{columns}}}", r"    \hline"]
     return "\n".join([*head, *body, r"    \hline", r"  \end{tabular}", r"\end{table}"]) + "\n"
 
@@ -140,13 +149,31 @@ def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]
         said = [row["note"]] if row.get("note") else []
         said += [f"{row['failed']} failed, scored as mid-grey"] if row.get("failed") else []
         said += [f"share policy {row['share_policy']}"] if len(_policies(results)) > 1 else []
+        said += [_threat(row)] if len(_threats(results)) > 1 else []
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
-        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), str(row["victims"]), marks))
+        several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
+        oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), oracle, str(row["victims"]), marks))
     return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
 
 
 def _policies(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["share_policy"] for row in results["rows"]))
+
+
+def _threat(row: dict[str, Any]) -> str:
+    """The name of a row's threat model."""
+    return (row.get("threat") or {}).get("name", "")
+
+
+def _threats(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(filter(None, map(_threat, results["rows"]))))
+
+
+def _shown(headers: tuple[str, ...], rows: list[_Line], notes: list[str]) -> list[int]:
+    """Columns that have something to show."""
+    hidden = {_ORACLE} if not any(row.oracle for row in rows) else set()
+    return [index for index, header in enumerate(headers) if index not in hidden and (header != "note" or notes)]
 
 
 def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
@@ -156,13 +183,15 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     known = [f"{_number(judge[key], 100.0, 1)} % {name}" for name, key in known if judge.get(key) is not None]
     policy = f"Share policy {_policies(results)[0]}; means" if len(_policies(results)) == 1 else "Means"
     lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient scores.'] if results["rows"] else []
+    lines += [f"Threat model: {_threats(results)[0]}."] if len(_threats(results)) == 1 else []
+    if any((row.get("restarts") or 1) > 1 for row in results["rows"]):
+        lines.append("Attackers choose among their starts by their own loss; oracle dB: what the truth would have chosen, which no attacker can.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 
 
-def _table(results: dict[str, Any], notes: list[str], headers: tuple[str, ...], *parts: list[tuple[str, ...]]) -> Table:
+def _table(results: dict[str, Any], notes: list[str], headers: tuple[str, ...], shown: list[int], *parts: list[tuple[str, ...]]) -> Table:
     found = _empty(_title(results), "\n".join(_caption(results, notes)))
-    shown = [index for index, header in enumerate(headers) if header != "note" or notes]
     for index in shown:
         number = _is_number(headers[index])
         found.add_column(headers[index], justify="right" if number else "left", no_wrap=number)

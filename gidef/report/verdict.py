@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gidef.report.masking import CONTROL, masking
 from gidef.report.results import bound_named, interval_of, mean_of
 
 MARGIN_DB = 0.5
@@ -24,7 +25,9 @@ MARGIN_SSIM = 0.05
 MATCHED_POINTS = 2.0
 CLAIM_VICTIMS = 64
 CLAIM_SEEDS = 3
-NAIVE, ON_LATENT = "A0", "A12"
+NAIVE, ON_LATENT, MALICIOUS, ENSEMBLE = "A0", "A12", "A11", "standard"
+_APART = (ON_LATENT, MALICIOUS, ENSEMBLE, CONTROL)
+"""Ids with sentences of their own: bounds, another threat model, a worst case over several, and what is no attack."""
 
 Row = dict[str, Any]
 _SHARED = {"full": "the whole classifier", "head": "the predictor only", "all": "the classifier and the private decoder"}
@@ -47,16 +50,18 @@ def verdict(results: dict[str, Any]) -> list[str]:
         here = [row for row in rows if (row["share_policy"], row["checkpoint"]) == (policy, checkpoint)]
         for defence in dict.fromkeys(row["defence"] for row in here):
             of_defence = _pooled([row for row in here if row["defence"] == defence])
-            matching = [row for row in of_defence if row["attack_id"] != ON_LATENT]
-            undefended = _pooled([row for row in here if is_undefended(results, row["defence"]) and row["attack_id"] != ON_LATENT])
+            matching = [row for row in of_defence if row["attack_id"] not in _APART]
+            undefended = _pooled([row for row in here if is_undefended(results, row["defence"]) and row["attack_id"] not in _APART])
             if matching and is_undefended(results, defence):
                 said.append(_on_undefended(results, _strongest(matching)))
             elif matching:
                 said.append(_on_defended(results, matching, undefended))
-            said += [_on_latent(results, row) for row in of_defence if row["attack_id"] == ON_LATENT]
+            said += [_on_latent(results, row) for row in of_defence if row["attack_id"] == ON_LATENT and not row.get("ensemble")]
+            said += [_ensemble(results, row) for row in of_defence if row["attack_id"] == ENSEMBLE]
+            said += [_malicious(results, row) for row in of_defence if row["attack_id"] == MALICIOUS]
     unmeasured = [row for row in results["rows"] if mean_of(row["psnr_db"]) is None]
     said += [f"{_called(results, row, start=True)} under {_attack(results, row)} has no PSNR: not judged." for row in unmeasured]
-    return said + _failures(results) + _judged(results, rows) + _accuracy_cost(results)
+    return said + masking(results, is_undefended=is_undefended) + _failures(results) + _judged(results, rows) + _accuracy_cost(results)
 
 
 def is_undefended(results: dict[str, Any], name: str) -> bool:
@@ -161,6 +166,21 @@ def _on_latent(results: dict[str, Any], row: Row) -> str:
     return f"{text}, {verb} the class mean ({limit - MARGIN_DB:.1f} dB)."
 
 
+def _ensemble(results: dict[str, Any], row: Row) -> str:
+    limit, worst = _limit(results), _worst(row["psnr_db"])
+    text = f"{_called(results, row, start=True)} {_at(results, row)}: the worst case per image over the {row.get('members', 'several')} attacks of "
+    text += f'version "{row.get("version", "standard")}" is {_db(row)}'
+    text += f", {worst:.1f} dB for the most leaked image" if worst is not None else ""
+    if limit is not None:
+        text += f"; the class mean has {limit - MARGIN_DB:.1f} dB"
+    quick = ". Its budgets are for a first look, not for a claim" if row.get("version", "standard") != "standard" else ""
+    return f"{text} ({row['note'].partition(': ')[2]}){quick}."
+
+
+def _malicious(results: dict[str, Any], row: Row) -> str:
+    return f"A malicious server gets {_db(row)} of {_called(results, row)} by {row['attack']} {_at(results, row)} ({row['note']})."
+
+
 def _failures(results: dict[str, Any]) -> list[str]:
     bad = [row for row in results["rows"] if row.get("failed")]
     if not bad:
@@ -173,7 +193,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
 def _judged(results: dict[str, Any], rows: list[Row]) -> list[str]:
     """The class that a clean judge reads off reconstructions, and the MSE: both readings of a relative change."""
     judge, said = results.get("judge") or {}, []
-    matching = [row for row in rows if row["attack_id"] != ON_LATENT and mean_of(row.get("attacker_accuracy")) is not None]
+    matching = [row for row in rows if row["attack_id"] not in _APART and mean_of(row.get("attacker_accuracy")) is not None]
     for policy, checkpoint in dict.fromkeys((row["share_policy"], row["checkpoint"]) for row in matching):
         here = [row for row in matching if (row["share_policy"], row["checkpoint"]) == (policy, checkpoint)]
         plain = _pooled([row for row in here if is_undefended(results, row["defence"])])

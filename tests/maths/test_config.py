@@ -12,19 +12,23 @@ import pytest
 
 from gidef import config, importing
 from gidef.config import (
+    PRESETS,
     Data,
+    DeepLeakage,
     Dirichlet,
     Evaluation,
     FedAdagrad,
     FedAdam,
     FedAvg,
     FedYogi,
+    GradInversion,
     Iid,
     InvertingGradients,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
     Model,
+    MultiRound,
     NaiveMatching,
     PostHocDecoder,
     QuantitySkew,
@@ -34,6 +38,7 @@ from gidef.config import (
     Shards,
     SingleGradient,
     Speed,
+    SurrogateModel,
     Undefended,
     from_json,
     problems,
@@ -81,6 +86,9 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
+    yield Recipe(attacks=single)
+    yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
 
 
 def kinds_in(value):
@@ -121,7 +129,11 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "give one defence"),
-    (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use NaiveMatching"),
+    (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),
+    (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
+    (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),
+    (Recipe(attacks={"x": DeepLeakage(labels="counts")}), "attacks.x.labels=counts", "searched"),
+    (Recipe(attacks={"x": MultiRound()}, evaluation=Evaluation(release="delta")), "attacks.x (MultiRound) reads single gradients", "release=gradient"),
     (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),

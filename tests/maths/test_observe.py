@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad
 
-from gidef import audit, build, observe
+from gidef import build, cells, observe
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.participate import DECODER
 from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Speed, Undefended
@@ -169,7 +169,7 @@ def test_under_head_naive_gets_the_initial_front_and_joint_the_true_one(defence,
 def test_under_head_the_joint_attack_without_noise_is_work_of_its_own_and_called_a_bound(trained, tmp_path):
     for policy, twins in (("full", True), ("head", False)):
         run, one = trained(policy, "undefended")
-        naive, joint = audit._cells(run, {("undefended", 0): one}, tmp_path)
+        naive, joint = cells.make_cells(run, {("undefended", 0): one}, tmp_path)
         assert (joint.twin is naive) == twins
         assert ("a bound" in joint.note) != twins
 

@@ -111,6 +111,35 @@ def test_a_broken_update_fails_alone_with_its_reason_and_mid_grey_images(case):
         assert one.restart_losses.tolist() == [torch.inf] * 2 and one.images.shape == (2, 2, 6, 6)
 
 
+def test_an_update_that_holds_nothing_fails_alone_although_its_labels_cannot_be_recovered(case):
+    observations, simulate, settings, _ = case
+    nothing = {name: torch.zeros_like(t) for name, t in observations[0].update.items()}
+    hidden = [dataclasses.replace(o, labels=None) for o in observations]
+    found = run([dataclasses.replace(hidden[0], update=nothing), *hidden[1:]], lambda: simulate, settings, at_once=6, **DOUBLE)
+    assert [one.status for one in found] == ["failed", "ok", "ok"]
+
+
+def test_identical_images_in_a_batch_are_one_answer_twice(tiny):
+    """With labels alike too, the update is that of one image, and any pair of images with that mean gradient will do."""
+    model = tiny.Net(activation=torch.nn.Tanh)
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    image = tiny.observe(simulate, params)[1]
+    images, labels = image.repeat(2, 1, 1, 1), torch.tensor([1, 1])
+    update = simulate(params, {}, images, F.one_hot(labels, 3).double(), None)
+    observation = Observation(params, update, 2)  # labels recovered: a duplicate
+    (found,) = run([observation], lambda: simulate, naive(iterations=200, tv=0.0, restarts=2, **tiny.settings), **DOUBLE)
+    assert found.status == "ok" and found.labels.tolist() == [1, 1] and found.fit < 0.05 * found.first_fit
+
+
+def test_more_restarts_than_fit_into_a_chunk_and_a_batch_above_the_classes(tiny):
+    model = tiny.Net()
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    observation, _, labels = tiny.observe(simulate, params, size=7)  # three classes
+    observation = dataclasses.replace(observation, labels=None)
+    (found,) = run([observation], lambda: simulate, naive(iterations=3, restarts=5, **tiny.settings), at_once=2, **DOUBLE)
+    assert len(found.restart_losses) == 5 and found.images.shape[0] == 7 and len(found.labels) == 7
+
+
 def test_a_loss_that_becomes_nan_on_the_way_fails_alone_and_says_when(tiny):
     model = tiny.Net()
     gradient = tiny.simulator(model)
@@ -201,6 +230,7 @@ def test_a_simulator_s_own_trainable_parameters_hold_no_graph(tiny):
 def row(observation, restart, loss, failure=0):
     images = torch.full((1, 1, 2, 2), 0.1 * restart)
     tensors = {"images": images, "labels": torch.tensor([0]), "loss": torch.tensor(loss), "losses": torch.ones(3), "failure": torch.tensor(failure)}
+    tensors |= {"fit": torch.tensor(10 * restart - loss), "first_fit": torch.tensor(1.0), "iterations": torch.tensor(3)}
     return {name: t[None] for name, t in {**tensors, "attacks": torch.tensor([observation, restart]), "failed_at": torch.tensor(7)}.items()}
 
 

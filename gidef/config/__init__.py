@@ -16,6 +16,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under this page's name)
+    ATTACKS,
+    IDS,
+    PRESETS,
+    Analytic,
+    DecoderAware,
+    DeepLeakage,
+    EotMatching,
+    GenerativePrior,
+    GradInversion,
+    ImprintServer,
+    InvertingGradients,
+    JointMatching,
+    LatentDecoding,
+    LearnedInversion,
+    ModernInvertingGradients,
+    MultiRound,
+    NaiveMatching,
+    PostHocDecoder,
+    SkipLayers,
+    Standard,
+    SurrogateModel,
+    ZeroedLevel,
+    standard,
+)
+
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
 
@@ -234,65 +260,6 @@ class LearnedPerturbation:
     mse_cap: float = 0.1
 
 
-# --- attacks ---------------------------------------------------------------------------------------------------------
-
-
-@_config
-class NaiveMatching:
-    """A0: match the gradient of the noise-free model, with tuned settings (see gidef.attack.matching)."""
-
-    iterations: int = 2000
-    restarts: int = 1
-    distance: Literal["cosine", "l2"] = "cosine"
-    lr: float = 0.1
-    """Adam's first step, in image units [0, 1]."""
-    signed: bool = False
-    """Step by the sign of the pixels' gradient."""
-    decay: Literal["step", "linear", "quadratic"] = "quadratic"
-    """Of the step size."""
-    tv: float = 1e-3
-    """Weight of the total variation."""
-    tv_boost: float = 100.0
-    """Times the weight at the start; it falls to 1 over the first 3/4."""
-    kink_width: tuple[float, float] | None = (1.0, 0.1)
-    """First and last width of the curvature given to ReLU's kinks; None: autograd's flat kinks, as in published attacks."""
-    labels: Literal["known", "recovered"] = "known"
-
-
-@_config
-class InvertingGradients(NaiveMatching):
-    """A0 exactly as published: signed Adam, step decay, constant total variation, flat kinks (Geiping et al. 2020)."""
-
-    iterations: int = 4800
-    signed: bool = True
-    decay: Literal["step", "linear", "quadratic"] = "step"
-    tv: float = 1e-2
-    tv_boost: float = 1.0
-    kink_width: tuple[float, float] | None = None
-
-
-@_config
-class JointMatching(NaiveMatching):
-    """A3: match over the images and the noise together. The one to beat."""
-
-    noise_lr: float = 0.3
-    """Adam's first step on the noise, in its standard deviations."""
-    noise_weight: float = 1e-3
-    """Weight of the noise's mean square."""
-    decoder: Literal["known", "surrogate", "unused"] = "known"
-    """The private decoder in the released loss: granted (an upper bound on the attacker), replaced by one that the
-    attacker trains on public data, or avoided by matching only the predictor's part with cross-entropy."""
-
-
-@_config
-class PostHocDecoder:
-    """A12: a larger decoder trained after the fact on public images; it is given the perturbed latent (an upper bound)."""
-
-    steps: int = 1500
-    batch_size: int = 64
-    lr: float = 1e-3
-
-
 # --- evaluation, speed, the recipe -----------------------------------------------------------------------------------
 
 
@@ -328,9 +295,16 @@ class Speed:
     """Threads inside one operator. One by default on every machine, because it changes the last bits; cores are used by `workers`."""
     workers: int = 0
     """Clients (or attack chunks) that a rank works on at the same time; 0 takes the rank's share of the cores, 1 on a GPU."""
-    attacks_at_once: int = 8
-    """K: attacks in one vectorised program."""
-    attack_mode: Literal["vmap", "loop"] = "vmap"
+    attacks_at_once: int = 0
+    """K: attacks in one program; 0 finds it by a short calibration, whose table is shown and kept in the run's folder."""
+    attack_mode: Literal["auto", "loop", "vmap", "traced", "compiled"] = "auto"
+    """How a program runs, see gidef.attack.program; auto takes the fastest in the calibration."""
+    compile: bool = False
+    """Let the calibration try compiled programs: worth it for long attacks, as compiling takes up to minutes."""
+    attack_precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always."""
+    schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
+    """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 3600.0
@@ -380,11 +354,13 @@ class Recipe:
 _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of this page that has the field
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
     "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
-    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 1, "size": 8,
+    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
+    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
+    "shadow_steps": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
-_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width"), 0)
+_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 
 
@@ -430,8 +406,18 @@ def problems(recipe: Recipe) -> list[str]:
         if isinstance(defence, tuple):
             found.append(f"defences.{name}: combining defences in a tuple is not available in this version; give one defence.")
     for name, attack in recipe.attacks.items():
-        if not isinstance(attack, (NaiveMatching, PostHocDecoder)):
-            found.append(f"attacks.{name}={attack!r} is no attack: use NaiveMatching, InvertingGradients, JointMatching or PostHocDecoder.")
+        if not isinstance(attack, ATTACKS):
+            if not callable(getattr(attack, "plan", None)):
+                found.append(f"attacks.{name}={attack!r} is no attack: use one of gidef.config.attacks, or a dataclass with a method plan(case).")
+            continue
+        if isinstance(attack, SurrogateModel) and recipe.evaluation.release != "delta":
+            found.append(f"attacks.{name}: a surrogate model stands in for local training, and evaluation.release={recipe.evaluation.release}: set it to delta.")
+        if isinstance(attack, DeepLeakage) and attack.labels == "counts":
+            found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered or searched labels.")
+        if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
+            found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
+        if isinstance(attack, (MultiRound, ImprintServer)) and recipe.evaluation.release != "gradient":
+            found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
         found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
     if recipe.evaluation.num_victims % recipe.evaluation.batch_size:
@@ -463,7 +449,7 @@ def _check_fields(config: Any, prefix: str, found: list[str]) -> None:
         for place, item in items.items():
             for part in item if isinstance(item, (tuple, list)) else (item,):
                 if dataclasses.is_dataclass(part):
-                    if type(part).__module__ == __name__:
+                    if _ours(type(part)):
                         _check_fields(part, place + ".", found)
                 elif isinstance(part, (int, float)):
                     found.extend(_range_problem(place, spec.name, part))
@@ -517,7 +503,7 @@ def _range_problem(name: str, key: str, value: float) -> list[str]:
 def to_json(config: Any) -> Any:
     """A recipe or part of it as plain JSON values; each dataclass says its "type"."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        name = type(config).__name__ if type(config).__module__ == __name__ else _place(type(config))
+        name = type(config).__name__ if _ours(type(config)) else _place(type(config))
         return {"type": name, **{spec.name: to_json(getattr(config, spec.name)) for spec in dataclasses.fields(config)}}
     if isinstance(config, dict):
         return {str(key): to_json(value) for key, value in config.items()}
@@ -526,6 +512,11 @@ def to_json(config: Any) -> Any:
     if config is None or isinstance(config, (bool, int, float, str)):
         return config
     raise TypeError(f"a recipe holds plain values and dataclasses; found {config!r}")
+
+
+def _ours(cls: type) -> bool:
+    """Whether a dataclass is one of these pages'."""
+    return cls.__module__ in (__name__, NaiveMatching.__module__)
 
 
 def _place(cls: type) -> str:

@@ -1,0 +1,105 @@
+"""Attacks that do not search by matching: closed forms, a malicious server's imprint, networks that were trained beforehand."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from gidef import config, fits, observe
+from gidef.attack.analytic import analytic
+from gidef.attack.imprint import Imprinted, craft, invert_imprint
+from gidef.cells import Cell, Task, mark
+from gidef.checkpoint import save_file
+from gidef.clients.local import load_parameters
+from gidef.clients.participate import DECODER
+from gidef.inversions import load_marked
+from gidef.training import Run
+from gidef.types import Observation, Reconstruction
+
+
+def tasks(run: Run, cells: list[Cell], folder: Path) -> list[Task]:
+    """One per cell that has such an attack."""
+    attacks: dict[type, tuple[Callable[[Run, Cell, Path], list[Reconstruction]], Callable[[Cell], float]]] = {
+        config.Analytic: (_analytic, lambda cell: 100.0),
+        config.ImprintServer: (_imprinted, lambda cell: 100.0),
+        config.LearnedInversion: (fits.learned, lambda cell: 50.0),
+        config.LatentDecoding: (fits.latent, lambda cell: float(cell.attack.iterations)),
+    }
+    found = []
+    for cell in cells:
+        if type(cell.attack) in attacks:
+            invert, cost = attacks[type(cell.attack)]
+            found.append(Task(cell.label, cost(cell), _path(cell), _doer(run, cell, folder, invert)))
+    return found
+
+
+def _doer(run: Run, cell: Cell, folder: Path, invert: Callable[[Run, Cell, Path], list[Reconstruction]]) -> Callable[..., None]:
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began = time.perf_counter()
+        found = invert(run, cell, folder)
+        tensors = {"images": torch.stack([one.images for one in found]), "labels": torch.stack([one.labels for one in found])}
+        told = [{"loss": one.loss, "status": one.status, "error": one.error} for one in found]
+        save_file(_path(cell), {name: tensor.cpu() for name, tensor in tensors.items()}, {"mark": mark(run, cell), "seconds": time.perf_counter() - began, "told": told})
+
+    return do
+
+
+def collect(run: Run, cell: Cell) -> None:
+    """Read a cell's results from the file of whoever computed them."""
+    source = cell.twin or cell
+    tensors, meta = load_marked(_path(source), mark(run, source))
+    cell.seconds += meta["seconds"] if cell.twin is None else 0.0
+    cell.reconstructions = [
+        Reconstruction(images=images, labels=labels, losses=torch.zeros(1), **told)
+        for images, labels, told in zip(tensors["images"], tensors["labels"], meta["told"], strict=True)
+    ]
+    own = mark(run, source)[:16]
+    cell.attempts = [{"observation": number, "start": 0, "mark": own, **told} for number, told in enumerate(meta["told"])]
+
+
+def _path(cell: Cell) -> Path:
+    return cell.folder / "reconstructed.safetensors"
+
+
+def _analytic(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+    """A4, on everything that is released."""
+    dataset, victims = run.setting.dataset, cell.victims
+    model = copy.deepcopy(cell.trained.training.defence.model).cpu()
+    names = dict(model.named_parameters())
+    found = []
+    for update, labels in zip(victims.updates, victims.labels, strict=True):
+        params, seen = ({n: t.cpu() for n, t in tensors.items() if n in names} for tensors in (cell.snapshot.params, update))
+        granted = labels.cpu() if cell.attack.labels == "known" else None
+        observation = Observation(params, seen, len(labels), kind=run.recipe.evaluation.release, labels=granted)
+        load_parameters(model, {**cell.trained.training.defence.initial_model(), **params})
+        found.append(analytic(observation, model, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
+    return found
+
+
+def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+    """A11: the clients compute their gradient with the imprint block before their model."""
+    dataset, bins = run.setting.dataset, cell.attack.bins
+    block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
+    public = dataset.val.images.to(torch.float32) / 255
+    sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
+    simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")()
+    victims, found = cell.victims, []
+    for images, labels, noise, private in zip(victims.images, victims.labels, victims.noise, victims.private, strict=True):
+        targets = F.one_hot(labels, dataset.num_classes).to(images.dtype)
+        params = {name: tensor for name, tensor in cell.snapshot.params.items() if not name.startswith(DECODER)}
+        known = {**private, **cell.snapshot.params}
+
+        def loss(own: dict[str, Tensor], x: Tensor = images, y: Tensor = targets, e: Tensor | None = noise, params=params, known=known) -> Tensor:
+            return simulate.loss(params, known, functional_call(block, own, (x,)), y, e)
+
+        update = grad(loss)(sent)
+        observation = Observation(sent, update, len(labels), labels=labels.cpu())
+        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
+    return found

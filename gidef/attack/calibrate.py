@@ -1,0 +1,208 @@
+"""How many attacks to run as one program, and how: by a short measurement of time and memory on the machine at hand.
+
+Batching is no gain as such: where one attack fills a core, a vectorised program can be slower than a loop. So every candidate runs a few
+iterations of the real attack, and the one that would finish all of them first is taken, recording and compiling included.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gidef.attack.batch import make_batch
+from gidef.attack.matching import Matching, Simulate
+from gidef.attack.program import Programs
+from gidef.errors import InputError
+from gidef.types import Observation
+
+MOST = 256
+"""Attacks in one program, at most."""
+GAIN = 0.97
+"""A larger program is tried as long as it takes at most this share of the time per attack of the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One line of the calibration's table. ms: per attack and iteration, the median.  first_s: of the first call, with recording and
+    compiling.  peak_bytes: of the program, None where it was not measured.  error: why it is out of the question."""
+
+    mode: str
+    at_once: int
+    ms: float | None
+    first_s: float
+    peak_bytes: int | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The candidates that were measured, and the chosen one."""
+
+    mode: str
+    at_once: int
+    candidates: tuple[Candidate, ...]
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Calibration:
+        candidates = tuple(Candidate(**one) for one in value["candidates"])
+        return cls(value["mode"], value["at_once"], candidates, tuple(value["notices"]))
+
+    def lines(self) -> list[str]:
+        """The table in words, one line per candidate, the chosen one marked."""
+        found = []
+        for one in self.candidates:
+            chosen = "  <- chosen" if (one.mode, one.at_once) == (self.mode, self.at_once) else ""
+            cost = f"{one.ms:9.3f} ms per attack-iteration, first call {one.first_s:6.2f} s" if one.ms is not None else f"not usable: {one.error}"
+            memory = f", {one.peak_bytes / 2**20:.0f} MiB" if one.peak_bytes is not None else ""
+            found.append(f"{one.mode:9} {one.at_once:4} at once  {cost}{memory}{chosen}")
+        return found
+
+
+def calibrate(
+    observations: Sequence[Observation],
+    simulate: Simulate,
+    matching: Matching,
+    *,
+    seed: int,
+    modes: Sequence[str] = ("loop", "vmap", "traced"),
+    workers: int = 1,
+    at_once: int | None = None,
+    most: int = MOST,
+    attacks: int | None = None,
+    iterations: int = 3,
+    budget_s: float = 60.0,
+    memory_bytes: int | None = None,
+    precision: str = "float32",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    programs: Programs | None = None,
+    measured: Sequence[Candidate] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> Calibration:
+    """Measure and choose.
+
+    Args:    observations, simulate, matching, seed, precision, dtype, device, programs: of the attack, as in `run_chunk`.
+             modes: candidates, see program.py.  workers: programs that run at the same time, each with its share of the attacks.
+             at_once: only this many, instead of 1, 2, 4, … `most`.  attacks: to be run in all (default: every start of every observation).
+             iterations: measured after the first.  budget_s: no further candidate is begun after so long.
+             measured: candidates that were measured before; they are in the table, and are not measured again.
+             memory_bytes: what a program may take; None takes 80 % of the device's free memory on a GPU and does not ask on a CPU.
+    Returns: the choice. Ties within a per cent go to fewer attacks at once, which lose less when a run is killed.
+    Raises:  InputError if no candidate runs, with the first one's error.
+    """
+    device, programs = torch.device(device), programs or Programs()
+    total = attacks or len(observations) * matching.starts
+    share = max(1, -(-total // max(workers, 1)))
+    if matching.together:  # the starts of an observation are one chunk, in turns of at_once
+        share = max(share, matching.starts)
+    sizes = [at_once] if at_once else _sizes(min(share, most))
+    everyone = [(o, s) for o in range(len(observations)) for s in range(matching.starts)]
+    if memory_bytes is None and device.type == "cuda":
+        memory_bytes = int(0.8 * torch.cuda.mem_get_info(device)[0])
+    began, found = clock(), list(measured)
+    known = {(one.mode, one.at_once): one for one in measured}
+    for mode in modes:
+        before: Candidate | None = None
+        for size in [1] if mode == "loop" and at_once is None else sizes:
+            if (mode, size) in known:
+                before = known[mode, size]
+                continue
+            if found and clock() - began > budget_s:
+                break
+            if _too_large(before, size, memory_bytes):
+                found.append(Candidate(mode, size, None, 0.0, error="it would not fit into memory"))
+                break
+            chunk = tuple((everyone * (1 + size // len(everyone)))[:size])
+            one = _measured(chunk, observations, simulate, matching, mode, iterations, seed, precision, dtype, device, programs, clock)
+            found.append(one)
+            if one.ms is None or (before is not None and one.ms > GAIN * before.ms and size > 4):
+                break
+            before = one
+    usable = [one for one in found if one.ms is not None]
+    if not usable:
+        raise InputError(f"the attack cannot run in any of the modes {', '.join(modes)}: {found[0].error}")
+    costs = [(_seconds(one, share, matching.iterations + 1), one) for one in usable]
+    least = min(cost for cost, _ in costs)
+    chosen = min((one for cost, one in costs if cost <= 1.01 * least), key=lambda one: one.at_once)
+    return Calibration(chosen.mode, chosen.at_once, tuple(found), tuple(programs.notices))
+
+
+def _sizes(most: int) -> list[int]:
+    """1, 2, 4, … and `most` itself."""
+    sizes = [2**power for power in range(most.bit_length()) if 2**power <= most]
+    return sizes if sizes[-1] == most else [*sizes, most]
+
+
+def _too_large(before: Candidate | None, size: int, memory_bytes: int | None) -> bool:
+    """By the last candidate's memory, which grows at most in proportion."""
+    return memory_bytes is not None and before is not None and before.peak_bytes is not None and before.peak_bytes * size / before.at_once > memory_bytes
+
+
+def _seconds(one: Candidate, attacks: int, evaluations: int) -> float:
+    """Until this many attacks are done by one worker: full programs, a padded last one, and the first call."""
+    programs = -(-attacks // one.at_once)
+    run = programs * one.at_once if one.mode != "loop" else attacks
+    if one.mode == "vmap":  # a smaller last program is not padded
+        run = attacks
+    return one.first_s + 1e-3 * one.ms * run * evaluations
+
+
+def _measured(
+    chunk: tuple[tuple[int, int], ...], observations: Sequence[Observation], simulate: Simulate, matching: Matching, mode: str, iterations: int, seed: int,
+    precision: str, dtype: torch.dtype, device: torch.device, programs: Programs, clock: Callable[[], float],
+) -> Candidate:  # fmt: skip
+    """Run a few iterations of a candidate."""
+    on_gpu, peak = device.type == "cuda", None
+    cast = {"device": device, "dtype": dtype}
+
+    def wait() -> float:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return clock()
+
+    try:
+        batch, variables, _ = make_batch(chunk, observations, simulate, matching, seed=seed, cast=cast)
+        batch = batch.spread() if mode in ("traced", "compiled") else batch
+        optimiser = matching.descent()
+        state = optimiser.begin(variables)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        began, times = wait(), []
+        dims = (dict.fromkeys(variables, 0), batch.dims[0], batch.dims[1], 0, dict.fromkeys(batch.knobs, 0))
+        for iteration in range(1 + min(iterations, max(matching.iterations, 1))):
+            before = wait()
+            knobs, rates = ({name: table[min(iteration, len(table) - 1)] for name, table in tables.items()} for tables in (batch.knobs, batch.rates))
+            with torch.no_grad():
+                given = batch.given_at(iteration, matching)
+                inputs = (variables, given, batch.target, batch.scale, knobs)
+                evaluate = programs.get(simulate, matching, dims, inputs, mode=mode, precision=precision)
+                loss, _, _, gradients = evaluate(*inputs)
+                index = torch.full((), iteration, device=device, dtype=torch.int64)
+                variables, state = optimiser.step(
+                    variables, gradients, loss, state, rates=rates, iteration=index,
+                    evaluate=lambda v, inputs=inputs, evaluate=evaluate: evaluate(v, *inputs[1:])[::3],
+                )  # fmt: skip
+            times.append(wait() - before)
+            if iteration == 0:
+                first = wait() - began
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+        steady = sorted(times[1:])[len(times[1:]) // 2]
+        return Candidate(mode, len(chunk), 1e3 * steady / len(chunk), max(0.0, first - steady), peak)
+    except InputError:
+        raise
+    except (RuntimeError, MemoryError) as error:  # out of memory, or an operator without a batching rule
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        return Candidate(mode, len(chunk), None, 0.0, error=text)

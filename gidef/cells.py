@@ -1,0 +1,178 @@
+"""The cells of an evaluation: every (defence, seed, checkpoint, attack), what its results depend on, and where they are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gidef import config, observe
+from gidef.attack import Calibration
+from gidef.training import Run, Snapshot, Trained, run_key
+from gidef.types import Reconstruction
+
+NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
+"""Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
+CONTROL = "shuffled gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """cost: in iterations of work, for the division over ranks and for the progress bar.  do: do(worker, report(units))."""
+
+    name: str
+    cost: float
+    path: Path
+    do: Callable[[int, Callable[[float], None]], None]
+
+
+@dataclass(slots=True)
+class Cell:
+    """One entry of the table for one seed. `twin`: another cell with the same computation, whose result serves for both."""
+
+    defence: str
+    seed: int
+    checkpoint: str
+    name: str
+    attack: Any
+    trained: Trained
+    snapshot: Snapshot
+    folder: Path
+    ensemble: str = ""
+    """Name of the ensemble that it is a member of."""
+    control: bool = False
+    """Matches a shuffled update: what the attacker's priors draw by themselves."""
+    note: str = ""
+    twin: Cell | None = None
+    releases: list[observe.Victims] = field(default_factory=list)
+    reconstructions: list[Reconstruction] = field(default_factory=list)
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    """One per attack: observation, start, seed, iterations, status, error, loss, fit, seconds of its chunk."""
+    calibration: Calibration | None = None
+    in_loop_psnr_db: float | None = None
+    """Of the decoder that the clients trained against, beside a post-hoc one."""
+    seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.defence} / {self.name} / {self.checkpoint} / seed {self.seed}"
+
+    @property
+    def attack_id(self) -> str:
+        return "control" if self.control else config.IDS.get(type(self.attack)) or getattr(self.attack, "id", "own")
+
+    @property
+    def victims(self) -> observe.Victims:
+        return self.releases[0]
+
+    @property
+    def matches(self) -> bool:
+        """Whether the engine runs it."""
+        return isinstance(self.attack, config.NaiveMatching) or callable(getattr(self.attack, "plan", None))
+
+
+def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
+    """The recipe's attacks by name, ensembles in their members: (attack, name of its ensemble, whether it is the control)."""
+    found: dict[str, tuple[Any, str, bool]] = {}
+    for name, attack in recipe.attacks.items():
+        if not isinstance(attack, config.Standard):
+            found[name] = attack, "", False
+            continue
+        members = config.standard(attack.version, attack.labels)
+        found |= {f"{name} - {member}": (one, name, False) for member, one in members.items()}
+        found[f"{name} - {CONTROL}"] = members["naive"], name, True
+    return found
+
+
+def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) -> list[Cell]:
+    cells: list[Cell] = []
+    for (defence, seed), one in trained.items():
+        for checkpoint in run.recipe.evaluation.checkpoints:
+            here: list[Cell] = []
+            for name, (attack, ensemble, control) in chosen_attacks(run.recipe).items():
+                if not _applies(run, one, attack):
+                    continue
+                place = folder / run_key(defence, seed) / checkpoint / name
+                cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control)
+                cell.note = "every tensor's entries in another order: what the priors draw by themselves" if control else note_of(run, one, attack)
+                if not control:
+                    cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
+                here.append(cell)
+            cells += here
+    return cells
+
+
+def keeps_decoder(run: Run, one: Trained) -> bool:
+    """Whether clients have a decoder that the server does not see."""
+    return one.training.defence.decoder is not None and run.recipe.share_policy != "all"
+
+
+def _applies(run: Run, one: Trained, attack: Any) -> bool:
+    noisy = one.training.defence.noise_shape is not None
+    if isinstance(attack, NEEDS_NOISE) and not noisy:
+        return False
+    if isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known":
+        return one.training.defence.decoder is not None
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel)):  # the server changes what it sends, and under `head` that is no front
+        return run.recipe.share_policy != "head"
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)):
+        return run.recipe.evaluation.release == "gradient"
+    return True
+
+
+def note_of(run: Run, one: Trained, attack: Any) -> str:
+    """What sets an attack apart, above all what it is granted beyond the threat model."""
+    said = []
+    if isinstance(attack, config.JointMatching):
+        if one.training.defence.noise_shape is None:
+            said.append("no noise to search")
+        if run.recipe.share_policy == "head":
+            said.append("private front known: a bound")
+        if keeps_decoder(run, one):
+            words = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}
+            said.append(words[attack.decoder])
+    if isinstance(attack, config.MultiRound):
+        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
+    if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":
+        said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
+    if isinstance(attack, config.ImprintServer):
+        said.append(f"the server changes the model: {attack.bins} bins before its first layer")
+    if isinstance(attack, config.ZeroedLevel):
+        said.append("the server sends a noise level of nought; the client's floor holds")
+    return "; ".join(said)
+
+
+def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
+    """Whether an attack is, where there is no noise to search, the naive one of the same settings; or one that an ensemble has as well."""
+    if other.control or other.twin is not None:
+        return False
+    if other.attack == attack:
+        return True
+    # under `head` the joint attack alone is given the private front
+    if one.training.defence.noise_shape is not None or run.recipe.share_policy == "head":
+        return False
+    if type(attack) is not config.JointMatching or type(other.attack) is not config.NaiveMatching:
+        return False
+    shared = [spec.name for spec in dataclasses.fields(config.NaiveMatching)]
+    return all(getattr(other.attack, name) == getattr(attack, name) for name in shared)
+
+
+def mark(run: Run, cell: Cell) -> str:
+    """SHA-256 of everything that a cell's saved result depends on: recipe and data, attack, evaluation, defence, seed, checkpoint."""
+    evaluation = config.to_json(run.recipe.evaluation)
+    text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluation, cell.defence, cell.seed, cell.checkpoint, cell.control], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def effort(attack: Any) -> str:
+    """An attack's budget in words."""
+    if isinstance(attack, config.Standard):
+        return f"the {attack.version} ensemble"
+    if hasattr(attack, "iterations"):
+        rounds = f", {attack.rounds} rounds" if isinstance(attack, config.MultiRound) else ""
+        return f"{attack.iterations} iterations, {attack.restarts} start{'s' if attack.restarts > 1 else ''}{rounds}"
+    return f"{attack.steps} training steps" if hasattr(attack, "steps") else "closed form"

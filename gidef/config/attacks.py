@@ -1,0 +1,277 @@
+"""Every attack of a recipe. The ids are those of the literature's families, A0 … A12, as the tables show them.
+
+Names of starts, distances and decays are those of `gidef.attack.matching`; the docstrings there say what each setting does.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_config = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+# --- gradient matching ----------------------------------------------------------------------------------------------------
+
+
+@_config
+class NaiveMatching:
+    """A0: match the gradient of the noise-free model, with tuned settings (see gidef.attack.matching)."""
+
+    iterations: int = 2000
+    restarts: int = 1
+    distance: Literal["cosine", "l2", "cosine_layers"] = "cosine"
+    lr: float = 0.1
+    """Adam's first step, in image units [0, 1]."""
+    signed: bool = False
+    """Step by the sign of the pixels' gradient."""
+    soft_sign: bool = False
+    """Step by a smooth sign of it instead."""
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "quadratic"
+    """Of the step size."""
+    warmup: int = 0
+    """Iterations over which the step size rises."""
+    tv: float = 1e-3
+    """Weight of the total variation."""
+    tv_boost: float = 100.0
+    """Times the weight at the start; it falls to 1 over the first 3/4."""
+    kink_width: tuple[float, float] | None = (1.0, 0.1)
+    """First and last width of the curvature given to ReLU's kinks; None: autograd's flat kinks, as in published attacks."""
+    start: str = "normal"
+    """Of the images: normal, uniform, grey, smooth, patterned-4, …"""
+    halving: int = 1
+    """h > 1: all but the best 1/h of the restarts stop early, again and again (successive halving)."""
+    patience: int | None = None
+    """An attack without progress over so many iterations stops."""
+    choose_by: Literal["objective", "fit", "tv"] = "objective"
+    """What picks among restarts: the attacker's loss, its distance alone, or the smoothness of the result."""
+    form: Literal["double_backward", "forward_over_reverse", "central_difference"] = "double_backward"
+    """How the attacker differentiates the client's gradient; the first-order forms need no second derivatives of the model's operators."""
+    labels: Literal["known", "counts", "recovered"] = "known"
+    """What the threat model grants: each image's label, how often each occurs, or nothing."""
+
+
+@_config
+class InvertingGradients(NaiveMatching):
+    """A0 exactly as published: signed Adam, step decay, constant total variation, flat kinks (Geiping et al. 2020)."""
+
+    iterations: int = 4800
+    signed: bool = True
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "step"
+    tv: float = 1e-2
+    tv_boost: float = 1.0
+    kink_width: tuple[float, float] | None = None
+
+
+@_config
+class ModernInvertingGradients(InvertingGradients):
+    """A0 with a smooth sign, warm-up, cosine decay and a patterned start (the later settings of its authors' code)."""
+
+    signed: bool = False
+    soft_sign: bool = True
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "cosine"
+    warmup: int = 50
+    start: str = "patterned-4"
+
+
+@_config
+class DeepLeakage(NaiveMatching):
+    """A0, DLG (Zhu et al. 2019): squared distance, L-BFGS, images and labels searched together. labels=recovered makes it iDLG (Zhao et al. 2020)."""
+
+    iterations: int = 300
+    distance: Literal["cosine", "l2", "cosine_layers"] = "l2"
+    lr: float = 1.0
+    """Of L-BFGS, before its line search."""
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "constant"
+    tv: float = 0.0
+    tv_boost: float = 1.0
+    kink_width: tuple[float, float] | None = None
+    history: int = 20
+    """Pairs that L-BFGS keeps."""
+    labels: Literal["known", "counts", "recovered", "searched"] = "searched"
+
+
+@_config
+class GradInversion(NaiveMatching):
+    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration.
+
+    Its BatchNorm prior needs BatchNorm: see gidef.attack.priors.bn_statistics for nets that have it.
+    """
+
+    restarts: int = 4
+    distance: Literal["cosine", "l2", "cosine_layers"] = "l2"
+    tv_boost: float = 1.0
+    pixel_norm: float = 1e-6
+    """Weight of the images' mean square."""
+    group: float = 1e-2
+    """Weight of the distance to the registered mean of the restarts."""
+    max_shift: float = 4.0
+    """Pixels by which restarts may be shifted against one another."""
+
+
+@_config
+class EotMatching(NaiveMatching):
+    """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation)."""
+
+    samples: int = 8
+
+
+@_config
+class SkipLayers(NaiveMatching):
+    """A2: match only the tensors before the noise, with the noise-free model."""
+
+
+@_config
+class JointMatching(NaiveMatching):
+    """A3: match over the images and the noise together. The one to beat."""
+
+    noise_lr: float = 0.3
+    """Adam's first step on the noise, in its standard deviations."""
+    noise_weight: float = 1e-3
+    """Weight of the noise's mean square."""
+    decoder: Literal["known", "surrogate", "unused"] = "known"
+    """The private decoder in the released loss: granted (an upper bound on the attacker), replaced by one that the
+    attacker trains on public data, or avoided by matching only the predictor's part with cross-entropy."""
+
+
+@_config
+class DecoderAware(JointMatching):
+    """A6: A3 that also stays close to the decoder's output D(z̃(x)), and starts there. Under share policy `all` the decoder is the server's."""
+
+    closeness: float = 1e-2
+    """Weight of the mean square distance to D(z̃(x))."""
+
+
+@_config
+class GenerativePrior(JointMatching):
+    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there."""
+
+    code: int = 64
+    """Numbers per image."""
+    generator: Literal["autoencoder", "gan"] = "autoencoder"
+    fit_steps: int = 1500
+    """Of its training."""
+    code_lr: float = 0.05
+    code_share: float = 0.3
+    """Of the iterations: spent on codes, before pixels."""
+
+
+@_config
+class MultiRound(JointMatching):
+    """A9: A3 over several rounds that released the same images with fresh noise, at the checkpoint's weights."""
+
+    rounds: int = 4
+
+
+@_config
+class SurrogateModel(NaiveMatching):
+    """A10: the delta of local training as one gradient at a model between its first and last weights (Zhu et al. 2023). For evaluation.release=delta;
+    the other attacks simulate the local steps there."""
+
+    alpha_lr: float = 0.01
+
+
+# --- without gradient matching --------------------------------------------------------------------------------------------
+
+
+@_config
+class Analytic:
+    """A4: in closed form, where the model has a biased linear layer or patch embedding at its input, or is a small chain of convolutions (R-GAP)."""
+
+    labels: Literal["known", "recovered"] = "known"
+
+
+@_config
+class LatentDecoding:
+    """A5: the perturbed latent from the predictor's gradients, then a decoder trained on public images. The attack under share policy `head`."""
+
+    iterations: int = 1000
+    restarts: int = 1
+    steps: int = 1500
+    """Of the decoder's training."""
+    front: Literal["shadow", "known"] = "shadow"
+    """Under `head`: a front that the attacker trains under the known predictor on public images, or the true one (a bound)."""
+    shadow_steps: int = 500
+    labels: Literal["known", "recovered"] = "known"
+
+
+@_config
+class LearnedInversion:
+    """A7: a network trained on the defended gradients of public images."""
+
+    steps: int = 2000
+    gradients: int = 4000
+    """Gradients of public images that are simulated, each with fresh noise."""
+    sketch: int = 2048
+    """Numbers that a gradient is hashed to, where it has many more."""
+    labels: Literal["known", "recovered"] = "known"
+
+
+@_config
+class PostHocDecoder:
+    """A12: a larger decoder trained after the fact on public images; it is given the perturbed latent (an upper bound)."""
+
+    steps: int = 1500
+    batch_size: int = 64
+    lr: float = 1e-3
+
+
+@_config
+class ImprintServer:
+    """A11: a malicious server puts a linear layer that bins images by their brightness before the model (Robbing the Fed, Fowl et al. 2022)."""
+
+    bins: int = 128
+
+
+@_config
+class ZeroedLevel(NaiveMatching):
+    """A11: a malicious server sends a noise level of nought. The client's floor must hold; the attacker matches as if there were no noise."""
+
+
+@_config
+class Standard:
+    """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
+
+    Naive (A0), EoT (A1), joint (A3), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
+    counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
+    """
+
+    version: Literal["standard", "quick", "smoke"] = "standard"
+    """"quick": the same attacks with budgets for a first look, never for a claim; "smoke": a few steps, to see that all of it runs."""
+    labels: Literal["known", "recovered"] = "known"
+
+
+MATCHING = (NaiveMatching,)
+ATTACKS = (NaiveMatching, Analytic, LatentDecoding, LearnedInversion, PostHocDecoder, ImprintServer, Standard)
+IDS = {
+    NaiveMatching: "A0", InvertingGradients: "A0", ModernInvertingGradients: "A0", DeepLeakage: "A0", GradInversion: "A0", EotMatching: "A1", SkipLayers: "A2",
+    JointMatching: "A3", Analytic: "A4", LatentDecoding: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
+    SurrogateModel: "A10", ImprintServer: "A11", ZeroedLevel: "A11", PostHocDecoder: "A12", Standard: "standard",
+}  # fmt: skip
+
+
+def standard(version: str = "standard", labels: str = "known") -> dict[str, object]:
+    """The members of the fixed ensemble, by name. Budgets are part of the version: a change of them is another version."""
+    # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack and of the decoder, simulated gradients
+    budgets = {"standard": (4000, 4, 16, 4, 3000, 3000, 4000), "quick": (300, 1, 4, 2, 200, 150, 400), "smoke": (3, 2, 2, 2, 2, 2, 40)}
+    iterations, restarts, draws, rounds, learned, decoder, gradients = budgets[version]
+    matching = {"iterations": iterations, "restarts": restarts, "halving": 2, "labels": labels}
+    few = {"restarts": 1, "labels": labels}
+    return {
+        "naive": NaiveMatching(**matching),
+        "eot": EotMatching(iterations=max(1, iterations // 4), samples=draws, **few),
+        "joint": JointMatching(**matching),
+        "joint guessed decoder": JointMatching(**matching, decoder="surrogate"),
+        "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
+        "analytic": Analytic(labels=labels),
+        "learned": LearnedInversion(steps=learned, gradients=gradients, labels=labels),
+        "decoder": PostHocDecoder(steps=decoder),
+    }
+
+
+PRESETS = {
+    "naive": NaiveMatching(), "inverting-gradients": InvertingGradients(), "modern": ModernInvertingGradients(), "dlg": DeepLeakage(),
+    "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(),
+    "analytic": Analytic(), "latent": LatentDecoding(), "decoder-aware": DecoderAware(), "learned": LearnedInversion(), "generative": GenerativePrior(),
+    "rounds": MultiRound(), "surrogate-model": SurrogateModel(), "imprint": ImprintServer(), "zeroed": ZeroedLevel(), "decoder": PostHocDecoder(),
+    "standard": Standard(), "quick": Standard(version="quick"), "smoke": Standard(version="smoke"),
+}  # fmt: skip
+"""Attacks by name, for `gidef attack RUN --attack NAME` on runs whose recipe has no attack of that name."""

@@ -1,0 +1,194 @@
+"""From reconstructions to what a run reports: rows of the table, lines of the record, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gidef import config, metrics
+from gidef.cells import CONTROL, Cell
+from gidef.checkpoint import load_file, save_file
+from gidef.report import attack_curves, grid
+from gidef.report.pictures import progress_curves
+from gidef.scores import MEASURES, Scorer, measured
+from gidef.training import Run
+
+Scored = dict[int, dict[str, Tensor]]
+"""Values per victim of a cell, by id(cell); see `Scorer.score`."""
+
+
+def threat(run: Run, cell: Cell) -> dict[str, Any]:
+    """The threat model in words and numbers, for the row."""
+    evaluation = run.recipe.evaluation
+    malicious = isinstance(cell.attack, (config.ImprintServer, config.ZeroedLevel))
+    server = "malicious" if malicious else "honest but curious"
+    granted = getattr(cell.attack, "labels", "not needed")
+    knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels", "searched": "knows no labels"}
+    knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
+    seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
+    said = f"{server} server, {seen} of {evaluation.batch_size}, {knows}, no BatchNorm"
+    return {
+        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps,
+        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": "none in the model",
+        **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
+    }  # fmt: skip
+
+
+def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
+    """One row per (defence, attack, checkpoint), and one per ensemble: seeds are pooled by averaging each victim's values, so that intervals
+    are over victims."""
+    found = []
+    for defence, checkpoint in dict.fromkeys((cell.defence, cell.checkpoint) for cell in cells):
+        here = [cell for cell in cells if (cell.defence, cell.checkpoint) == (defence, checkpoint)]
+        for name in dict.fromkeys(cell.name for cell in here):
+            group = [cell for cell in here if cell.name == name]
+            found.append(_row(run, group, {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored)}))
+        for ensemble in dict.fromkeys(cell.ensemble for cell in here if cell.ensemble):
+            found.append(_worst_row(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble))
+    return found
+
+
+def _keys(scored: Scored) -> tuple[str, ...]:
+    return (*MEASURES, "recovered", "oracle_psnr_db")
+
+
+def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
+    first = group[0]
+    accuracies = [cell.trained.summary["test_accuracy"] for cell in group]
+    gap = [cell.in_loop_psnr_db for cell in group if cell.in_loop_psnr_db is not None]
+    reconstructions = [found for cell in group for found in cell.reconstructions]
+    note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
+    budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
+    fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
+    fits = fits[fits.isfinite().all(1)] if len(fits) else fits
+    return {
+        "defence": first.defence, "attack": first.name, "attack_id": first.attack_id, "checkpoint": first.checkpoint,
+        "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
+        "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * first.victims.rows.shape[1],
+        "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
+        **{name: measured(values[name], name, seed=0) for name in MEASURES},
+        "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
+        **budget, "seconds": sum(cell.seconds for cell in group), "note": note,
+        **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
+        **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
+        **({"ensemble": first.ensemble} if first.ensemble else {}),
+        **({"calibration": dataclasses.asdict(first.calibration)} if first.calibration is not None else {}),
+    }  # fmt: skip
+
+
+def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> dict[str, Any]:
+    """The ensemble: for every victim and seed its worst case, the member's reconstruction of the highest PSNR."""
+    seeds = dict.fromkeys(cell.seed for cell in members)
+    per_seed, winners = [], []
+    for seed in seeds:
+        here = [cell for cell in members if cell.seed == seed]
+        best = torch.stack([scored[id(cell)]["psnr_db"] for cell in here]).argmax(0)
+        winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best.tolist()]
+        per_seed.append({
+            key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)
+        })  # fmt: skip
+    first = next(cell for cell in members if cell.seed == next(iter(seeds)))
+    group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
+    row = _row(run, group, {key: torch.stack([values[key] for values in per_seed]).mean(0) for key in _keys(scored)})
+    counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
+    version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
+    per_victim = torch.stack([torch.tensor([found.status == "failed" for found in cell.reconstructions]) for cell in members])
+    for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
+        row.pop(key, None)
+    return row | {
+        "attack": ensemble, "attack_id": "standard", "version": version, "failed": int(per_victim.all(0).sum()) * first.victims.rows.shape[1],
+        "seconds": sum(cell.seconds for cell in members), "members": len({cell.name for cell in members}), "worst_by": counts,
+        "note": "worst case per victim of its members: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])),
+    }  # fmt: skip
+
+
+def control_bound(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
+    """What the attacker's priors draw from a shuffled gradient, of the first defence that has the control, as a bound."""
+    controls = [cell for cell in cells if cell.control]
+    group = [cell for cell in controls if (cell.defence, cell.checkpoint) == (controls[0].defence, controls[0].checkpoint)] if controls else []
+    if not group:
+        return []
+    values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
+    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}}]
+
+
+def record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:
+    """One line per victim, and one per attack."""
+    size = cell.victims.labels.shape[1]
+    named = {"defence": cell.defence, "seed": cell.seed, "checkpoint": cell.checkpoint, "attack": cell.name}
+    for index, row in enumerate(cell.victims.rows.flatten().tolist()):
+        found = cell.reconstructions[index // size]
+        run.append(
+            "attack", **named, victim=row, batch=index // size,
+            client=cell.victims.owners[index // size], status=found.status, error=found.error, loss=found.loss, restart=found.restart,
+            **{name: float(values[name][index]) for name in MEASURES},
+        )  # fmt: skip
+    for attempt in cell.attempts:
+        run.append("attempt", **named, victim=cell.victims.rows[attempt["observation"]].tolist(), **attempt)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Path) -> list[str]:
+    """Per checkpoint a contact sheet (private | bounds | each defence under each attack), most leaked victim first; the attackers' losses and
+    the evaluator's PSNR on the way."""
+    drawn, title = [], run.setting.dataset.title
+    for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
+        here = [cell for cell in cells if cell.checkpoint == checkpoint and cell.seed == cells[0].seed]
+        columns = [cell for cell in here if cell.twin is None]
+        victims = columns[0].victims
+        rows = victims.rows.flatten()
+        leaks = [scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)]
+        order = torch.stack(leaks or [torch.zeros(len(rows))]).max(0).values.argsort(descending=True, stable=True)
+        truth = victims.images.flatten(0, 1).cpu()
+        names, labels = run.setting.dataset.class_names, victims.labels.flatten().tolist()
+        sheet: list[tuple[str, Tensor]] = [("private", truth[order])]
+        captions: list[list[str] | None] = [None]
+        for name in ("class mean", "nearest public neighbour"):
+            guess = scorer.guess(name, truth.to(run.world.device), victims.labels.flatten().to(run.world.device)).cpu()
+            sheet.append((f"no gradient:\n{name}", guess[order]))
+            captions.append([f"{value:.1f} dB" for value in metrics.psnr_db(guess, truth)[order].tolist()])
+        for cell in columns:
+            sheet.append((f"{cell.defence}:\n{cell.name}", scored[id(cell)]["images"][order]))
+            captions.append([f"{value:.1f} dB" for value in scored[id(cell)]["psnr_db"][order].tolist()])
+        data = folder / f"reconstructions-{checkpoint}.safetensors"
+        meta = {
+            "titles": [name for name, _ in sheet], "captions": captions, "title": f"{title}: attacked at the {checkpoint} checkpoint",
+            "row_labels": [f"{names[labels[i]]} #{int(rows[i])}" for i in order.tolist()],
+        }  # fmt: skip
+        save_file(data, {f"{number:03d}": images for number, (_, images) in enumerate(sheet)}, meta)
+        drawn.append(_draw_sheet(data))
+        matched = [cell for cell in columns if cell.matches]
+        losses = {f"{cell.defence}, {cell.name}": torch.stack([found.losses for found in cell.reconstructions]) for cell in matched}
+        iterations = {f"{cell.defence}, {cell.name}": cell.attack.iterations for cell in matched if hasattr(cell.attack, "iterations")}
+        losses = {name: values for name, values in losses.items() if name in iterations}
+        if losses:
+            attack_curves(folder / f"attack-losses-{checkpoint}.png", losses, title=f"{title}: the attackers' losses at the {checkpoint} checkpoint", iterations=iterations)
+            drawn.append(f"pictures/attack-losses-{checkpoint}.png")
+        curves = {f"{cell.defence}, {cell.name}": scored[id(cell)]["psnr_on_the_way"] for cell in matched if "psnr_on_the_way" in scored[id(cell)]}
+        curves = {name: values for name, values in curves.items() if name in iterations}
+        if curves:
+            progress_curves(
+                folder / f"attack-psnr-{checkpoint}.png", curves, iterations=iterations,
+                title=f"{title}: what the evaluator sees of the attacks at the {checkpoint} checkpoint",
+            )  # fmt: skip
+            drawn.append(f"pictures/attack-psnr-{checkpoint}.png")
+    return drawn
+
+
+def _draw_sheet(data: Path) -> str:
+    """Draw a saved contact sheet; returns its path relative to the run."""
+    tensors, meta = load_file(data)
+    columns = [(title, tensors[f"{number:03d}"]) for number, title in enumerate(meta["titles"])]
+    grid(data.with_suffix(".png"), columns, row_labels=meta["row_labels"], title=meta["title"], captions=meta["captions"])
+    return f"pictures/{data.with_suffix('.png').name}"
+
+
+def redraw(folder: Path) -> list[str]:
+    """Draw a run's contact sheets again from their saved images."""
+    return [_draw_sheet(data) for data in sorted((folder / "pictures").glob("reconstructions-*.safetensors"))]

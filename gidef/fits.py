@@ -1,0 +1,354 @@
+"""What the evaluator and the attackers train on images that no client holds, as tasks with results in files."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gidef import config, metrics, observe
+from gidef.attack import drain
+from gidef.attack.generative import fit_autoencoder, fit_gan
+from gidef.attack.latent import Predictor, fit_shadow, front_latents, invert_latent
+from gidef.attack.learned import fit_inverter, invert_learned, seen_length
+from gidef.cells import Cell, Task, keeps_decoder, mark
+from gidef.checkpoint import load_file, save_file
+from gidef.clients.local import load_parameters
+from gidef.clients.participate import DECODER
+from gidef.data import Images
+from gidef.fit import fit_decoder, fit_judge
+from gidef.inversions import load_marked
+from gidef.models import decoder_for, make_judge
+from gidef.models.inverter import inverter_for
+from gidef.models.prior import Generator, autoencoder_for, gan_for
+from gidef.rng import generator, stream_seed
+from gidef.training import Run, fronts
+from gidef.types import Observation, Reconstruction, Tensors
+
+SURROGATE_STEPS = 600
+
+
+# --- the judge -----------------------------------------------------------------------------------------------------------
+
+
+def judge_path(run: Run, folder: Path) -> Path:
+    """Named by what it is trained on."""
+    roles, epochs = run.setting.roles, run.recipe.evaluation.judge_epochs
+    named = hashlib.sha256(f"{run.fingerprint}|{epochs}|{roles.judge.tolist()}".encode()).hexdigest()[:12]
+    return folder / f"judge-{named}.safetensors"
+
+
+def judge_task(run: Run, path: Path) -> Task:
+    setting, recipe = run.setting, run.recipe
+    rows = setting.roles.judge
+    train = Images(setting.dataset.train.images[rows], setting.dataset.train.labels[rows])
+    steps = recipe.evaluation.judge_epochs * -(-len(train) // 64)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        judge = make_judge(setting.dataset.num_classes, setting.dataset.image_shape, seed=0).to(run.world.device)
+        before = 0
+        for step in fit_judge(judge, train, epochs=recipe.evaluation.judge_epochs, seed=0):
+            report(step - before)
+            before = step
+        save_file(path, dict(judge.state_dict()), {"fingerprint": run.fingerprint})
+
+    return Task("judge", steps, path, do)
+
+
+def load_judge(run: Run, path: Path) -> torch.nn.Module:
+    judge = make_judge(run.setting.dataset.num_classes, run.setting.dataset.image_shape, seed=0).to(run.world.device)
+    judge.load_state_dict(load_file(path, run.world.device)[0])
+    return judge.eval()
+
+
+# --- decoders of the latent ----------------------------------------------------------------------------------------------
+
+
+def _public_latents(run: Run, cell: Cell) -> Callable[[Tensor, torch.Generator, int], Tensor]:
+    """latents(images, generator, step): z̃ of public images through the front at hand; under `head` the owners' fronts in turn."""
+    training = cell.trained.training
+    training.participation.versions = dict(cell.snapshot.versions)
+    models = []
+    for tensors in fronts(training, cell.snapshot.params, sorted(set(cell.victims.owners))):
+        model = copy.deepcopy(training.defence.model)
+        load_parameters(model, tensors)
+        models.append(model.eval())
+
+    def latents(images: Tensor, noise: torch.Generator, step: int) -> Tensor:
+        drawn = training.defence.draw_noise(len(images), generator=noise)
+        return models[step % len(models)].run(images, drawn).perturbed
+
+    return latents
+
+
+def decoder_task(run: Run, cell: Cell) -> Task:
+    """A12: fit on public images, then decode the victims' own perturbed latents (their client's front, fresh noise)."""
+    path = cell.folder / "decoded.safetensors"
+    latents = _public_latents(run, cell)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began, dataset, training = time.perf_counter(), run.setting.dataset, cell.trained.training
+        model = copy.deepcopy(training.defence.model)
+        decoder = decoder_for(
+            model.latent_shape, model.channel_dim, dataset.image_shape, size="posthoc", seed=stream_seed(cell.seed, "post-hoc decoder") % 2**31
+        ).to(run.world.device)
+        public = dataset.val.to(run.setting.clients[0].images.device)
+        before, settings = 0, cell.attack
+        for step in fit_decoder(decoder, latents, public, steps=settings.steps, seed=cell.seed, batch_size=settings.batch_size, lr=settings.lr):
+            report(step - before)
+            before = step
+        in_loop = copy.deepcopy(training.defence.decoder)
+        images, guesses = [], []
+        with torch.no_grad():
+            for batch, private in zip(cell.victims.images, cell.victims.private, strict=True):
+                held = {**private, **cell.snapshot.params}
+                load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
+                noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images), device=run.world.device))
+                perturbed = model.run(batch, noise).perturbed
+                images.append(decoder(perturbed).clamp(0, 1).cpu())
+                if in_loop is not None:  # the opponent that the client trained against, for the gap
+                    load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})
+                    guesses.append(in_loop(perturbed).clamp(0, 1).cpu())
+        saved = {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
+        save_file(path, saved, {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+
+    return Task(cell.label, cell.attack.steps, path, do)
+
+
+def collect_decoded(run: Run, cell: Cell) -> None:
+    """Read what a post-hoc decoder made of the latents."""
+    tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", mark(run, cell.twin or cell))
+    cell.seconds += meta["seconds"] if cell.twin is None else 0.0
+    if "in_loop" in tensors:
+        truth = cell.victims.images.flatten(0, 1).cpu()
+        cell.in_loop_psnr_db = float(metrics.psnr_db(tensors["in_loop"].flatten(0, 1), truth).mean())
+    cell.reconstructions = [
+        Reconstruction(images=batch, labels=labels.cpu(), loss=0.0, losses=torch.zeros(1))
+        for batch, labels in zip(tensors["images"], cell.victims.labels, strict=True)
+    ]
+
+
+def surrogate_path(run: Run, cell: Cell) -> Path:
+    """Shared by all attacks on one defence, seed and checkpoint."""
+    return cell.folder.parent / "surrogate.safetensors"
+
+
+def _surrogate_mark(run: Run, cell: Cell) -> str:
+    named = f"{run.fingerprint}|{cell.defence}|{cell.seed}|{cell.checkpoint}|{SURROGATE_STEPS}"
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
+def surrogate_task(run: Run, cell: Cell) -> Task:
+    """The attacker's own decoder of the in-loop kind, fitted on public images."""
+    latents, path = _public_latents(run, cell), surrogate_path(run, cell)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        decoder = copy.deepcopy(cell.trained.training.defence.decoder)
+        before = 0
+        for step in fit_decoder(decoder, latents, run.setting.dataset.val, steps=SURROGATE_STEPS, seed=stream_seed(cell.seed, "surrogate") % 2**31):
+            report(step - before)
+            before = step
+        save_file(path, {DECODER + name: p for name, p in decoder.named_parameters()}, {"mark": _surrogate_mark(run, cell)})
+
+    return Task(f"{cell.label}: surrogate", SURROGATE_STEPS, path, do)
+
+
+def surrogate(run: Run, cell: Cell) -> Tensors:
+    """The surrogate decoder's tensors, as the clients name theirs."""
+    return load_marked(surrogate_path(run, cell), _surrogate_mark(run, cell), run.world.device)[0]
+
+
+# --- A7: a network from gradients to images ------------------------------------------------------------------------------
+
+
+def _seen_by_network(run: Run, cell: Cell) -> tuple[Tensors, Tensors]:
+    """What a learned inversion reads and knows: everything released but the decoder's part, and a decoder of its own for the private one."""
+    params = {name: tensor for name, tensor in cell.snapshot.params.items() if not name.startswith(DECODER)}
+    known = {name: tensor for name, tensor in cell.snapshot.params.items() if name.startswith(DECODER)}
+    initial = cell.trained.training.defence.initial()
+    known |= {name: tensor.to(run.world.device) for name, tensor in initial.items() if name not in params and not name.startswith(DECODER)}
+    if keeps_decoder(run, cell.trained):
+        known |= surrogate(run, cell)
+    return params, known
+
+
+def _inverter(run: Run, cell: Cell) -> nn.Module:
+    dataset, params = run.setting.dataset, {n: t for n, t in cell.snapshot.params.items() if not n.startswith(DECODER)}
+    size = run.recipe.evaluation.batch_size
+    length = seen_length(params, dataset.num_classes, size, dim=cell.attack.sketch)
+    seed = stream_seed(cell.seed, "inverter") % 2**31
+    return inverter_for(length, dataset.num_classes, dataset.image_shape, batch_size=size, seed=seed).to(run.world.device)
+
+
+def inverter_task(run: Run, cell: Cell) -> Task:
+    path = cell.folder / "inverter.safetensors"
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began = time.perf_counter()
+        params, known = _seen_by_network(run, cell)
+        simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss)()
+        inverter, public, before = _inverter(run, cell), run.setting.dataset.val, 0
+        fit = fit_inverter(
+            inverter, simulate, params, known, public.images, public.labels, cell.trained.training.defence.draw_noise,
+            steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
+        )  # fmt: skip
+        for step in fit:
+            report(step - before)
+            before = step
+        save_file(path, dict(inverter.state_dict()), {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+
+    return Task(f"{cell.label}: inverter", cell.attack.steps + cell.attack.gradients / 4, path, do)
+
+
+def learned(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+    """A7, with the network that was trained for it."""
+    inverter = _inverter(run, cell)
+    inverter.load_state_dict(load_marked(cell.folder / "inverter.safetensors", mark(run, cell), run.world.device)[0])
+    params, known = _seen_by_network(run, cell)
+    granted = cell.attack.labels == "known"
+    seen = [
+        Observation(params, {name: update[name] for name in params}, len(labels), labels=labels if granted else None, known=known)
+        for update, labels in zip(cell.victims.updates, cell.victims.labels, strict=True)
+    ]
+    return invert_learned(seen, inverter)
+
+
+# --- A5: the latent, then a decoder --------------------------------------------------------------------------------------
+
+
+def _shadowed(run: Run, cell: Cell) -> bool:
+    """Whether the attacker has to train a front of its own: it is private, and not granted."""
+    return run.recipe.share_policy == "head" and cell.attack.front == "shadow"
+
+
+def latent_decoder_task(run: Run, cell: Cell) -> Task:
+    """A decoder of the latents that a front, the attacker's own or the true one, gives of public images."""
+    path, attack, defence = cell.folder / "latent-decoder.safetensors", cell.attack, cell.trained.training.defence
+    latents = None if _shadowed(run, cell) else _public_latents(run, cell)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began, public, before = time.perf_counter(), run.setting.dataset.val, 0
+        given = latents
+        if given is None:
+            shadow = copy.deepcopy(defence.model).to(run.world.device)
+            load_parameters(shadow, {name: tensor.to(run.world.device) for name, tensor in defence.initial_model().items()})
+            fit = fit_shadow(shadow, cell.snapshot.params, public.images, public.labels, steps=attack.shadow_steps, seed=cell.seed, draw_noise=defence.draw_noise)
+            for step in fit:
+                report(step - before)
+                before = step
+            given = front_latents(shadow, defence.draw_noise)
+        decoder, before = _latent_decoder(run, cell), 0
+        for step in fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed):
+            report(step - before)
+            before = step
+        save_file(path, dict(decoder.state_dict()), {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+
+    return Task(f"{cell.label}: decoder", attack.steps + (attack.shadow_steps if latents is None else 0), path, do)
+
+
+def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
+    model, seed = cell.trained.training.defence.model, stream_seed(cell.seed, "latent decoder") % 2**31
+    return decoder_for(model.latent_shape, model.channel_dim, run.setting.dataset.image_shape, size="posthoc", seed=seed).to(run.world.device)
+
+
+def latent(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+    """A5: the latent by the predictor's released gradient, then the decoder that was trained for it."""
+    decoder = _latent_decoder(run, cell)
+    decoder.load_state_dict(load_marked(cell.folder / "latent-decoder.safetensors", mark(run, cell), run.world.device)[0])
+    predictor = Predictor(cell.trained.training.defence.model)
+    granted = cell.attack.labels == "known"
+    seen = [
+        Observation(
+            {name: cell.snapshot.params[name] for name in predictor.names}, {name: update[name] for name in predictor.names}, len(labels),
+            labels=labels if granted else None,
+        )
+        for update, labels in zip(cell.victims.updates, cell.victims.labels, strict=True)
+    ]  # fmt: skip
+    running = invert_latent(
+        seen, predictor, decoder.eval(), seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, device=run.world.device
+    )
+    return drain(running)
+
+
+# --- A8: a generator of public images ------------------------------------------------------------------------------------
+
+
+def _generator(run: Run, cell: Cell) -> tuple[nn.Module, Generator, nn.Module | None]:
+    """(what is trained, the generator in it, a GAN's critic)."""
+    seed, shape = stream_seed(cell.seed, "generator") % 2**31, run.setting.dataset.image_shape
+    if cell.attack.generator == "gan":
+        made, critic = (module.to(run.world.device) for module in gan_for(shape, code_dim=cell.attack.code, seed=seed))
+        return made, made, critic
+    model = autoencoder_for(shape, code_dim=cell.attack.code, seed=seed).to(run.world.device)
+    return model, model.generator, None
+
+
+def generator_path(run: Run, cell: Cell, folder: Path) -> Path:
+    """Shared by all cells that search codes of this size: it knows the public images only."""
+    return folder / f"generator-{_generator_mark(run, cell)[:12]}.safetensors"
+
+
+def _generator_mark(run: Run, cell: Cell) -> str:
+    return hashlib.sha256(f"{run.fingerprint}|{cell.seed}|{cell.attack.generator}|{cell.attack.code}|{cell.attack.fit_steps}".encode()).hexdigest()
+
+
+def generator_task(run: Run, cell: Cell, folder: Path) -> Task:
+    path = generator_path(run, cell, folder)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        (model, made, critic), public, before = _generator(run, cell), run.setting.dataset.val.images, 0
+        budget = {"steps": cell.attack.fit_steps, "seed": cell.seed}
+        for step in fit_autoencoder(model, public, **budget) if critic is None else fit_gan(model, critic, public, **budget):
+            report(step - before)
+            before = step
+        save_file(path, dict(made.state_dict()), {"mark": _generator_mark(run, cell)})
+
+    return Task(f"{cell.label}: generator", cell.attack.fit_steps, path, do)
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------------
+
+
+def tasks(run: Run, cells: list[Cell], folder: Path) -> list[Task]:
+    """What is trained on public images alone."""
+    found: dict[Path, Task] = {}
+    for cell in cells:
+        for task in _tasks_of(run, cell, folder):
+            found.setdefault(task.path, task)
+    return list(found.values())
+
+
+def _tasks_of(run: Run, cell: Cell, folder: Path) -> list[Task]:
+    needed = []
+    if getattr(cell.attack, "decoder", "") == "surrogate" or isinstance(cell.attack, config.LearnedInversion):
+        needed += [surrogate_task(run, cell)] if keeps_decoder(run, cell.trained) else []
+    match cell.attack:
+        case config.PostHocDecoder():
+            needed.append(decoder_task(run, cell))
+        case config.LatentDecoding():
+            needed.append(latent_decoder_task(run, cell))
+        case config.GenerativePrior():
+            needed.append(generator_task(run, cell, folder))
+    return needed
+
+
+def later_tasks(run: Run, cells: list[Cell]) -> list[Task]:
+    """What needs the others' results."""
+    return [inverter_task(run, cell) for cell in cells if isinstance(cell.attack, config.LearnedInversion)]
+
+
+def fitted(run: Run, cell: Cell, folder: Path) -> dict[str, Any]:
+    """What was trained for a matching attack, read from its file."""
+    found: dict[str, Any] = {}
+    if getattr(cell.attack, "decoder", "") == "surrogate" and keeps_decoder(run, cell.trained):
+        found["surrogate"] = surrogate(run, cell)
+    if isinstance(cell.attack, config.GenerativePrior):
+        made = _generator(run, cell)[1]
+        made.load_state_dict(load_marked(generator_path(run, cell, folder), _generator_mark(run, cell), run.world.device)[0])
+        found["generator"] = made.eval()
+    return found

@@ -1,0 +1,220 @@
+"""The engine at work on an evaluation's cells: chunks as tasks with results in files, calibration, what is done already, what failed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gidef import attack as attacks
+from gidef import build, config, methods, parity
+from gidef.attack.ladder import climb
+from gidef.attack.large import on_module
+from gidef.cells import Cell, Task, mark
+from gidef.checkpoint import load_file, save_file
+from gidef.errors import InputError
+from gidef.report.files import write_atomically
+from gidef.training import Run
+from gidef.types import Tensors
+
+SHORT_S = 10.0
+"""An attack that is over sooner than this is not calibrated: it runs eight at once as one program."""
+
+
+def matching_tasks(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str, Any]], folder: Path) -> list[Task]:
+    """One task per chunk of attacks that is not done yet. Every rank gets the same list, so all call this together."""
+    tasks = []
+    for cell in cells:
+        plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        if cell.control:
+            plan = methods.Plan(methods.shuffled(plan.observations, seed=cell.seed), plan.make_simulate, plan.matching, plan.refine)
+        tasks += _tasks_of(run, cell, plan, folder)
+    return tasks
+
+
+def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Task]:
+    matching, programs, own = plan.matching, attacks.Programs(), mark(run, cell)
+    done = run.world.broadcast_json(_done(cell.folder, own))
+    left = len(plan.observations) * matching.starts - len(done)
+    if not left:
+        return []
+    cell.calibration = _calibrated(run, cell, plan, programs, left, folder)
+    mode, at_once = cell.calibration.mode, cell.calibration.at_once
+    precision = parity.gated(run, cell, mode=mode, at_once=at_once, path=folder / "parity.json")
+    run.console.say(f"{cell.label}: {left} attacks, {at_once} at once, {mode}")
+    chunks = attacks.plan(len(plan.observations), matching.starts, at_once, together=matching.together, done=[tuple(one) for one in done])
+
+    def task(chunk: attacks.Chunk) -> Task:
+        path = cell.folder / f"attacks-{chunk[0][0]:05d}-{chunk[0][1]:03d}-{len(chunk):04d}.safetensors"
+        stages = [plan.matching] if plan.refine is None else [plan.matching, plan.refine]
+        total = sum(stage.iterations for stage in stages) * len(chunk)
+
+        def do(worker: int, report: Callable[[float], None]) -> None:
+            began, errors, reported, over = time.perf_counter(), {}, 0.0, 0.0
+            options = {"seed": cell.seed, "mode": mode, "at_once": at_once, "device": run.world.device, "precision": precision}
+            result: Tensors = {}
+            try:
+                for number, stage in enumerate(stages):
+                    settings = stage if number == 0 else methods.refined(plan, result)
+                    recorded = programs if number == 0 else attacks.Programs()
+                    running = climb(
+                        chunk, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
+                        programs=recorded, large=_large(run, cell, plan), **options,
+                    )  # fmt: skip
+                    while True:
+                        try:
+                            progress = next(running)
+                        except StopIteration as end:
+                            result = end.value
+                            break
+                        now = over + progress.done
+                        report(max(0.0, now - reported))
+                        reported = max(reported, now)
+                    over += stage.iterations * len(chunk)
+                    for text in recorded.notices:
+                        _notice(run, cell, programs, text)
+            except InputError:
+                raise
+            except Exception as error:  # of the model's code or the device: these attacks failed, which is a result; the others go on
+                text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+                result = attacks.broken(chunk, plan.observations, stages[-1])
+                errors = {f"{o},{s}": text for o, s in chunk}
+                run.console.notice(f"{cell.label}: {len(chunk)} attacks failed: {text}")
+            report(max(0.0, total - reported))
+            meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": errors, "mode": mode, "at_once": at_once}
+            save_file(path, result, meta)
+
+        return Task(f"{cell.label} {chunk[0][0]}.{chunk[0][1]}", max(total, 1), path, do)
+
+    return [task(chunk) for chunk in chunks]
+
+
+def _large(run: Run, cell: Cell, plan: methods.Plan) -> Callable[[attacks.Chunk], Generator[attacks.Progress, None, Tensors]] | None:
+    """The last resort where memory runs out: the attack on the module itself. For attacks that match the cross-entropy of one noise-free pass."""
+    plain = isinstance(cell.attack, config.NaiveMatching) and not isinstance(cell.attack, (config.JointMatching, config.EotMatching, config.DeepLeakage))
+    if not plain or plan.matching.coupling is not None or plan.matching.searched or run.recipe.evaluation.release != "gradient":
+        return None
+
+    def module() -> torch.nn.Module:
+        return copy.deepcopy(cell.trained.training.defence.model).to(run.world.device)
+
+    return on_module(plan.observations, module, plan.matching, seed=cell.seed, checkpointing=True)
+
+
+def _notice(run: Run, cell: Cell, programs: attacks.Programs, text: str) -> None:
+    """Once per cell."""
+    said = f"told {text}"
+    if said not in programs.told:
+        programs.told.add(said)
+        run.console.notice(f"{cell.label}: {text}")
+
+
+def _done(folder: Path, own: str) -> list[list[int]]:
+    """Attacks whose results are in files of this recipe, attack and victims. Raises InputError for files of another."""
+    found: list[list[int]] = []
+    for path in sorted(folder.glob("attacks-*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {})["meta"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}): remove it, and its attacks run again.") from error
+        if meta["mark"] != own:
+            raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+        found += meta["attacks"]
+    return found
+
+
+def collect(run: Run, cell: Cell) -> None:
+    """Read a cell's results from the files of whoever computed them."""
+    source = cell.twin or cell
+    results, errors, own = [], {}, mark(run, source)
+    for path in sorted(source.folder.glob("attacks-*.safetensors")):
+        tensors, meta = load_marked(path, own)
+        results.append(tensors)
+        here = {tuple(map(int, key.split(","))): text for key, text in meta["errors"].items()}
+        errors |= here
+        cell.seconds += meta["seconds"] if cell.twin is None else 0.0
+        for row, (observation, start) in enumerate(tensors["attacks"].tolist()):
+            failed = int(tensors["failure"][row])
+            error = here.get((observation, start)) or (attacks.REASONS[failed].format(int(tensors["failed_at"][row])) if failed else "")
+            cell.attempts.append({
+                "observation": observation, "start": start, "iterations": int(tensors["iterations"][row]), "status": "failed" if failed else "ok",
+                "error": error, "loss": float(tensors["loss"][row]), "fit": float(tensors["fit"][row]), "seconds": meta["seconds"] / len(tensors["attacks"]),
+                "mark": own[:16],
+            })  # fmt: skip
+    choose_by = getattr(cell.attack, "choose_by", "objective")
+    cell.reconstructions = attacks.select(results, len(cell.victims.rows), choose_by=choose_by, errors=errors)
+
+
+def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, Any]]:
+    """A task's result file, which must be of this recipe, victims and attack."""
+    tensors, meta = load_file(path, device)
+    if meta["mark"] != own:
+        raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+    return tensors, meta
+
+
+# --- calibration ---------------------------------------------------------------------------------------------------------
+
+
+def _calibrated(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Programs, left: int, folder: Path) -> attacks.Calibration:
+    """Mode and size of the programs: as asked for, from an earlier life of the run, or measured by rank 0 and told to all."""
+    speed = run.recipe.speed
+    asked_modes = [speed.attack_mode] if speed.attack_mode != "auto" else None
+    if asked_modes and speed.attacks_at_once:
+        return attacks.Calibration(asked_modes[0], speed.attacks_at_once, ())
+    if run.leads:
+        path = folder / "calibration.json"
+        kept = parity.kept(path)
+        key = _key(run, cell, plan)
+        if key not in kept:
+            kept[key] = _measure(run, cell, plan, programs, left, asked_modes).to_json()
+            write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
+        found = kept[key]
+    else:
+        found = None
+    calibration = attacks.Calibration.from_json(run.world.broadcast_json(found))
+    for line in calibration.lines() if len(calibration.candidates) > 1 else []:
+        run.console.say(f"  {line}")
+    return calibration
+
+
+def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Programs, left: int, modes: list[str] | None) -> attacks.Calibration:
+    """A first look, and the whole calibration where it can pay for itself."""
+    speed, workers, matching = run.recipe.speed, build.num_workers(run.recipe, run.world) * run.world.size, plan.matching
+    common = {
+        "seed": cell.seed, "device": run.world.device, "programs": programs, "workers": workers, "attacks": left, "precision": speed.attack_precision,
+    }  # fmt: skip
+    share = max(1, -(-left // workers))
+    size = speed.attacks_at_once or min(8, share)
+    simulate = plan.make_simulate()
+    try:
+        first = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=size, iterations=1, **common)
+        seconds = first.candidates[0].ms * 1e-3 * share * (matching.iterations + 1)
+    except InputError:
+        first, seconds = None, float("inf")  # not vectorisable: a loop may do
+    if first is not None and seconds < SHORT_S:
+        return first
+    candidates = modes or ["vmap", "loop", "traced", *(["compiled"] if speed.compile or run.world.device.type == "cuda" else [])]
+    return attacks.calibrate(
+        plan.observations, simulate, matching, modes=candidates, at_once=speed.attacks_at_once or None, budget_s=min(60.0, 0.1 * seconds),
+        measured=first.candidates if first is not None else (), **common,
+    )  # fmt: skip
+
+
+def _key(run: Run, cell: Cell, plan: methods.Plan) -> str:
+    """What the best size depends on: the attack, the shapes of what it runs on, the machine's share."""
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in plan.observations[0].update.items())
+    world, speed = run.world, run.recipe.speed
+    parts = [
+        config.to_json(cell.attack), shapes, plan.matching.noise_shape, len(plan.observations), world.size, str(world.device), speed.attack_mode,
+        speed.attacks_at_once, speed.compile, speed.attack_precision, build.num_workers(run.recipe, world), speed.threads,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,216 @@
+"""From an attack's dataclass to what the engine runs: observations, a simulator, settings. One `match` over the attacks that match gradients.
+
+An attack of one's own is a dataclass with a method `plan(case) -> Plan`; see the README.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gidef import attack as attacks
+from gidef import config, observe
+from gidef.attack import Matching, Searched, Simulate
+from gidef.attack.priors import decoder_aware
+from gidef.attack.simulate import DRAWS
+from gidef.clients.participate import DECODER
+from gidef.rng import generator
+from gidef.training import Run, Snapshot, Trained
+from gidef.types import Observation, Tensors
+
+SNAPSHOTS = 8
+"""Candidates on the way that are kept of every attack, for the evaluator's curves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the engine is given. refine: settings of a second stage, which starts where the first one ended; None for none."""
+
+    observations: list[Observation]
+    make_simulate: Callable[[], Simulate]
+    matching: Matching
+    refine: Matching | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All that an attack is given. The private images are in none of it, nor can they be reached from it.
+
+    attack: its dataclass.  rounds: observations of every batch, one list per release of the same batches; most attacks see one.
+    simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates, and of one gradient
+    of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
+    (count, *latent_shape).  model, decoder: architectures, with the weights that training began with.
+    fitted: what was trained on public images for this attack: "surrogate" (the decoder's tensors), "generator" (a module).
+    """
+
+    attack: Any
+    rounds: list[list[Observation]]
+    simulator: Callable[[], Simulate]
+    gradient: Callable[[], Simulate]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    noise_shape: tuple[int, ...] | None
+    latent_shape: tuple[int, ...] | None
+    draw_noise: Callable[..., Tensor | None]
+    model: nn.Module
+    decoder: nn.Module | None
+    seed: int
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def observations(self) -> list[Observation]:
+        """Of the first release."""
+        return self.rounds[0]
+
+    def fields(self, **changes: Any) -> dict[str, Any]:
+        """The attack's own fields as settings of the engine, with changes."""
+        fields = {spec.name for spec in dataclasses.fields(Matching)}
+        own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
+        if getattr(self.attack, "soft_sign", False):
+            own["signed"] = "soft"
+        common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS}
+        return {**common, **own, **changes}
+
+    def matching(self, **changes: Any) -> Matching:
+        return Matching(**self.fields(**changes))
+
+
+def make_case(
+    run: Run, trained: Trained, snapshot: Snapshot, attack: Any, releases: list[observe.Victims], *, seed: int, fitted: Mapping[str, Any] | None = None
+) -> Case:
+    """What an attack is given of the victims' releases, as its threat model grants it. The last place that sees both sides."""
+    defence, fitted, recipe = trained.training.defence, dict(fitted or {}), run.recipe
+    seen = [observe.observations(run, trained, snapshot, attack, release, surrogate=fitted.get("surrogate")) for release in releases]
+    model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
+    return Case(
+        attack=attack, rounds=seen, simulator=observe.observed_simulator(run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss)),
+        gradient=defence.simulator(terms="utility", progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
+        num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained), latent_shape=defence.noise_shape,
+        draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
+    )  # fmt: skip
+
+
+def plan(case: Case) -> Plan:
+    """The plan of an attack that matches gradients."""
+    attack = case.attack
+    if callable(getattr(attack, "plan", None)):
+        return attack.plan(case)
+    seen, make = case.observations, case.simulator
+    match attack:
+        case config.DeepLeakage():
+            return Plan(seen, _noise_free(make), attacks.deep_leakage(history=attack.history, **case.fields(search_labels=attack.labels == "searched")))
+        case config.GradInversion():
+            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift")}
+            return Plan(seen, _noise_free(make), attacks.gradinversion(**own, **case.fields()))
+        case config.EotMatching():
+            return Plan(seen, lambda: attacks.averaged(make()), case.matching(drawn={DRAWS: lambda draw: _draws(case, attack.samples, draw)}))
+        case config.SurrogateModel():
+            alpha = Searched(start=0.5, lr=attack.alpha_lr, low=0.0, high=1.0)
+            seen = [attacks.with_final_weights(one) for one in seen]
+            return Plan(seen, lambda: attacks.surrogate_model(attacks.without_noise(case.gradient())), case.matching(searched={"alpha": alpha}))
+        case config.MultiRound():
+            shape = case.noise_shape
+            merged = [attacks.merge_rounds(batch) for batch in zip(*case.rounds, strict=True)]
+            matching = case.matching(distance=attacks.rounds_apart, noise_shape=None if shape is None else (attack.rounds, *shape))
+            return Plan(merged, lambda: attacks.multi_round(make(), attack.rounds), matching)
+        case config.GenerativePrior():
+            return _generative(case, seen, make)
+        case config.DecoderAware():
+            return _decoder_aware(case, seen, make)
+        case config.JointMatching():
+            return Plan(seen, make, case.matching(noise_shape=case.noise_shape))
+    return Plan(seen, _noise_free(make), case.matching())
+
+
+def shuffled(observations: list[Observation], *, seed: int) -> list[Observation]:
+    """The control: every released tensor with its entries in another order, so that what is matched says nothing about the images.
+
+    The labels stay what they were: known, or recovered by the engine from what is left.
+    """
+    found = []
+    for number, one in enumerate(observations):
+        update = {}
+        for name, tensor in one.update.items():
+            order = torch.randperm(tensor.numel(), generator=generator(seed, "shuffled", number, name)).to(tensor.device)
+            update[name] = tensor.flatten()[order].view_as(tensor)
+        found.append(dataclasses.replace(one, update=update))
+    return found
+
+
+def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
+    return lambda: attacks.without_noise(make())
+
+
+def _draws(case: Case, samples: int, draw: torch.Generator) -> Tensor:
+    """Noise as the client draws it: (samples, *noise_shape)."""
+    each = case.noise_shape[: len(case.noise_shape) - len(case.latent_shape)]
+    return case.draw_noise(samples * math.prod(each), generator=draw).view(samples, *case.noise_shape)
+
+
+def _per_thread(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A module of each thread's own: functional calls swap a module's tensors while they last."""
+    own = threading.local()
+
+    def mine() -> Any:
+        if not hasattr(own, "made"):
+            own.made = make()
+        return own.made
+
+    return mine
+
+
+def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
+    """A6: A3 with a prior towards D(z̃(x))."""
+    frozen = [copy.deepcopy(module).requires_grad_(False).eval() for module in (case.model, case.decoder)]
+    mine = _per_thread(lambda: copy.deepcopy(frozen))
+
+    def decode(params: Tensors, known: Tensors, images: Tensor, noise: Tensor | None) -> Tensor:
+        model, decoder = mine()
+        every = {**known, **params}
+        weights = {name: tensor for name, tensor in every.items() if not name.startswith(DECODER)}
+        if noise is not None and noise.ndim > len(case.latent_shape) + 1:  # several local steps: one image after another
+            noise = noise.flatten(0, 1)
+        perturbed = functional_call(model, weights, (images, noise), {"full": True}).perturbed
+        own = {name.removeprefix(DECODER): tensor for name, tensor in every.items() if name.startswith(DECODER)}
+        return functional_call(decoder, own, (perturbed,)).clamp(0, 1)
+
+    matching = case.matching(noise_shape=case.noise_shape, priors=((case.attack.closeness, decoder_aware(decode)),))
+    return Plan(seen, make, matching)
+
+
+def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
+    """A8: codes first, then pixels from the image of the best code."""
+    attack = case.attack
+    frozen = copy.deepcopy(case.fitted["generator"]).requires_grad_(False).eval()
+    mine = _per_thread(lambda: copy.deepcopy(frozen))
+
+    def render(code: Tensor) -> Tensor:
+        return mine()(code)
+
+    codes = max(1, round(attack.code_share * attack.iterations))
+    common = {"noise_shape": case.noise_shape}
+    first = case.matching(
+        **common, render=render, code_shape=(attack.code,), code_weight=1e-3, lr=attack.code_lr, iterations=codes, kink_width=attack.kink_width,
+    )  # fmt: skip
+    return Plan(seen, make, first, refine=case.matching(**common, iterations=max(1, attack.iterations - codes)))
+
+
+def refined(plan: Plan, first: Tensors) -> Matching:
+    """Settings of the second stage: images and noise start where the first stage ended, attack for attack."""
+    place = {tuple(attack): row for row, attack in enumerate(first["attacks"].tolist())}
+
+    def start(observation: int, restart: int) -> tuple[Tensor, Tensor | None]:
+        row = place[observation, restart]
+        return first["images"][row], first["noise"][row] if "noise" in first else None
+
+    return dataclasses.replace(plan.refine, start=start)
+

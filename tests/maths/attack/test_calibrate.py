@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+
+from gidef.attack import Programs, calibrate, joint, run
+from gidef.attack.calibrate import Calibration, Candidate, _seconds
+from gidef.errors import InputError
+
+
+def width(tensor):
+    """Attacks that a simulator is called for at once; 0 outside a vectorised program."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return functorch.get_unwrapped(tensor).shape[functorch.maybe_get_bdim(tensor)]
+        tensor = functorch.get_unwrapped(tensor)
+    return 0
+
+
+@pytest.fixture
+def case(tiny):
+    model = tiny.Net(sigma=0.5)
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    observations = [tiny.observe(simulate, params, seed=seed, noise=tiny.draw_noise(seed))[0] for seed in range(4)]
+    return observations, simulate, joint(noise_shape=(1, *tiny.latent), iterations=50, restarts=2, **tiny.settings)
+
+
+class Clock:
+    """Time that only the simulator's calls and a price per attack make pass."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def priced(simulate, clock, price):
+    def called(params, known, images, labels, noise):
+        clock.now += price(width(images) > 0)
+        return simulate(params, known, images, labels, noise)
+
+    return called
+
+
+def test_the_mode_that_would_finish_first_is_chosen(case):
+    observations, simulate, settings = case
+    for price, mode in ((lambda batched: 10.0 if batched else 1.0, "loop"), (lambda batched: 1.0, "vmap")):
+        clock = Clock()
+        chosen = calibrate(observations, priced(simulate, clock, price), settings, seed=0, modes=("loop", "vmap"), clock=clock, budget_s=1e9)
+        assert chosen.mode == mode, chosen
+    assert chosen.at_once == 8 and [one.at_once for one in chosen.candidates] == [1, 1, 2, 4, 8]
+    lines = chosen.lines()
+    assert len(lines) == 5 and [line.endswith("<- chosen") for line in lines] == [False] * 4 + [True]
+
+
+def test_attacks_are_shared_out_over_workers_before_a_program_grows(case):
+    observations, simulate, settings = case
+    chosen = calibrate(observations, simulate, settings, seed=0, modes=("vmap",), workers=4, iterations=1)
+    assert max(one.at_once for one in chosen.candidates) == 2
+
+
+def test_recording_and_compiling_count_and_so_does_the_padding_of_the_last_program():
+    assert _seconds(Candidate("traced", 8, 2.0, 3.0), 9, 100) == pytest.approx(3.0 + 16 * 0.2)
+    assert _seconds(Candidate("vmap", 8, 2.0, 0.5), 9, 100) == pytest.approx(0.5 + 9 * 0.2)
+
+
+def test_a_candidate_that_runs_out_of_memory_is_left_out_and_named(case):
+    observations, simulate, settings = case
+
+    def greedy(params, known, images, labels, noise):
+        if width(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return simulate(params, known, images, labels, noise)
+
+    chosen = calibrate(observations, greedy, settings, seed=0, modes=("vmap",), iterations=1)
+    assert chosen.at_once in (1, 2) and "out of memory" in chosen.candidates[-1].error and "out of memory" in chosen.lines()[-1]
+
+
+def test_no_usable_candidate_is_an_error_with_the_reason(case):
+    observations, simulate, settings = case
+
+    def never(params, known, images, labels, noise):
+        if width(images):
+            raise RuntimeError("no batching rule for this operator")
+        return simulate(params, known, images, labels, noise)
+
+    with pytest.raises(InputError, match="no batching rule"):
+        calibrate(observations, never, settings, seed=0, modes=("vmap",))
+
+
+def test_a_calibration_survives_json_and_its_programs_serve_the_attack(case):
+    observations, simulate, settings = case
+    programs = Programs()
+    chosen = calibrate(observations, simulate, settings, seed=0, modes=("traced",), at_once=4, iterations=1, programs=programs)
+    assert Calibration.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+    run(observations, lambda: simulate, settings, seed=0, mode=chosen.mode, at_once=chosen.at_once, programs=programs)
+    assert len(programs._made) == 1

@@ -1,0 +1,412 @@
+"""The perturbed latent from the predictor's gradients: known answers on small networks, in float64 unless said otherwise."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad
+
+from gidef.attack.latent import (
+    Predictor,
+    Reader,
+    decode,
+    fit_shadow,
+    front_latents,
+    invert_latent,
+    latent_basis,
+    latent_simulator,
+    match_latent,
+    read_latent,
+    unmix,
+)
+from gidef.data import synthetic_blood_cells
+from gidef.errors import InputError
+from gidef.fit import fit_decoder
+from gidef.models import SplitModel, decoder_for, make_backbone
+from gidef.types import Observation
+
+CLASSES, SHAPE = 6, (2, 12, 12)
+
+
+class Layers(nn.Module):
+    """front, then a predictor of ones own."""
+
+    def __init__(self, *behind, latent=3):
+        super().__init__()
+        self.front = nn.Sequential(nn.Conv2d(2, latent, 3, 3, 0), nn.LeakyReLU())  # latent × 4 × 4
+        self.behind = nn.Sequential(*behind)
+
+    def forward(self, images):
+        return self.behind(self.front(images))
+
+
+def smooth():
+    return Layers(nn.Flatten(), nn.Linear(48, 20), nn.Tanh(), nn.Linear(20, CLASSES))
+
+
+def small():
+    return make_backbone("small", num_classes=CLASSES, image_shape=SHAPE)
+
+
+def split(make=small, cut=None, dtype=torch.float64, sigma=0.7):
+    torch.manual_seed(0)
+    backbone = make()
+    cut = cut or (None if make is small else "front")
+    model = SplitModel(backbone, cut=cut, perturbation={"std_init": sigma}, image_shape=SHAPE, num_classes=CLASSES)
+    return model.requires_grad_(False).to(dtype)
+
+
+def observe(model, size=1, seed=0, labels=None, **fields):
+    """(observation of φ's gradient alone, the perturbed latents, labels), with noise on the latent."""
+    draw = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    images = torch.rand(size, *SHAPE, generator=draw, dtype=dtype)
+    noise = torch.randn(size, *model.latent_shape, generator=draw, dtype=dtype)
+    labels = torch.randperm(CLASSES, generator=draw)[:size] if labels is None else torch.tensor(labels)
+    names = model.parts["predictor"]
+    phi = {name: dict(model.named_parameters())[name].detach() for name in names}
+    update = grad(lambda p: F.cross_entropy(functional_call(model, p, (images, noise)), labels))(phi)
+    observation = Observation(phi, update, size, **{"labels": labels, **fields})
+    return observation, model.run(images, noise).perturbed, labels
+
+
+def result(running):
+    counts = []
+    while True:
+        try:
+            counts.append(next(running))
+        except StopIteration as end:
+            assert counts == sorted(counts)
+            return end.value
+
+
+def apart(found, truth):
+    """Relative error of each latent."""
+    return (found - truth).flatten(-truth.ndim + 1).norm(dim=-1) / truth.flatten(-truth.ndim + 1).norm(dim=-1)
+
+
+# --- the predictor ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [smooth, small])
+def test_the_predictor_s_gradient_is_the_share_of_the_whole_model_s(make):
+    model = split(make)
+    observation, latents, labels = observe(model, size=3)
+    predictor = Predictor(model)
+    found = predictor.gradient(observation.params, latents, F.one_hot(labels, CLASSES).double())
+    assert found.keys() == observation.update.keys() == set(model.parts["predictor"])
+    for name, tensor in observation.update.items():
+        torch.testing.assert_close(found[name], tensor)
+
+
+def test_the_simulator_of_a_latent_gives_that_gradient_and_its_loss():
+    model = split()
+    observation, latents, labels = observe(model)
+    simulate, targets = latent_simulator(Predictor(model)), F.one_hot(labels, CLASSES).double()
+    for name, tensor in simulate(observation.params, {"latent": latents}, None, targets, None).items():
+        torch.testing.assert_close(tensor, observation.update[name])
+    slope = grad(lambda p: simulate.loss(p, {"latent": latents}, None, targets, None))(observation.params)
+    torch.testing.assert_close(slope["backbone.head.bias"], observation.update["backbone.head.bias"])
+
+
+def test_layers_that_read_the_latent_itself_are_found():
+    (conv,) = Predictor(split()).readers
+    assert conv == Reader("backbone.blocks.2.conv.weight", "backbone.blocks.2.conv.bias", (3, 3), (2, 2), (1, 1), (1, 1))
+    (linear,) = Predictor(split(smooth)).readers
+    assert linear == Reader("backbone.behind.1.weight", "backbone.behind.1.bias")
+    assert Predictor(split(cut="blocks.2")).readers == ()  # pooled first
+    assert Predictor(split(lambda: Layers(nn.Tanh(), nn.Flatten(), nn.Linear(48, CLASSES)))).readers == ()
+
+
+# --- in closed form --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [smooth, small])
+def test_one_perturbed_latent_is_recovered_exactly_in_closed_form(make):
+    """The linear layer: a ratio. The convolution: the span of its patches and where they overlap."""
+    model = split(make)
+    predictor = Predictor(model)
+    for seed in range(3):
+        observation, latents, _ = observe(model, seed=seed)
+        found = latent_basis(observation.update, predictor.readers[0], predictor.latent_shape, 1)
+        assert apart(found, latents).max() < 1e-9
+    row = observation.update["backbone.behind.1.weight"] if make is smooth else None
+    if row is not None:
+        torch.testing.assert_close((row[0] / observation.update["backbone.behind.1.bias"][0]).view_as(latents), latents)
+
+
+def test_without_a_bias_its_direction_is_recovered():
+    model = split(lambda: Layers(nn.Conv2d(3, 30, 3, 1, 1, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(480, CLASSES)))
+    observation, latents, _ = observe(model)
+    (reader,) = Predictor(model).readers
+    found = latent_basis(observation.update, reader, model.latent_shape, 1)
+    assert reader.bias is None and found.square().mean() == pytest.approx(1)
+    assert F.cosine_similarity(found.flatten(), latents.flatten(), dim=0).abs() == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [smooth, small])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_span_of_a_batch_s_latents_is_recovered_exactly(make, size):
+    model = split(make)
+    observation, latents, _ = observe(model, size)
+    found = latent_basis(observation.update, Predictor(model).readers[0], model.latent_shape, size).flatten(1)
+    torch.testing.assert_close(found @ found.T / found.shape[1], torch.eye(size, dtype=torch.float64))
+    within = latents.flatten(1) @ found.T @ found / found.shape[1]
+    assert apart(within, latents.flatten(1)).max() < 1e-8
+
+
+def test_a_gradient_that_does_not_determine_the_latents_gives_no_basis():
+    model = split(lambda: Layers(nn.Conv2d(3, 5, 3, 1, 1), nn.Tanh(), nn.Flatten(), nn.Linear(80, CLASSES)))  # 16 patches, 5 filters
+    observation, _, _ = observe(model)
+    assert latent_basis(observation.update, Predictor(model).readers[0], model.latent_shape, 1) is None
+    model = split(lambda: Layers(nn.Conv2d(3, 30, 1, 2), nn.Tanh(), nn.Flatten(), nn.Linear(120, CLASSES), latent=3))  # patches do not overlap
+    observation, _, _ = observe(model)
+    assert latent_basis(observation.update, Predictor(model).readers[0], model.latent_shape, 1) is None
+    broken = {**observation.update, "backbone.behind.0.weight": torch.full((30, 3, 1, 1), torch.nan)}
+    assert latent_basis(broken, Predictor(model).readers[0], model.latent_shape, 1) is None
+    with pytest.raises(InputError, match="not in the update"):
+        latent_basis({}, Predictor(model).readers[0], model.latent_shape, 1)
+
+
+@pytest.mark.parametrize("make", [smooth, small])
+@pytest.mark.parametrize(("labels", "same_label"), [([0, 3], False), ([2, 2], True)])
+def test_the_latents_of_a_batch_of_two_are_told_apart(make, labels, same_label):
+    model = split(make)
+    observation, latents, _ = observe(model, 2, labels=labels)
+    predictor = Predictor(model)
+    basis = latent_basis(observation.update, predictor.readers[0], model.latent_shape, 2)
+    found, loss, tried, curve, start = result(unmix(observation, predictor, basis, observation.labels, seed=0))
+    errors = apart(found, latents)
+    if same_label:  # either order explains the gradient
+        errors = torch.minimum(errors, apart(found.flip(0), latents))
+    assert errors.max() < 1e-3 and loss < 1e-6, (errors, loss, tried)
+    assert loss == min(tried) == min(curve) and tried[start] == loss and curve == sorted(curve, reverse=True)
+
+
+# --- matching --------------------------------------------------------------------------------------------------------
+
+
+MATCH = {"seed": 0, "dtype": torch.float64, "kink_width": None, "distance": "l2", "iterations": 500}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_matching_recovers_the_perturbed_latents_of_a_smooth_predictor(size):
+    model = split(smooth)
+    made = [observe(model, size, seed=seed) for seed in range(2)]
+    found = result(match_latent([one[0] for one in made], Predictor(model), restarts=2, **MATCH))
+    for index, (_, latents, labels) in enumerate(made):
+        assert apart(found.latents[index], latents).max() < 1e-3, (size, index)
+        assert torch.equal(found.labels[index], labels)
+    assert found.loss.max() < 1e-6 and torch.equal(found.loss, found.losses.min(1).values)
+    assert torch.equal(found.losses.gather(1, found.restart[:, None])[:, 0], found.loss)
+
+
+def test_matching_gets_closer_to_the_latents_of_a_convolutional_predictor_with_kinks():
+    model = split()
+    observation, latents, _ = observe(model)
+    settings = {"seed": 0, "dtype": torch.float64}
+    first, last = (result(match_latent([observation], Predictor(model), iterations=n, **settings)) for n in (0, 250))
+    assert last.loss < 0.01 * first.loss and apart(last.latents[0], latents).max() < 0.6 < 0.9 < apart(first.latents[0], latents).min()
+
+
+def test_one_program_gives_the_numbers_of_a_plain_loop_whatever_the_chunks():
+    made, models = [], []
+    for seed in range(3):  # each with weights of its own
+        model = split(smooth)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        models.append(model)
+        made.append(observe(model, 2, seed=seed)[0])
+    settings = {**MATCH, "iterations": 20, "restarts": 2}
+    together = result(match_latent(made, Predictor(models[0]), at_once=100, **settings))
+    for change in ({"mode": "loop"}, {"at_once": 4}, {"at_once": 1}):
+        other = result(match_latent(made, Predictor(models[0]), **{**settings, **change}))
+        torch.testing.assert_close(other.latents, together.latents, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(other.curve, together.curve, rtol=1e-6, atol=1e-10)
+    alone = result(match_latent(made[:1], Predictor(models[2]), **settings))
+    torch.testing.assert_close(alone.latents[0], together.latents[0], rtol=1e-6, atol=1e-8)
+    assert not torch.equal(alone.latents, result(match_latent(made[:1], Predictor(models[0]), **{**settings, "seed": 1})).latents)
+
+
+def test_what_the_gradient_does_not_tell_stays_as_small_as_it_began():
+    """Behind 2×2 pooling only window means are told."""
+    model = split(lambda: Layers(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, CLASSES)))
+    observation, latents, _ = observe(model)
+    found = result(match_latent([observation], Predictor(model), start_scale=0.01, **{**MATCH, "iterations": 250})).latents[0]
+    means = F.avg_pool2d(found, 2)
+    assert apart(means, F.avg_pool2d(latents, 2)).max() < 0.1
+    assert (found - F.interpolate(means, scale_factor=2)).square().mean() < 0.01 < 0.1 < (latents - F.interpolate(means, scale_factor=2)).square().mean()
+
+
+# --- the attack ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float64), (1, torch.float32), (3, torch.float32)])
+def test_the_best_way_there_is_reads_the_latents_of_the_small_net(size, dtype):
+    model = split(dtype=dtype)
+    made = [observe(model, size, seed=seed) for seed in range(2 if size == 1 else 1)]
+    found = result(read_latent([one[0] for one in made], Predictor(model), seed=0))
+    for index, (_, latents, _) in enumerate(made):
+        assert apart(found.latents[index], latents.double()).max() < 1e-3
+    assert found.loss.max() < 1e-8
+
+
+def test_labels_that_are_not_granted_are_recovered():
+    model = split()
+    observation, latents, labels = observe(model)
+    found = result(read_latent([dataclasses.replace(observation, labels=None)], Predictor(model), seed=0))
+    assert found.labels[0].tolist() == labels.tolist() and apart(found.latents[0], latents).max() < 1e-3
+
+
+def test_the_delta_of_one_step_of_unknown_size_tells_as_much_as_a_gradient():
+    model = split()
+    observation, latents, _ = observe(model, 2)
+    delta = {name: -0.03 * tensor for name, tensor in observation.update.items()}
+    found = result(read_latent([dataclasses.replace(observation, update=delta, kind="delta")], Predictor(model), seed=0))
+    assert apart(found.latents[0], latents).max() < 1e-3
+    with pytest.raises(InputError, match="step size"):
+        next(match_latent([dataclasses.replace(observation, update=delta, kind="delta")], Predictor(model), seed=0, distance="l2"))
+
+
+def test_a_gradient_that_no_closed_form_explains_is_matched_and_the_better_one_counts():
+    model = split(smooth)
+    observation, latents, _ = observe(model)
+    draw = torch.Generator().manual_seed(0)
+    noisy = {name: t + 0.3 * t.std() * torch.randn(t.shape, generator=draw, dtype=t.dtype) for name, t in observation.update.items()}
+    observation = dataclasses.replace(observation, update=noisy)
+    settings = {"seed": 0, "dtype": torch.float64, "kink_width": None}
+    closed = result(read_latent([observation], Predictor(model), iterations=0, **settings))
+    found = result(read_latent([observation], Predictor(model), iterations=100, **settings))
+    free = result(match_latent([observation], Predictor(model), iterations=100, **settings))
+    assert 1e-4 < found.loss < closed.loss and found.loss <= free.loss and torch.equal(found.curve, free.curve)
+    assert torch.equal(found.losses, free.losses)
+
+
+def test_a_latent_that_is_matched_before_a_norm_layer_has_its_scale_polished():
+    model = split(lambda: Layers(nn.Conv2d(3, 12, 3, 1, 1), nn.GroupNorm(2, 12), nn.Tanh(), nn.Flatten(), nn.Linear(192, CLASSES)))
+    observation, latents, _ = observe(model)
+    settings = {"seed": 0, "dtype": torch.float64, "kink_width": None, "iterations": 150, "start_scale": 1.5}
+    free = result(match_latent([observation], Predictor(model), **settings))
+    found = result(read_latent([observation], Predictor(model), **settings))
+    assert found.loss < free.loss and apart(found.latents[0], latents).max() < 0.8 * apart(free.latents[0], latents).max()
+
+
+def test_broken_updates_fail_alone_with_mid_grey_images():
+    model = split(dtype=torch.float32)
+    good, latents, _ = observe(model)
+    nothing = dataclasses.replace(good, update={name: torch.zeros_like(t) for name, t in good.update.items()})
+    broken = dataclasses.replace(good, update={**good.update, "backbone.head.bias": torch.full((CLASSES,), torch.nan)})
+    decoder = decoder_for(model.latent_shape, 1, SHAPE, size="loop").eval()
+    found = result(invert_latent([nothing, good, broken], Predictor(model), decoder, seed=0, iterations=5))
+    assert [one.status for one in found] == ["failed", "ok", "failed"] and found[0].error
+    for one in (found[0], found[2]):
+        assert (one.images == 0.5).all() and one.loss == torch.inf
+    torch.testing.assert_close(found[1].images, decoder(latents).detach(), rtol=1e-3, atol=1e-4)
+    assert found[1].images.dtype == torch.float32 and found[1].loss < 1e-8
+
+
+def test_observations_that_do_not_fit_are_refused():
+    model = split()
+    predictor, (good, _, _), (pair, _, _) = Predictor(model), observe(model), observe(model, 2)
+    without = dataclasses.replace(good, update={name: t for name, t in good.update.items() if name != "backbone.head.bias"})
+    for observations, message in (([], "at least one"), ([good, pair], "batches of one size"), ([without], "head.bias"),
+                                  ([dataclasses.replace(good, labels=torch.tensor([CLASSES]))], "granted labels")):  # fmt: skip
+        for attack in (match_latent, read_latent):
+            with pytest.raises(InputError, match=message):
+                result(attack(observations, predictor, seed=0))
+    for change, message in (({"restarts": 0}, "restarts=0"), ({"mode": "fast"}, "mode"), ({"distance": "l1"}, "distance")):
+        with pytest.raises(InputError, match=message):
+            result(match_latent([good], predictor, seed=0, iterations=1, **change))
+
+
+def test_an_attack_modifies_none_of_its_inputs():
+    model = split(dtype=torch.float32)
+    observation, _, _ = observe(model, 2)
+    kept, state, weights = copy.deepcopy(observation), torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    result(read_latent([observation], Predictor(model), seed=0, starts=1, enough=0.0, iterations=2))
+    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
+    assert all(torch.equal(kept.update[name], t) and torch.equal(kept.params[name], observation.params[name]) for name, t in observation.update.items())
+
+
+# --- fronts and decoders ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return synthetic_blood_cells(train=16, val=160, test=8, size=12, seed=5)
+
+
+def client(seed=0):
+    backbone = make_backbone("small", num_classes=8, image_shape=(3, 12, 12), seed=seed)
+    return SplitModel(backbone, perturbation={"std_init": 0.3}, image_shape=(3, 12, 12), num_classes=8)
+
+
+def law(model):
+    return lambda count, generator: model.perturbation.draw(count, generator=generator)
+
+
+def test_a_shadow_front_is_trained_and_the_predictor_stays_as_it_was_given(cells):
+    model, other = client(), client(seed=1)
+    phi = {name: dict(other.named_parameters())[name].detach().clone() for name in model.parts["predictor"]}
+    before = copy.deepcopy(model.state_dict())
+    images = cells.val.images.float() / 255
+
+    @torch.no_grad()
+    def loss(one):
+        noise = law(one)(len(images), torch.Generator().manual_seed(0))
+        return float(F.cross_entropy(functional_call(one, phi, (images, noise)), cells.val.labels))
+
+    start, twin = loss(model), copy.deepcopy(model)
+    steps = list(fit_shadow(model, phi, cells.val.images, cells.val.labels, steps=40, seed=0, draw_noise=law(model)))
+    assert steps == [20, 40, 40] and loss(model) < 0.8 * start
+    now = dict(model.named_parameters())
+    for part, moved in (("encoder", True), ("perturbation", True), ("predictor", False)):
+        for name in model.parts[part]:
+            reference = before[name] if moved else phi[name]
+            assert torch.equal(now[name], reference) != moved, name
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    list(fit_shadow(twin, phi, images, cells.val.labels, steps=40, seed=0, draw_noise=law(twin)))
+    assert all(torch.allclose(p, now[name], atol=1e-5) for name, p in twin.named_parameters())
+    with pytest.raises(InputError, match="phi lacks"):
+        next(fit_shadow(twin, {}, images, cells.val.labels, steps=1, seed=0))
+
+
+def test_a_shadow_is_trained_against_the_clients_own_loss_where_one_is_given(cells):
+    model, called = client(), []
+    phi = {name: dict(model.named_parameters())[name].detach().clone() for name in model.parts["predictor"]}
+
+    def loss(one, images, labels, noise):
+        called.append((images.shape, labels.shape, noise))
+        return one.run(images).latent.square().mean() * 0 + F.cross_entropy(one(images), labels)
+
+    list(fit_shadow(model, phi, cells.val.images, cells.val.labels, steps=2, seed=0, loss=loss, batch_size=10))
+    assert called == [((10, 3, 12, 12), (10,), None)] * 2
+
+
+def test_latents_read_from_gradients_decode_to_the_private_images(cells):
+    """End to end through the true front: a decoder fitted to public images beats their mean by decibels on private ones."""
+    model = client().requires_grad_(False).eval()
+    decoder = decoder_for(model.latent_shape, model.channel_dim, (3, 12, 12), size="loop")
+    list(fit_decoder(decoder, front_latents(model, law(model)), cells.val, steps=150, seed=0, lr=5e-3))
+    phi = {name: dict(model.named_parameters())[name].detach() for name in model.parts["predictor"]}
+    truth, observations = cells.train.images.float() / 255, []
+    for index in range(16):
+        noise, labels = law(model)(1, torch.Generator().manual_seed(index)), cells.train.labels[index : index + 1]
+        update = grad(lambda p, i=index, n=noise, y=labels: F.cross_entropy(functional_call(model, p, (truth[i : i + 1], n)), y))(phi)
+        observations.append(Observation(phi, update, 1, labels=labels))
+    found = torch.cat([one.images for one in result(invert_latent(observations, Predictor(model), decoder, seed=0))])
+    mean = (cells.val.images.float().mean(0) / 255).expand_as(truth)
+    reached, guess = (float(-10 * (one - truth).square().flatten(1).mean(1).log10().mean()) for one in (found, mean))
+    assert reached > guess + 2, (reached, guess)
+
+
+def test_decoding_keeps_the_order_and_any_type_of_latents():
+    decoder = decoder_for((3, 4, 4), 1, SHAPE, size="loop").eval()
+    latents = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = decode(latents, decoder, at_once=4)
+    assert images.shape == (3, 2, *SHAPE) and images.dtype == torch.float32 and not images.requires_grad
+    torch.testing.assert_close(images[2, 1], decoder(latents[2, 1:].float()).detach()[0])

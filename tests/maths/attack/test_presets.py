@@ -1,0 +1,92 @@
+"""Published attacks on cases with a known answer. Tiny smooth nets, float64; random images."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from gidef.attack import deep_leakage, gradinversion, improved_deep_leakage, inverting_gradients, modern_inverting_gradients, run
+from gidef.attack.client import gradient_of, observed
+from gidef.attack.priors import bn_statistics
+from gidef.attack.surgery import batch_statistics, granted_statistics
+
+DOUBLE = {"seed": 0, "dtype": torch.float64, "at_once": 16}
+
+
+@pytest.fixture
+def case(tiny):
+    """Four undefended single images of a net of sigmoids, as in the paper of DLG."""
+    model = tiny.Net(activation=nn.Sigmoid)
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    made = [tiny.observe(simulate, params, seed=seed) for seed in range(4)]
+    return [one[0] for one in made], simulate, [one[1] for one in made], [one[2] for one in made]
+
+
+def errors(found, truth):
+    return torch.stack([(one.images.double() - images).square().mean() for one, images in zip(found, truth, strict=True)])
+
+
+def test_dlg_finds_images_and_labels_that_nobody_told_it(tiny, case):
+    observations, simulate, truth, labels = case
+    hidden = [dataclasses.replace(one, labels=None) for one in observations]
+    found = run(hidden, lambda: simulate, deep_leakage(iterations=25, restarts=3, **tiny.settings), **DOUBLE)
+    assert (errors(found, truth) < 1e-4).sum() >= 3, errors(found, truth)  # random images on [0, 1] are 0.17 apart
+    assert sum(one.labels.tolist() == label.tolist() for one, label in zip(found, labels, strict=True)) >= 3
+
+
+def test_idlg_recovers_the_labels_first_and_the_images_to_many_digits(tiny, case):
+    observations, simulate, truth, labels = case
+    hidden = [dataclasses.replace(one, labels=None) for one in observations]
+    found = run(hidden, lambda: simulate, improved_deep_leakage(iterations=25, restarts=2, **tiny.settings), **DOUBLE)
+    assert [one.labels.tolist() for one in found] == [label.tolist() for label in labels]
+    assert errors(found, truth).median() < 1e-6, errors(found, truth)
+
+
+def test_gradinversion_agrees_on_a_consensus_and_finds_the_images(tiny, case):
+    observations, simulate, truth, _ = case
+    settings = gradinversion(iterations=250, restarts=3, tv=0.0, group=0.05, max_shift=1.0, **tiny.settings)
+    free = dataclasses.replace(settings, coupling=None)
+    pulled, alone = (run(observations, lambda: simulate, one, **DOUBLE) for one in (settings, free))
+    assert errors(pulled, truth).mean() < 0.03
+    spread = [sum(float(one.restart_images.std(0).mean()) for one in found) for found in (pulled, alone)]
+    assert spread[0] < spread[1], spread
+
+
+@pytest.mark.parametrize("make", [inverting_gradients, modern_inverting_gradients])
+def test_the_sign_attacks_come_near_the_images_of_a_smooth_net(tiny, case, make):
+    observations, simulate, truth, _ = case
+    found = run(observations, lambda: simulate, make(iterations=250, tv=0.0, warmup=10 if make is modern_inverting_gradients else 0, **tiny.settings), **DOUBLE)
+    assert errors(found, truth).mean() < 0.06, errors(found, truth)
+
+
+class BatchNormNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.Conv2d(6, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.Tanh())
+        self.head = nn.Linear(54, 3)
+
+    def forward(self, images):
+        return self.head(self.features(images).flatten(1))
+
+
+def test_gradinversion_in_train_mode_uses_the_batch_s_granted_statistics(tiny):
+    """At the truth both the distance and the prior are nought; elsewhere the prior tells; and it helps the attack."""
+    model = BatchNormNet().double()
+    draws = torch.Generator().manual_seed(3)
+    images, labels = torch.rand(3, *tiny.shape, generator=draws, dtype=torch.float64), torch.tensor([0, 1, 2])
+    seen = observed(model, images, labels, mode="train", statistics="batch")
+    simulate = gradient_of(model, mode="train")
+    prior = bn_statistics(
+        lambda params, known, x: batch_statistics(simulate.model, params, x, known), lambda params, known: granted_statistics(model, known),
+        source="batch",
+    )  # fmt: skip
+    settings = gradinversion(statistics=prior, statistics_weight=1.0, group=0.0, restarts=1, tv=0.0, pixel_norm=0.0, iterations=0, **tiny.settings)
+    (at_truth,) = run([seen], lambda: simulate, dataclasses.replace(settings, start=lambda o, r: (images, None)), **DOUBLE)
+    assert at_truth.loss < 1e-12
+    other = torch.rand(3, *tiny.shape, generator=draws, dtype=torch.float64)
+    (elsewhere,) = run([seen], lambda: simulate, dataclasses.replace(settings, start=lambda o, r: (other, None)), **DOUBLE)
+    assert elsewhere.loss - elsewhere.fit > 1e-3
+    (with_prior,) = run([seen], lambda: simulate, dataclasses.replace(settings, iterations=150), **DOUBLE)
+    assert with_prior.loss < 0.2 * float(with_prior.losses[0])

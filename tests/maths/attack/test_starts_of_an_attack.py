@@ -1,0 +1,198 @@
+"""Restarts, variants, halving, patience and couplings: which starts run how long, and which one is chosen. Tiny nets, float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gidef.attack import drain, joint, naive, plan, run, run_chunk, select
+from gidef.errors import InputError
+
+DOUBLE = {"seed": 3, "dtype": torch.float64}
+
+
+@pytest.fixture
+def case(tiny):
+    model = tiny.Net(sigma=0.5)
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    observations = [tiny.observe(simulate, params, size=2, seed=seed, noise=tiny.draw_noise(seed, 2))[0] for seed in range(3)]
+    return observations, simulate, joint(noise_shape=(2, *tiny.latent), iterations=16, **tiny.settings)
+
+
+def rows_of(case, chunk, settings, **options):
+    observations, simulate, _ = case
+    return drain(run_chunk(chunk, observations, simulate, settings, **DOUBLE, **options))
+
+
+def every(settings, observations=3):
+    return tuple((o, s) for o in range(observations) for s in range(settings.starts))
+
+
+# --- halving ---------------------------------------------------------------------------------------------------------
+
+
+def test_halving_stops_the_worse_starts_and_changes_nothing_for_the_ones_that_go_on(case):
+    settings = dataclasses.replace(case[2], restarts=4, halving=2)
+    full = rows_of(case, every(settings), dataclasses.replace(settings, halving=1))
+    halved = rows_of(case, every(settings), settings)
+    for observation in range(3):
+        mine = slice(4 * observation, 4 * observation + 4)
+        # rungs at 4 and 8 of 16 iterations: two starts stop at the first, one at the second
+        assert sorted(halved["iterations"][mine].tolist()) == [4, 4, 8, 17]
+        last = 4 * observation + int(halved["iterations"][mine].argmax())
+        torch.testing.assert_close(halved["images"][last], full["images"][last], rtol=1e-5, atol=1e-6)
+        at_the_rung = [float(full["losses"][row, :4].min()) for row in range(4 * observation, 4 * observation + 4)]
+        gone = [row for row in range(4) if halved["iterations"][mine][row] == 4]
+        assert max(sorted(at_the_rung)[:2]) <= min(at_the_rung[row] for row in gone)
+    assert halved["losses"].isnan().any() and not full["losses"].isnan().any()
+
+
+def test_halving_does_not_depend_on_how_many_attacks_run_at_once(case):
+    settings = dataclasses.replace(case[2], restarts=4, halving=2)
+    together = rows_of(case, every(settings), settings)
+    for at_once, mode in ((3, "vmap"), (5, "traced")):
+        in_turns = rows_of(case, every(settings), settings, at_once=at_once, mode=mode)
+        assert torch.equal(together["iterations"], in_turns["iterations"])
+        torch.testing.assert_close(together["images"], in_turns["images"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_failed_start_is_the_first_to_go(case, tiny):
+    observations, simulate, settings = case
+
+    def trapped(params, known, images, labels, noise):
+        return {name: tensor + 0 * torch.log(1.0 - known["trap"] * images.max()) for name, tensor in simulate(params, {}, images, labels, noise).items()}
+
+    observations = [dataclasses.replace(o, known={"trap": torch.tensor(0.0)}) for o in observations]
+
+    def start(observation, restart):
+        return torch.full((2, *tiny.shape), 0.2 + 0.2 * restart), None
+
+    settings = dataclasses.replace(settings, restarts=4, halving=4, start=start)
+    healthy = drain(run_chunk(((0, 0), (0, 1), (0, 2), (0, 3)), observations, trapped, settings, **DOUBLE))
+    best = int(healthy["iterations"].argmax())
+    trap = [dataclasses.replace(observations[0], known={"trap": torch.tensor(1 / (0.2 + 0.2 * best))})]
+    rows = drain(run_chunk(((0, 0), (0, 1), (0, 2), (0, 3)), trap, trapped, settings, **DOUBLE))
+    assert rows["failure"][best] != 0 and rows["iterations"][best] < 17 and int(rows["iterations"].max()) == 17
+
+
+@pytest.mark.parametrize(("starts", "rate", "cost"), [(8, 2, 2.5), (16, 4, 2.5), (4, 2, 2.0)])
+def test_the_cost_of_halving_is_that_of_few_full_starts(case, starts, rate, cost):
+    settings = dataclasses.replace(case[2], restarts=starts, halving=rate, iterations=64)
+    rows = rows_of(case, tuple((0, s) for s in range(starts)), settings)
+    assert int(rows["iterations"].sum()) - 1 == pytest.approx(64 * cost, rel=0.15)
+
+
+def test_progress_counts_every_iteration_that_is_done_or_given_up(case):
+    observations, simulate, settings = case
+    settings = dataclasses.replace(settings, restarts=4, halving=2)
+    running, seen = run_chunk(every(settings), observations, simulate, settings, at_once=5, every=3, **DOUBLE), []
+    while True:
+        try:
+            seen.append(next(running).done)
+        except StopIteration:
+            break
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 12 * 16
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_variants_of_a_start_begin_alike_and_each_follows_its_own_settings(case):
+    changes = ({"tv": 0.1}, {"lr": 0.01, "noise_lr": 0.02}, {})
+    settings = dataclasses.replace(case[2], restarts=2, variants=changes)
+    rows = rows_of(case, every(settings, 1), settings)
+    for number, change in enumerate(changes):
+        # the objective that is reported keeps the settings' own weights, so only paths and images are compared
+        alone = rows_of(case, every(case[2], 1)[:1], dataclasses.replace(case[2], restarts=2, **change))
+        if "tv" not in change:
+            torch.testing.assert_close(rows["losses"][2 * number], alone["losses"][0], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(rows["images"][2 * number], alone["images"][0], rtol=1e-5, atol=1e-6)
+    assert rows["losses"][:2, 0].tolist() == rows["losses"][2:4, 0].tolist() != rows["losses"][:2, 0].flip(0).tolist()
+    assert not torch.allclose(rows["losses"][0, -1], rows["losses"][4, -1])
+    assert len(run(case[0], lambda: case[1], settings, **DOUBLE)[0].restart_losses) == 6
+
+
+def test_only_numbers_that_a_program_can_hold_side_by_side_may_vary(case):
+    with pytest.raises(InputError, match="iterations"):
+        dataclasses.replace(case[2], variants=({"iterations": 3},))
+    with pytest.raises(InputError, match="tv_boost=0.5"):
+        dataclasses.replace(case[2], variants=({"tv_boost": 0.5},))
+
+
+# --- choice, patience, coupling ---------------------------------------------------------------------------------------
+
+
+def test_starts_can_be_chosen_by_fit_or_by_total_variation(case, tiny):
+    """Total variation as a score of restarts raises in the best-known peer."""
+    observations, simulate, settings = case
+
+    def start(observation, restart):  # flat images are the smoothest there are, and fit badly
+        flat = torch.full((2, *tiny.shape), 0.5)
+        return (flat if restart == 1 else torch.rand(2, *tiny.shape, generator=torch.Generator().manual_seed(restart))), None
+
+    settings = dataclasses.replace(settings, restarts=3, iterations=1, lr=1e-6, noise_lr=1e-6, start=start, tv=0.0)
+    for choose_by in ("objective", "fit", "tv"):
+        found = run(observations, lambda: simulate, dataclasses.replace(settings, choose_by=choose_by), **DOUBLE)
+        for one in found:
+            expected = 1 if choose_by == "tv" else int(one.restart_losses.argmin())
+            assert one.restart == expected
+
+
+def test_an_attack_without_progress_stops_alone_and_keeps_its_best(case, tiny):
+    observations, simulate, settings = case
+    truth = tiny.observe(simulate, observations[0].params, size=2, seed=0)[1]
+
+    def start(observation, restart):  # the first attack is at its goal from the beginning
+        images = truth if observation == 0 else torch.full((2, *tiny.shape), 0.5)
+        return images, tiny.draw_noise(observation, 2) if observation == 0 else torch.zeros(2, *tiny.latent)
+
+    settings = dataclasses.replace(settings, start=start, tv=0.0, noise_weight=0.0, iterations=40, patience=4, lr=0.01, noise_lr=0.02)
+    chunk = ((0, 0), (1, 0), (2, 0))
+    rows, full = rows_of(case, chunk, settings), rows_of(case, chunk, dataclasses.replace(settings, patience=None))
+    assert rows["iterations"][0] == 6 and (rows["iterations"][1:] > 6).all()
+    assert rows["losses"][0, 7:].isnan().all() and rows["loss"][0] < 1e-12
+    ran = int(rows["iterations"][1])
+    torch.testing.assert_close(rows["losses"][1, :ran], full["losses"][1, :ran], rtol=1e-5, atol=1e-8)
+    alone = rows_of(case, ((0, 0),), settings, every=5)
+    assert torch.equal(alone["iterations"], rows["iterations"][:1])
+
+
+def test_a_coupling_pulls_the_starts_of_an_observation_and_sees_them_all(case):
+    observations, simulate, settings = case
+    seen = []
+
+    def to_the_mean(images, groups, progress, labels):
+        seen.append((len(images), groups, progress))
+        assert labels.shape == images.shape[:2]
+        loss, slope = torch.zeros(len(images), dtype=images.dtype), torch.zeros_like(images)
+        for group in groups:
+            apart = images[group] - images[group].mean(0)
+            loss[group], slope[group] = apart.square().flatten(1).mean(1), 2 * apart / apart[0].numel()
+        return loss, slope
+
+    settings = dataclasses.replace(settings, restarts=3)
+    strong = dataclasses.replace(settings, coupling=lambda *a: tuple(100 * t for t in to_the_mean(*a)))
+    assert strong.together and plan(2, 3, 2, together=True) == [((0, 0), (0, 1), (0, 2)), ((1, 0), (1, 1), (1, 2))]
+    free, pulled = (run(observations, lambda: simulate, one, at_once=3, **DOUBLE) for one in (settings, strong))
+    spread = [sum(float(found.restart_images.std(0).mean()) for found in one) for one in (free, pulled)]
+    assert spread[1] < 0.5 * spread[0], spread
+    assert seen[0] == (3, [[0, 1, 2]], 0.0) and seen[-1][2] == 1.0
+
+
+def test_snapshots_show_the_best_candidate_on_the_way(case):
+    settings = dataclasses.replace(case[2], snapshots=4)
+    rows = rows_of(case, ((0, 0), (1, 0)), settings)
+    assert rows["snapshots"].shape == (2, 4, 2, 2, 6, 6)
+    torch.testing.assert_close(rows["snapshots"][:, -1].float(), rows["images"], rtol=0, atol=1e-3)
+    assert not torch.equal(rows["snapshots"][:, 0], rows["snapshots"][:, -1])
+
+
+def test_a_plan_leaves_out_what_is_done():
+    assert plan(2, 2, 3, done=[(0, 1)]) == [((0, 0), (1, 0), (1, 1))]
+    assert plan(2, 2, 4, together=True, done=[(0, 0), (0, 1)]) == [((1, 0), (1, 1))]
+    assert plan(2, 1, 1, done=[(0, 0), (1, 0)]) == []
+
+
+def test_published_attacks_can_start_from_zero_iterations(case):
+    rows = rows_of(case, ((0, 0),), naive(iterations=0, **{k: getattr(case[2], k) for k in ("image_shape", "num_classes")}))
+    assert rows["iterations"].tolist() == [1] and select([rows], 1)[0].loss == float(rows["losses"][0, 0])

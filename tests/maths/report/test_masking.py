@@ -1,0 +1,42 @@
+"""Warnings that a defence hides gradients. Made-up results."""
+
+import pytest
+
+from gidef.report import verdict
+
+
+def warnings(results):
+    return [sentence for sentence in verdict(results) if sentence.startswith("Warning")]
+
+
+def test_nothing_is_said_of_a_defence_that_no_attack_sees_through(results):
+    results["rows"][2]["psnr_db"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
+    assert warnings(results) == []
+
+
+def test_an_attack_that_knows_of_the_defence_and_does_much_better_is_a_sign(results):
+    [sentence] = warnings(results)  # 12.1 dB against 8.0
+    assert '"learned"' in sentence and "joint, which knows of it, gets 4.1 dB more" in sentence
+
+
+@pytest.mark.parametrize(("fits", "said"), [((0.5, 0.49), "hardly fell, from 0.5 to 0.49"), ((0.9, 0.4), "a failed optimiser is no defence"), ((0.9, 0.1), None)])
+def test_a_flat_or_a_high_loss_is_a_sign(results, fits, said):
+    results["rows"][2]["psnr_db"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
+    results["rows"][1].update(fit_first=fits[0], fit=fits[1])
+    found = warnings(results)
+    assert (said is None and not found) or said in found[0]
+
+
+def test_an_attack_no_better_than_on_a_shuffled_gradient_shows_its_priors(results, make_row):
+    results["rows"][2]["psnr_db"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
+    results["rows"].append(make_row("learned", "control", "control", 7.8))
+    assert "than from a shuffled one (7.8 dB)" in warnings(results)[0]
+    results["rows"][-1]["psnr_db"]["mean"] = 6.0
+    assert warnings(results) == []
+
+
+def test_the_undefended_net_is_never_warned_of_and_a_control_never_counts_as_an_attack(results, make_row):
+    results["rows"][0].update(fit_first=0.5, fit=0.5)
+    results["rows"].append(make_row("learned", "control", "control", 30.0))
+    text = " ".join(verdict(results))
+    assert "plain" not in " ".join(warnings(results)) and "under the control attack" not in text

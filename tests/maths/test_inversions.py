@@ -1,0 +1,210 @@
+"""The engine at work on an evaluation's cells: what is kept, taken up again, and told of failures. Small synthetic cells, one round."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from gidef import build, config, inversions, parity
+from gidef.attack import Calibration
+from gidef.cells import make_cells
+from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.errors import InputError
+from gidef.parallel import World
+from gidef.releases import Releases
+from gidef.report import Console
+from gidef.training import Run, train
+
+NAIVE = config.NaiveMatching(iterations=4, restarts=2)
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=64, val=16, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    defences = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0)}
+    recipe = Recipe(
+        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+        clients=LocalTraining(batch_size=8), defences=defences, speed=Speed(device="cpu", workers=1, attacks_at_once=2, attack_mode="vmap"),
+        evaluation=Evaluation(num_victims=4, num_tuning=8, checkpoints=("final",)), attacks={"naive": NAIVE},
+    )  # fmt: skip
+    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
+    yield run, {(name, 0): train(run, name, defence, 0) for name, defence in defences.items()}
+    torch.set_num_threads(before)
+
+
+class Heard(Console):
+    """A silent console that remembers."""
+
+    def __init__(self):
+        super().__init__(rank=1)
+        self.notices, self.said = [], []
+
+    def notice(self, text):
+        self.notices.append(text)
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def with_speed(run, console=None, attacks=None, **speed):
+    recipe = dataclasses.replace(run.recipe, speed=dataclasses.replace(run.recipe.speed, **speed), attacks=attacks or run.recipe.attacks)
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe), console=console or run.console)
+
+
+def cells_of(run, trained, folder, defence="undefended"):
+    releases = Releases(run)
+    cells = [cell for cell in make_cells(run, trained, folder) if cell.defence == defence]
+    for cell in cells:
+        cell.releases = releases.of(cell)
+    return cells
+
+
+def tasks_of(run, cells, folder):
+    return inversions.matching_tasks(run, cells, lambda cell: {}, folder)
+
+
+def finish(run, cells, folder, only=None):
+    tasks = tasks_of(run, cells, folder)
+    for task in tasks[:only]:
+        task.do(0, lambda units: None)
+    return tasks
+
+
+def test_a_stopped_attack_is_taken_up_where_it_was_with_another_number_at_once(trained, tmp_path):
+    run, found = trained
+    whole = cells_of(run, found, tmp_path / "whole")
+    assert len(finish(run, whole, tmp_path / "whole")) == 4
+    inversions.collect(run, whole[0])
+    cut = cells_of(run, found, tmp_path / "cut")
+    finish(run, cut, tmp_path / "cut", only=2)
+    resumed = with_speed(run, attacks_at_once=3)
+    again = cells_of(resumed, found, tmp_path / "cut")
+    assert len(finish(resumed, again, tmp_path / "cut")) == 2  # four attacks are left, three at once
+    assert tasks_of(resumed, again, tmp_path / "cut") == []
+    inversions.collect(resumed, again[0])
+    assert len(again[0].attempts) == 8
+    for one, other in zip(whole[0].reconstructions, again[0].reconstructions, strict=True):
+        assert one.restart == other.restart
+        torch.testing.assert_close(one.images, other.images, rtol=1e-4, atol=1e-4)
+
+
+def test_attacks_whose_program_raises_are_rows_with_their_error_and_the_others_go_on(trained, tmp_path, monkeypatch):
+    run, found = trained
+    real = inversions.climb
+
+    def sometimes(chunk, *arguments, **options):
+        if chunk[0][0] == 1:
+            raise RuntimeError("this operator has no derivative\nand a long story")
+        return real(chunk, *arguments, **options)
+
+    monkeypatch.setattr(inversions, "climb", sometimes)
+    heard = Heard()
+    run = with_speed(run, heard)
+    [cell] = cells_of(run, found, tmp_path)
+    finish(run, [cell], tmp_path)
+    inversions.collect(run, cell)
+    statuses = [one.status for one in cell.reconstructions]
+    assert statuses == ["ok", "failed", "ok", "ok"] and (cell.reconstructions[1].images == 0.5).all()
+    assert cell.reconstructions[1].error == "RuntimeError: this operator has no derivative"
+    failed = [attempt for attempt in cell.attempts if attempt["status"] == "failed"]
+    assert [(one["observation"], one["start"], one["iterations"]) for one in failed] == [(1, 0, 0), (1, 1, 0)]
+    assert len(cell.attempts) == 8 and any("no derivative" in text for text in heard.notices)
+
+
+def test_bad_input_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):
+    run, found = trained
+
+    def full(*arguments, **options):
+        raise InputError("disk full")
+
+    monkeypatch.setattr(inversions, "climb", full)
+    [cell] = cells_of(run, found, tmp_path)
+    with pytest.raises(InputError, match="disk full"):
+        finish(run, [cell], tmp_path)
+
+
+def test_results_of_another_recipe_are_refused(trained, tmp_path):
+    run, found = trained
+    finish(run, cells_of(run, found, tmp_path), tmp_path, only=1)
+    other = with_speed(run, attacks={"naive": dataclasses.replace(NAIVE, tv=0.5)})
+    with pytest.raises(InputError, match="another recipe"):
+        tasks_of(other, cells_of(other, found, tmp_path), tmp_path)
+
+
+def test_a_damaged_result_is_named(trained, tmp_path):
+    run, found = trained
+    cells = cells_of(run, found, tmp_path)
+    finish(run, cells, tmp_path, only=1)
+    [path] = sorted(cells[0].folder.glob("attacks-*"))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match=path.name):
+        tasks_of(run, cells_of(run, found, tmp_path), tmp_path)
+
+
+def test_a_calibration_is_kept_in_the_run_s_folder_and_not_taken_twice(trained, tmp_path, monkeypatch):
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard, attacks_at_once=0, attack_mode="auto")
+    monkeypatch.setattr(inversions, "SHORT_S", 0.0)
+    [cell] = cells_of(run, found, tmp_path)
+    tasks_of(run, [cell], tmp_path)
+    kept = json.loads((tmp_path / "calibration.json").read_text())
+    [one] = kept.values()
+    assert [candidate["mode"] for candidate in one["candidates"]][0] == "vmap" and len(one["candidates"]) > 1 and one["at_once"] == cell.calibration.at_once
+    assert sum("<- chosen" in line for line in heard.said) == 1
+
+    def never(*arguments, **options):
+        raise AssertionError("it was calibrated before")
+
+    monkeypatch.setattr(inversions.attacks, "calibrate", never)
+    [again] = cells_of(run, found, tmp_path)
+    tasks_of(run, [again], tmp_path)
+    assert again.calibration == Calibration.from_json(one)
+
+
+def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypatch):
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard, attack_precision="bfloat16")
+    [cell] = cells_of(run, found, tmp_path)
+    shift = parity.shift_db(run, cell, "bfloat16", mode="vmap", at_once=8)
+    assert shift != 0.0 and abs(shift) < 1.0
+    for measured, used in ((0.05, "bfloat16"), (-0.3, "float32"), (None, "float32")):
+        monkeypatch.setattr(parity, "shift_db", lambda *a, measured=measured, **k: measured)
+        path = tmp_path / f"{measured}.json"
+        assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used
+        monkeypatch.setattr(parity, "shift_db", lambda *a, **k: 1 / 0)
+        assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used  # as it was measured
+    assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
+
+
+def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_noise(trained, tmp_path):
+    run, found = trained
+    joint = config.JointMatching(**{spec.name: getattr(NAIVE, spec.name) for spec in dataclasses.fields(NAIVE)})
+    run = with_speed(run, attacks={"naive": NAIVE, "joint": joint, "eot": config.EotMatching(iterations=4)})
+    undefended, learned = (make_cells(run, {key: one}, tmp_path) for key, one in found.items())
+    assert [cell.name for cell in undefended] == ["naive", "joint"] and undefended[1].twin is undefended[0]
+    assert [(cell.name, cell.twin) for cell in learned] == [("naive", None), ("joint", None), ("eot", None)]
+
+
+def test_when_nothing_else_fits_the_naive_attack_runs_on_the_module_itself(trained, tmp_path, monkeypatch):
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard)
+    [cell] = cells_of(run, found, tmp_path)
+    monkeypatch.setattr("gidef.attack.ladder.run_chunk", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    finish(run, [cell], tmp_path, only=1)
+    assert "on the module itself" in heard.notices[-1]
+    [path] = cell.folder.glob("attacks-*")
+    rows, _ = inversions.load_marked(path, inversions.mark(run, cell))
+    assert rows["attacks"].tolist() == [[0, 0], [0, 1]] and (rows["loss"] < rows["losses"][:, 0]).all() and not rows["failure"].any()

@@ -1,0 +1,197 @@
+"""What attacks are given, and what the engine makes of it, over every attack that matches gradients. Small synthetic cells, one round."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from gidef import attack as attacks
+from gidef import build, config, methods, observe
+from gidef.cells import NEEDS_NOISE
+from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.models import decoder_for
+from gidef.parallel import World
+from gidef.report import Console
+from gidef.training import Run, train
+
+SHORT = {"iterations": 3}
+MATCHING = {
+    name: dataclasses.replace(attack, **SHORT) for name, attack in config.PRESETS.items() if isinstance(attack, config.NaiveMatching)
+}  # fmt: skip
+MATCHING |= {"guessed": config.JointMatching(decoder="surrogate", **SHORT), "unused": config.JointMatching(decoder="unused", **SHORT)}
+DELTA_ONLY = ("surrogate-model",)
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(run, {defence: what one round of it left}) under share policy full."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    defences = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0, std_floor=0.2)}
+    recipe = Recipe(
+        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+        clients=LocalTraining(batch_size=8), defences=defences, speed=Speed(device="cpu", workers=1),
+        evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("final",)), attacks={"naive": config.NaiveMatching()},
+    )  # fmt: skip
+    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
+    yield run, {name: train(run, name, defence, 0) for name, defence in defences.items()}
+    torch.set_num_threads(before)
+
+
+def case_of(trained, defence, attack, **evaluation):
+    run, found = trained
+    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **evaluation))
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    one = found[defence]
+    snapshot = one.snapshots["final"]
+    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    fitted = {"surrogate": {n: t + 0.01 for n, t in one.training.defence.initial().items() if n.startswith("decoder.")}}
+    fitted["generator"] = decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0)
+    return methods.make_case(run, one, snapshot, attack, releases, seed=0, fitted=fitted), run, releases
+
+
+def reconstructed(plan):
+    rows = attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    if plan.refine is not None:
+        rows = attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), methods.refined(plan, rows), seed=0))
+    return rows["images"]
+
+
+def _each():
+    for name, attack in MATCHING.items():
+        for defence in ("undefended", "learned"):
+            noise_only = isinstance(attack, (*NEEDS_NOISE, config.DecoderAware)) or getattr(attack, "decoder", "known") != "known"
+            if not (defence == "undefended" and noise_only):
+                yield pytest.param(defence, attack, name in DELTA_ONLY, id=f"{name}-{defence}")
+
+
+@pytest.mark.parametrize(("defence", "attack", "delta"), list(_each()))
+def test_no_attack_can_see_the_truth(trained, defence, attack, delta):
+    """The evaluator's truth, images, victims and training set alike, is overwritten after the release: no reconstruction changes in any bit."""
+    if isinstance(attack, config.GradInversion):
+        attack = dataclasses.replace(attack, group=0.0)
+    evaluation = {"release": "delta", "local_steps": 2, "batch_size": 2} if delta else {}
+    case, run, releases = case_of(trained, defence, attack, **evaluation)
+    plan = methods.plan(case)
+    before = reconstructed(plan)
+    assert before.shape[-3:] == (3, 16, 16) and before.isfinite().all()
+    kept = run.setting.dataset.train.images.clone()
+    try:
+        run.setting.dataset.train.images.copy_(kept.flip(0))
+        for client in run.setting.clients:
+            client.images.copy_(client.images.flip(0))
+        for release in releases:
+            release.images.copy_(release.images.flip(0).roll(3, -1))
+            release.rows.copy_(release.rows.flip(0))
+        assert torch.equal(before, reconstructed(methods.plan(dataclasses.replace(case, seed=case.seed))))
+    finally:
+        run.setting.dataset.train.images.copy_(kept)
+        for client in run.setting.clients:
+            client.images.copy_(client.images.flip(0))
+
+
+def test_a_case_holds_no_tensor_of_the_private_images(trained):
+    case, run, releases = case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))
+    private = {tuple(image.flatten()[:50].tolist()) for image in releases[0].images.flatten(0, 1)}
+
+    def tensors(value, depth=0):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from tensors(part, depth + 1)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                yield from tensors(part, depth + 1)
+        elif dataclasses.is_dataclass(value):
+            for spec in dataclasses.fields(value):
+                yield from tensors(getattr(value, spec.name), depth + 1)
+
+    found = list(tensors(case))
+    assert len(found) > 20 and not any(tuple(t.flatten()[:50].tolist()) in private for t in found)
+    assert not any(isinstance(getattr(case, spec.name), (Run, observe.Victims)) for spec in dataclasses.fields(case))
+
+
+def test_fresh_noise_in_every_round_and_the_same_labels(trained):
+    case, _, releases = case_of(trained, "learned", config.MultiRound(rounds=3, **SHORT))
+    first, second, third = (release.noise[0] for release in releases)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    plan = methods.plan(case)
+    names = {name.partition("/")[0] for name in plan.observations[0].update}
+    assert names == {"0", "1", "2"} and plan.matching.noise_shape == (3, 1, *case.latent_shape)
+    assert torch.equal(plan.observations[0].labels, releases[0].labels[0])
+
+
+def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained):
+    """At the true images and noise the simulated updates are the observed ones."""
+    attack = config.MultiRound(rounds=2, **SHORT)
+    case, _, releases = case_of(trained, "learned", attack)
+    plan = methods.plan(case)
+    truth = torch.stack([release.noise[0] for release in releases])
+    matching = dataclasses.replace(plan.matching, start=lambda o, r: (releases[0].images[o], truth), iterations=0, tv=0.0, noise_weight=0.0)
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
+    assert float(rows["fit"]) < 1e-9
+    other = dataclasses.replace(matching, start=lambda o, r: (releases[0].images[1], truth))
+    assert float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), other, seed=0))["fit"]) > 1e-3
+
+
+def test_skipped_layers_are_the_predictor_s_and_the_perturbation_s(trained):
+    case, _, _ = case_of(trained, "learned", config.SkipLayers(**SHORT))
+    assert set(case.observations[0].update) == set(case.model.parts["encoder"])
+
+
+def test_counts_grant_the_labels_without_their_order(trained):
+    attack = config.NaiveMatching(labels="counts", **SHORT)
+    case, _, releases = case_of(trained, "undefended", attack, batch_size=4)
+    granted, true = case.observations[0].labels, releases[0].labels[0]
+    assert granted.tolist() == sorted(true.tolist())
+
+
+def test_a_shuffled_update_keeps_every_tensor_s_entries_and_loses_their_places(trained):
+    case, _, _ = case_of(trained, "undefended", config.NaiveMatching(**SHORT))
+    for one, other in zip(case.observations, methods.shuffled(case.observations, seed=0), strict=True):
+        for name, tensor in one.update.items():
+            assert torch.equal(tensor.flatten().sort().values, other.update[name].flatten().sort().values)
+        assert not torch.equal(one.update["backbone.blocks.0.conv.weight"], other.update["backbone.blocks.0.conv.weight"])
+
+
+def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):
+    """With one local step the update is −lr times the gradient at the server's weights: α = 0 matches it in direction."""
+    case, _, releases = case_of(trained, "undefended", config.SurrogateModel(**SHORT), release="delta", local_steps=1)
+    plan = methods.plan(case)
+    spec = dataclasses.replace(plan.matching.searched["alpha"], start=0.0)
+    matching = dataclasses.replace(plan.matching, searched={"alpha": spec}, start=lambda o, r: (releases[0].images[o], None), iterations=0, tv=0.0)
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
+    assert float(rows["fit"]) < 1e-6
+
+
+def test_an_attack_of_one_s_own_is_twenty_lines(trained):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Smooth:
+        """Joint matching with a quadratic smoothness prior."""
+
+        weight: float = 0.1
+        iterations: int = 3
+        restarts: int = 1
+        labels: str = "known"
+
+        def plan(self, case):
+            def roughness(point):
+                return point.images.diff(dim=-1).square().mean() + point.images.diff(dim=-2).square().mean()
+
+            matching = case.matching(priors=((self.weight, roughness),), noise_shape=case.noise_shape)
+            return methods.Plan(case.observations, case.simulator, matching)
+
+    case, _, _ = case_of(trained, "undefended", Smooth())
+    assert reconstructed(methods.plan(case)).shape == (2, 1, 3, 16, 16)
+    assert config.problems(dataclasses.replace(Recipe(), attacks={"smooth": Smooth()})) == []
+    assert copy.copy(case).attack == Smooth()
