@@ -1,0 +1,25 @@
+"""What restarts buy an attacker, and what successive halving saves of their cost: blood cells, a net after a tenth of its training.
+
+Shows:  one start, eight starts, and eight of which the worse half stops at 1/8, 1/4 and 1/2 of the iterations, by the attacker's own loss.
+Expect: eight halved starts as good as eight full ones, at a third of the iterations.
+Costs:  about 6 minutes on 2 CPU cores.
+"""
+
+from gidef.config import Data, Evaluation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Undefended
+from gidef.main import main
+
+RECIPE = Recipe(
+    data=Data(name="bloodmnist", num_clients=10),
+    model=Model(name="small", cut="blocks.1"),
+    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
+    rounds=Rounds(count=5),
+    defences={"undefended": Undefended()},
+    attacks={
+        "one start": NaiveMatching(iterations=400),
+        "eight starts": NaiveMatching(iterations=400, restarts=8),
+        "eight halved": NaiveMatching(iterations=400, restarts=8, halving=2),
+    },
+    evaluation=Evaluation(num_victims=8, checkpoints=("final",), judge_epochs=4),
+)
+
+main(RECIPE)
