@@ -112,7 +112,7 @@ def calibrate(
     known = {(one.mode, one.at_once): one for one in measured}
     for mode in modes:
         before: Candidate | None = None
-        for size in [1] if mode == "loop" and at_once is None else sizes:
+        for size in _worth_trying(mode, sizes, found) if at_once is None else sizes:
             if (mode, size) in known:
                 before = known[mode, size]
                 continue
@@ -140,6 +140,17 @@ def _sizes(most: int) -> list[int]:
     """1, 2, 4, … and `most` itself."""
     sizes = [2**power for power in range(most.bit_length()) if 2**power <= most]
     return sizes if sizes[-1] == most else [*sizes, most]
+
+
+def _worth_trying(mode: str, sizes: list[int], found: list[Candidate]) -> list[int]:
+    """A loop has one size; recording takes seconds and compiling minutes, so those try the sizes about the best one of the plain program."""
+    if mode == "loop":
+        return [1]
+    plain = [one for one in found if one.mode in ("vmap", "traced") and one.ms is not None]
+    if mode == "vmap" or not plain:
+        return sizes
+    best = min(plain, key=lambda one: one.ms).at_once
+    return [size for size in sizes if best <= 2 * size <= 4 * best] if mode == "traced" else [best]
 
 
 def _too_large(before: Candidate | None, size: int, memory_bytes: int | None) -> bool:

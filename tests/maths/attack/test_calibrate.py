@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gidef.attack import Programs, calibrate, joint, run
-from gidef.attack.calibrate import Calibration, Candidate, _seconds
+from gidef.attack.calibrate import Calibration, Candidate, _seconds, _worth_trying
 from gidef.errors import InputError
 
 
@@ -59,6 +59,13 @@ def test_attacks_are_shared_out_over_workers_before_a_program_grows(case):
     observations, simulate, settings = case
     chosen = calibrate(observations, simulate, settings, seed=0, modes=("vmap",), workers=4, iterations=1)
     assert max(one.at_once for one in chosen.candidates) == 2
+
+
+def test_recording_and_compiling_are_tried_about_the_best_size_only():
+    found = [Candidate("vmap", size, ms, 0.0) for size, ms in ((1, 9.0), (2, 5.0), (4, 3.0), (8, 4.0))]
+    sizes = [1, 2, 4, 8, 16]
+    assert [_worth_trying(mode, sizes, found) for mode in ("loop", "vmap", "traced", "compiled")] == [[1], sizes, [2, 4, 8], [4]]
+    assert _worth_trying("compiled", sizes, []) == sizes
 
 
 def test_recording_and_compiling_count_and_so_does_the_padding_of_the_last_program():
