@@ -177,7 +177,9 @@ class _Run:
         evaluate = self.programs.get(self.simulate, matching, dims, inputs, mode=self.mode, precision=self.precision)
         groups = _groups(batch.chunk)
         curve = {int(point): place for place, point in enumerate(_points(end))}
-        marks = {end * (place + 1) // matching.snapshots: place for place in range(matching.snapshots)}
+        marks: dict[int, list[int]] = {}
+        for place in range(matching.snapshots):  # several of an attack of few iterations
+            marks.setdefault(end * (place + 1) // matching.snapshots, []).append(place)
         # patience reads the best loss and stops attacks; all of them at once is looked at when the loop reports
         for iteration in range(first, last + (last == end)):
             knobs = knobs_at(iteration)
@@ -199,13 +201,13 @@ class _Run:
                 if iteration in curve:
                     own["losses"][:, curve[iteration]] = torch.where(running, final, torch.nan)
                 if iteration in marks:
-                    kept["all"][:, marks[iteration]] = best["code" if matching.render is not None else "images"].half()
+                    kept["all"][:, marks[iteration]] = best["code" if matching.render is not None else "images"].half()[:, None]
             if iteration % self.every == 0 or iteration == end:
                 alive = own["failure"][:count] == OK
                 yield iteration, int((~alive).sum()), float(final[:count][alive].mean())
                 if matching.patience is not None and not bool((own["since"] >= 0).any()):
-                    for mark in (place for at, place in marks.items() if at > iteration):
-                        kept["all"][:, mark] = best["code" if matching.render is not None else "images"].half()
+                    later = [place for at, places in marks.items() if at > iteration for place in places]
+                    kept["all"][:, later] = best["code" if matching.render is not None else "images"].half()[:, None]
                     break
             if iteration < end:
                 with torch.no_grad():

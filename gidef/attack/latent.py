@@ -125,7 +125,7 @@ def latent_basis(update: Tensors, reader: Reader, latent_shape: tuple[int, ...],
     """
     for name in (reader.weight, reader.bias):
         if name is not None and name not in update:
-            raise InputError(f"{name!r}, of the layer that reads the latent, is not in the update: grant an observation that holds the predictor's gradient.")
+            raise InputError(f"{name!r}, of the layer that reads the latent, is not in the update: give one that holds the predictor's gradient.")
     weight = update[reader.weight].double().flatten(1)
     shape = (1, *latent_shape)
     seen = reader.gathered(torch.ones_like(reader.patches(weight.new_ones(shape))), latent_shape)  # how often each entry is read
@@ -181,7 +181,8 @@ def unmix(
     Returns: latents (B, *latent) and loss, float64 on the device; a list of losses, one per start; the curve of the best, a list; its number.
     Source:  ours; SPEAR's sparsity needs plain ReLU layers.
     Measured: float32 gradients of a small net after 300 steps on blood cells, noise of σ = 1: latents of 16 images, within 1e-3 of the truth in
-             batches of 2: all, in 1 s per batch; in batches of 4: 10 with 8 starts, 15 with 32, in 26 s.
+             batches of 2: all, in 1 s per batch; in batches of 4: 10 with 8 starts, 15 with 32, in 26 s. The default
+             was chosen on these images.
     """
     cast = {"device": torch.device(device), "dtype": torch.float64}
     names, size, sign = predictor.names, len(labels), 1.0 if observation.kind == "gradient" else -1.0
@@ -319,9 +320,10 @@ def read_latent(
              gave it. Updates that are zero or not finite have an infinite loss.
     """
     size, shape = _check(observations, predictor), predictor.latent_shape
-    labels, done, device = torch.stack([_labels(observation, predictor.num_classes) for observation in observations]), 0, settings.get("device", "cpu")
-    latents, loss = torch.zeros(len(observations), size, *shape, dtype=torch.float64), torch.full((len(observations),), torch.inf, dtype=torch.float64)
-    left = []
+    labels = torch.stack([_labels(observation, predictor.num_classes) for observation in observations])
+    latents = torch.zeros(len(observations), size, *shape, dtype=torch.float64)
+    loss = torch.full((len(observations),), torch.inf, dtype=torch.float64)
+    left, done, device = [], 0, settings.get("device", "cpu")
     for index, observation in enumerate(observations):
         if not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
             continue
@@ -340,8 +342,8 @@ def read_latent(
         free, done = yield from _counted(running, done)
         losses, curve = losses.repeat(1, free.losses.shape[1]), curve.repeat(1, free.curve.shape[1])
         for place, index in enumerate(left):
-            observation = observations[index]
-            running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, starts=1, first_step=0.1, device=device)
+            observation, near = observations[index], {"starts": 1, "first_step": 0.1, "device": device}
+            running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
             (polished, *_), done = yield from _counted(running, done)
             for found in (free.latents[place].double(), polished.cpu()):
                 fit = _fit(observation, predictor, found.to(device), labels[index])
@@ -465,9 +467,10 @@ def _readers(model: SplitModel, names: Sequence[str]) -> tuple[Reader, ...]:
         own, bias = f"{name}.weight", f"{name}.bias" if module.bias is not None else None
         if own not in names:
             return
-        if isinstance(module, nn.Linear) and given.ndim == 2:
-            found.append(Reader(own, bias))
-        elif isinstance(module, nn.Conv2d) and given.shape == probe.shape and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        if isinstance(module, nn.Linear):
+            if given.ndim == 2:
+                found.append(Reader(own, bias))
+        elif given.shape == probe.shape and module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             found.append(Reader(own, bias, module.kernel_size, module.stride, module.padding, module.dilation))
 
     for name, module in model.named_modules():

@@ -135,7 +135,7 @@ def _signs(count: int, key: int, device: torch.device) -> Tensor:
 def fit_inverter(
     inverter: Inverter, simulate: Simulate, params: Tensors, known: Tensors, images: Tensor, labels: Tensor, draw_noise: DrawNoise | None = None,
     *, steps: int, seed: int, samples: int = 4_000, noise_shape: tuple[int, ...] | None = None, flips: bool = True, lr: float = 1e-3,
-    ssim_weight: float = 0.5, examples: int = 64, at_once: int = 32, mode: Literal["vmap", "loop"] = "vmap", sketch_seed: int = 0,
+    ssim_weight: float = 0.05, examples: int = 64, at_once: int = 32, mode: Literal["vmap", "loop"] = "vmap", sketch_seed: int = 0,
 ) -> Iterator[int]:  # fmt: skip
     """Train an inverter in place on what a defended client would release of public images; yields the steps done.
 
@@ -153,14 +153,19 @@ def fit_inverter(
              draw_noise: the defence's noise law, draw_noise(count, generator=g) → (count, *latent); None, or a result of None, is no noise.
              noise_shape: of one batch, as `simulate` takes it; (B, *latent) unless given.  samples: gradients that are simulated, and a
              tenth as many again of held-out images; the regression takes samples² numbers of memory and samples³ steps.
-             flips: mirror half of the images.  ssim_weight: at ½ the network gives up 0.3 dB for 0.02 of SSIM (blood cells).
+             flips: mirror half of the images.  ssim_weight: one of 0, 0.05 and ½ tried; under noise 0.05 came within
+             0.1 dB of 0 and reached the SSIM of ½, which cost 0.4 dB.
              examples: images per training step.  at_once: gradients in one vectorised program.
              mode: "loop" for models that cannot be vectorised.  sketch_seed: of the hash; `invert_learned` needs the same.
     Yields:  0 while it simulates and solves, then the steps done.  Everything is drawn from `seed`, whatever at_once is.
     Raises:  InputError for fewer than 20 public images, labels that do not fit, or a simulated update that is not finite.
+    Measured: the linear solution, untrained small net, mean PSNR of 256 private blood cells, where their class mean has 18.7 dB: 25.1 undefended and
+             19.5 with noise of σ = 1 on the latent (3,000 gradients), in batches of 4 20.6 and 19.0 (2,000). Without the classifier's rows: 21.1 and
+             19.2 in batches of 1. On these 400 steps of the network gained 0.0 to 0.1 dB at most, and at ssim_weight 0.05, under noise, 0.03 of SSIM.
+             The same images served to choose the sketch, the rows and ssim_weight, so that fresh ones may score a little lower.
     Source:  Wu et al. 2023, "Learning to Invert" (arXiv:2210.10880): an MLP from hashed gradients to images, trained on defended ones.
-    Deviates: hashing is per tensor; the ridge regression, which on blood cells (3,424 gradients of a small net) gives 0.9 dB more than the
-             network alone after 1,200 steps, is new, and so are labels as inputs.
+    Deviates: hashing is per tensor; the ridge regression, which on blood cells (3,424 gradients, strength chosen by folds) gave 21.4 dB where the
+             network alone gave 20.8 after 1,200 steps, is new, and so are labels as inputs.
     """
     if images.ndim != 4 or len(images) < 20 or labels.shape != images.shape[:1]:
         raise InputError(

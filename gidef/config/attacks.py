@@ -200,7 +200,7 @@ class LearnedInversion:
     steps: int = 2000
     gradients: int = 4000
     """Gradients of public images that are simulated, each with fresh noise."""
-    sketch: int = 2048
+    sketch: int = 8192
     """Numbers that a gradient is hashed to, where it has many more."""
     labels: Literal["known", "recovered"] = "known"
 

@@ -98,7 +98,9 @@ def _downsampling(image_shape: tuple[int, int, int], width: int, *, norm: bool) 
 def _width(image_shape: tuple[int, int, int], code_dim: int, width_factor: float) -> int:
     """A multiple of 8, for GroupNorm."""
     if len(image_shape) != 3 or min(image_shape) < 1 or code_dim < 1:
-        raise InputError(f"a generative prior of images {tuple(image_shape)} and {code_dim} numbers each: expected (channels, height, width), all at least 1.")
+        raise InputError(
+            f"a generative prior of images {tuple(image_shape)} and {code_dim} numbers each: expected (channels, height, width), all at least 1."
+        )
     if not 0 < width_factor < math.inf:
         raise InputError(f"width_factor={width_factor} of a generative prior: expected a number above 0.")
     return max(16, 8 * round(WIDTH * width_factor / 8))

@@ -190,8 +190,7 @@ def test_searching_the_code_of_a_matching_attack_recovers_an_image_within_the_ra
 
 def test_a_second_phase_starts_at_what_the_first_one_found():
     images, restarts = torch.rand(2, *SHAPE), torch.rand(3, 2, *SHAPE)
-    found = [Reconstruction(images, torch.zeros(2), 0.0, torch.zeros(1), restart_images=restarts), Reconstruction(images, torch.zeros(2), 0.0, torch.zeros(1))]
-    start = start_from(found)
+    start = start_from([Reconstruction(images, torch.zeros(2), 0.0, torch.zeros(1), restart_images=one) for one in (restarts, None)])
     assert torch.equal(start(0, 1)[0], restarts[1]) and torch.equal(start(0, 3)[0], images) and torch.equal(start(1, 0)[0], images)
     assert start(0, 0)[1] is None
 

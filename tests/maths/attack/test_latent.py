@@ -189,7 +189,7 @@ def test_the_latents_of_a_batch_of_two_are_told_apart(make, labels, same_label):
 # --- matching --------------------------------------------------------------------------------------------------------
 
 
-MATCH = {"seed": 0, "dtype": torch.float64, "kink_width": None, "distance": "l2", "iterations": 500}
+MATCH = {"seed": 0, "dtype": torch.float64, "kink_width": None, "distance": "l2", "iterations": 600}
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -208,7 +208,7 @@ def test_matching_gets_closer_to_the_latents_of_a_convolutional_predictor_with_k
     model = split()
     observation, latents, _ = observe(model)
     settings = {"seed": 0, "dtype": torch.float64}
-    first, last = (result(match_latent([observation], Predictor(model), iterations=n, **settings)) for n in (0, 250))
+    first, last = (result(match_latent([observation], Predictor(model), iterations=n, **settings)) for n in (0, 150))
     assert last.loss < 0.01 * first.loss and apart(last.latents[0], latents).max() < 0.6 < 0.9 < apart(first.latents[0], latents).min()
 
 
@@ -239,7 +239,8 @@ def test_what_the_gradient_does_not_tell_stays_as_small_as_it_began():
     found = result(match_latent([observation], Predictor(model), start_scale=0.01, **{**MATCH, "iterations": 250})).latents[0]
     means = F.avg_pool2d(found, 2)
     assert apart(means, F.avg_pool2d(latents, 2)).max() < 0.1
-    assert (found - F.interpolate(means, scale_factor=2)).square().mean() < 0.01 < 0.1 < (latents - F.interpolate(means, scale_factor=2)).square().mean()
+    hidden, private = (one - F.interpolate(F.avg_pool2d(one, 2), scale_factor=2) for one in (found, latents))
+    assert hidden.square().mean() < 0.01 < 0.1 < private.square().mean()
 
 
 # --- the attack ------------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def test_a_gradient_that_no_closed_form_explains_is_matched_and_the_better_one_c
 def test_a_latent_that_is_matched_before_a_norm_layer_has_its_scale_polished():
     model = split(lambda: Layers(nn.Conv2d(3, 12, 3, 1, 1), nn.GroupNorm(2, 12), nn.Tanh(), nn.Flatten(), nn.Linear(192, CLASSES)))
     observation, latents, _ = observe(model)
-    settings = {"seed": 0, "dtype": torch.float64, "kink_width": None, "iterations": 150, "start_scale": 1.5}
+    settings = {"seed": 0, "dtype": torch.float64, "kink_width": None, "iterations": 80, "start_scale": 1.5}
     free = result(match_latent([observation], Predictor(model), **settings))
     found = result(read_latent([observation], Predictor(model), **settings))
     assert found.loss < free.loss and apart(found.latents[0], latents).max() < 0.8 * apart(free.latents[0], latents).max()
@@ -329,7 +330,8 @@ def test_an_attack_modifies_none_of_its_inputs():
     kept, state, weights = copy.deepcopy(observation), torch.get_rng_state(), copy.deepcopy(model.state_dict())
     result(read_latent([observation], Predictor(model), seed=0, starts=1, enough=0.0, iterations=2))
     assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
-    assert all(torch.equal(kept.update[name], t) and torch.equal(kept.params[name], observation.params[name]) for name, t in observation.update.items())
+    for name, tensor in observation.update.items():
+        assert torch.equal(kept.update[name], tensor) and torch.equal(kept.params[name], observation.params[name])
 
 
 # --- fronts and decoders ---------------------------------------------------------------------------------------------

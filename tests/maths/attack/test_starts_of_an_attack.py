@@ -185,6 +185,9 @@ def test_snapshots_show_the_best_candidate_on_the_way(case):
     assert rows["snapshots"].shape == (2, 4, 2, 2, 6, 6)
     torch.testing.assert_close(rows["snapshots"][:, -1].float(), rows["images"], rtol=0, atol=1e-3)
     assert not torch.equal(rows["snapshots"][:, 0], rows["snapshots"][:, -1])
+    few = rows_of(case, ((0, 0),), dataclasses.replace(settings, iterations=3, snapshots=8))["snapshots"][0]
+    # of iterations 0, 0, 1, 1, 1, 2, 2, 3
+    assert [torch.equal(few[place], few[place + 1]) for place in range(7)] == [True, False, True, True, False, True, False]
 
 
 def test_a_plan_leaves_out_what_is_done():
