@@ -2,7 +2,7 @@
 
 Shows:  one start, eight starts, and eight of which the worse half stops at 1/8, 1/4 and 1/2 of the iterations, by the attacker's own loss.
 Expect: eight halved starts as good as eight full ones, at a third of the iterations.
-Costs:  about 6 minutes on 2 CPU cores.
+Costs:  some minutes on 2 CPU cores.
 """
 
 from gidef.config import Data, Evaluation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Undefended

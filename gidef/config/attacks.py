@@ -79,7 +79,7 @@ class DeepLeakage(NaiveMatching):
     iterations: int = 300
     distance: Literal["cosine", "l2", "cosine_layers"] = "l2"
     lr: float = 1.0
-    """Of L-BFGS, before its line search."""
+    """Of L-BFGS, before its line search; one iteration is twenty evaluations."""
     decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "constant"
     tv: float = 0.0
     tv_boost: float = 1.0
