@@ -207,7 +207,8 @@ class _Run:
                 yield iteration, int((~alive).sum()), float(final[:count][alive].mean())
                 if matching.patience is not None and not bool((own["since"] >= 0).any()):
                     later = [place for at, places in marks.items() if at > iteration for place in places]
-                    kept["all"][:, later] = best["code" if matching.render is not None else "images"].half()[:, None]
+                    if later:
+                        kept["all"][:, later] = best["code" if matching.render is not None else "images"].half()[:, None]
                     break
             if iteration < end:
                 with torch.no_grad():

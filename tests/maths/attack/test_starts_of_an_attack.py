@@ -153,6 +153,8 @@ def test_an_attack_without_progress_stops_alone_and_keeps_its_best(case, tiny):
     assert rows["losses"][0, 7:].isnan().all() and rows["loss"][0] < 1e-12
     ran = int(rows["iterations"][1])
     torch.testing.assert_close(rows["losses"][1, :ran], full["losses"][1, :ran], rtol=1e-5, atol=1e-8)
+    kept = rows_of(case, ((0, 0),), dataclasses.replace(settings, snapshots=4), every=5)
+    torch.testing.assert_close(kept["snapshots"][0, -1].float(), kept["images"][0], rtol=0, atol=1e-3)
     alone = rows_of(case, ((0, 0),), settings, every=5)
     assert torch.equal(alone["iterations"], rows["iterations"][:1])
 
