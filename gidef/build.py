@@ -21,6 +21,8 @@ from gidef.clients.store import ClientStore
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
 from gidef.defence import Defence, LearnedDefence
 from gidef.defence.perturbation import MinimaxSettings
+from gidef.defence.pruning import Prune
+from gidef.defence.share import Transform
 from gidef.errors import InputError
 from gidef.models import SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
@@ -140,7 +142,25 @@ def _input_statistics(normalise: str, backbone: torch.nn.Module, channels: int) 
 
 
 def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:
-    """A defence from its dataclass: one `match`; your own offers `build(make_model)`."""
+    """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`."""
+    parts = chosen if isinstance(chosen, tuple) else (chosen,)
+    trained = [part for part in parts if not getattr(part, "changes_update", False)]
+    defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed)
+    defence.transforms = tuple(_make_transform(part) for part in parts if getattr(part, "changes_update", False))
+    return defence
+
+
+def _make_transform(chosen: Any) -> Transform:
+    match chosen:
+        case config.Pruning():
+            return Prune(share=chosen.share)
+    missing = [name for name in ("apply", "reveals", "imitate") if not callable(getattr(chosen, name, None))]
+    if missing:
+        raise InputError(f"{type(chosen).__name__} has changes_update, but no {', '.join(missing)}: see gidef.defence.share.")
+    return chosen
+
+
+def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:
     build_model = functools.partial(make_model, recipe, dataset, seed=seed)
     match chosen:
         case config.Undefended():
@@ -260,6 +280,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     participation = Participation(
         [defence.player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
+        share=defence.share if defence.transforms else None,
     )  # fmt: skip
     over_cohort = functools.partial(
         mean_over_world(world, workers=workers, threads=recipe.speed.threads),

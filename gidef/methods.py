@@ -92,7 +92,9 @@ def make_case(
     seen = [observe.observations(run, trained, snapshot, attack, release, surrogate=fitted.get("surrogate")) for release in releases]
     model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
     return Case(
-        attack=attack, rounds=seen, simulator=observe.observed_simulator(run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss)),
+        attack=attack, rounds=seen, simulator=observe.observed_simulator(
+            run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
+        ),
         gradient=defence.simulator(terms="utility", progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,

@@ -14,6 +14,7 @@ from torch import Tensor
 from gidef import config
 from gidef.attack import local_sgd, recover_labels
 from gidef.clients.participate import DECODER
+from gidef.defence.share import imitated, revealed
 from gidef.rng import generator
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
@@ -38,13 +39,14 @@ class Victims:
     updates: list[Tensors]
 
 
-def observed_simulator(run: Run, trained: Trained, snapshot: Snapshot, *, terms: str) -> Callable[[], Simulate]:
-    """A factory of simulators of the released update: one gradient, or the delta of local steps."""
-    evaluation = run.recipe.evaluation
-    make = trained.training.defence.simulator(terms=terms, progress=snapshot.progress)
-    if evaluation.release == "gradient":
-        return make
-    return lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
+def observed_simulator(run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False) -> Callable[[], Simulate]:
+    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves."""
+    evaluation, defence = run.recipe.evaluation, trained.training.defence
+    make = defence.simulator(terms=terms, progress=snapshot.progress)
+    unrolled = make if evaluation.release == "gradient" else lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
+    if not adaptive or not defence.transforms:
+        return unrolled
+    return lambda: imitated(unrolled(), defence.transforms)
 
 
 def noise_shape(run: Run, trained: Trained) -> tuple[int, ...] | None:
@@ -89,10 +91,12 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
             noise = noise.view(shape).to(device)
         targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
         update = simulate(snapshot.params, private, images[batch], targets, noise)
+        draw = generator(seed, "victim-share", snapshot.name, batch, *([repeat] if repeat else []))
+        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
-        updates.append({name: tensor.detach() for name, tensor in update.items()})
+        updates.append(update)
     return Victims(rows, owners, images, labels, noises, privates, updates)
 
 
@@ -138,17 +142,24 @@ def observations(
             granted = {name: surrogate[name].to(tensor) if name.startswith(DECODER) else tensor for name, tensor in private.items()}
         else:
             granted = private
+        matched_update = {name: update[name] for name in matched}
         found.append(
             Observation(
                 params=params,
-                update={name: update[name] for name in matched},
+                update=matched_update,
                 num_examples=len(labels),
                 kind=run.recipe.evaluation.release,
                 labels=_granted_labels(attack, labels),
-                known={**rest, **granted},
+                known={**rest, **granted, **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
             )
         )
     return found
+
+
+def adapts(attack: Any) -> bool:
+    """Whether an attack simulates the changes of an update: the naive one overlooks them, like the noise."""
+    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers, config.ZeroedLevel)
+    return isinstance(attack, kinds) or callable(getattr(attack, "plan", None))
 
 
 def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:

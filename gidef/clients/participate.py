@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 
 from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
+from gidef.rng import generator
 from gidef.types import Client, ServerState, Tensors, Update
 
 SharePolicy = Literal["full", "head", "all"]
@@ -37,16 +38,18 @@ class Participation:
         shared:   names of the tensors that leave the client; all others are client state.
         store:    keeps client state between rounds; `versions` says which round's state of a client is current.
         rounds:   total number, for the progress that schedules see.
+        share:    what leaves of an update: share(delta, generator=…); None lets all leave as it is. Control variates are not changed.
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
     """
 
     def __init__(
         self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
-        *, seed: int, rounds: int, scaffold: bool = False,
+        *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None,
     ) -> None:  # fmt: skip
         self.players, self._initial, self._shared = players, initial, frozenset(shared)
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
+        self._share = share
         self._private = tuple(name for name in initial if name not in self._shared)
         self.versions: dict[int, int] = {}
         """client → the last round in which it took part; the consumer of the rounds keeps it, the same on every rank."""
@@ -89,6 +92,8 @@ class Participation:
             delta |= {name: tensor - tensors[name] for name, tensor in decoder.items()}
         keep = {name: after[name] for name in self._private}
         sent = {name: delta[name] for name in self._initial if name in self._shared}
+        if self._share is not None:
+            sent = self._share(sent, generator=generator(self._seed, "share", server.round, client.id))
         if self._scaffold:
             moved = {name: -step / (result.steps * self._settings.lr) for name, step in sent.items()}  # (x − y) / (K η)
             server_control = server.slots.get("control", {})

@@ -41,6 +41,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     standard,
 )
+from gidef.config.defences import DEFENCES, LearnedPerturbation, Pruning, Undefended  # noqa: F401  (the page of defences)
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -218,48 +219,6 @@ class Rounds:
     """Stop after so many rounds without a better validation accuracy; None never stops early. The best round's model is kept."""
 
 
-# --- defences --------------------------------------------------------------------------------------------------------
-
-
-@_config
-class Undefended:
-    """Cross-entropy, and everything leaves as it is."""
-
-
-@_config
-class LearnedPerturbation:
-    """Noise of learned level on the latent, played against a decoder: arXiv 2503.16542, as reconstructed in the docs of `defence`."""
-
-    strength: float = 1.0
-    """kappa, multiplies the learned level; the latent has unit RMS."""
-    dependence: Literal["pearson2", "ssim", "neg_mse", "dcor", "cka"] = "pearson2"
-    """R(image, reconstruction), which the client minimises."""
-    dependence_weight: float = 1.0
-    """lambda, against cross-entropy in nats; 0 learns the level without a decoder."""
-    ramp: float = 0.1
-    """Share of the rounds over which lambda rises linearly from 0."""
-    level: Literal["global", "conditional"] = "global"
-    """A level per channel, or one computed from the latent by a 1x1 convolution."""
-    law: Literal["gaussian", "laplace"] = "gaussian"
-    frozen: bool = False
-    """One noise draw per image for ever, against averaging over rounds."""
-    mean: bool = False
-    """Also learn a shift of the latent."""
-    std_init: float = 1.0
-    std_floor: float = 0.1
-    """sigma_min, enforced by the client whatever the server sends."""
-    kl_weight: float = 0.0
-    """beta, on KL(N(m, sigma^2) || N(0, 1)) per latent entry; Gaussian only."""
-    decoder_steps: int = 1
-    decoder_steps_first: int = 5
-    """Decoder steps per batch in a client's first epoch."""
-    decoder_lr: float = 1e-3
-    decoder_width: float = 1.0
-    """Multiplies the decoder's channels."""
-    ssim_threshold: float = 0.1
-    mse_cap: float = 0.1
-
-
 # --- evaluation, speed, the recipe -----------------------------------------------------------------------------------
 
 
@@ -321,8 +280,8 @@ Clients = LocalTraining | SingleGradient
 class Recipe:
     """One experiment: train each defence on the same data and seeds, attack it, report.
 
-    `defences` maps a name to one of this page's defences, or to a dataclass of your own with a method `build` (see
-    `gidef.defence`). `attacks` maps a name to one of this page's attacks.
+    `defences` maps a name to one of `gidef.config.defences`, to a dataclass of your own (see `gidef.defence`), or to a tuple
+    of them: at most one that changes the training, and any that change the updates, in order. `attacks` maps a name to one of this page's attacks.
     """
 
     data: Data = Data()
@@ -395,7 +354,12 @@ def problems(recipe: Recipe) -> list[str]:
     if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
         found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
     for name, defence in recipe.defences.items():
-        for part in defence if isinstance(defence, tuple) else (defence,):
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if not parts:
+            found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
+        if sum(not getattr(part, "changes_update", False) for part in parts) > 1:
+            found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
+        for part in parts:
             if isinstance(part, LearnedPerturbation):
                 if part.law == "laplace" and part.kl_weight:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")
@@ -403,8 +367,6 @@ def problems(recipe: Recipe) -> list[str]:
                     found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at strength=0 and std_floor=0: raise one.")
                 if part.dependence == "cka" and part.dependence_weight and recipe.clients.batch_size < 4:
                     found.append(f"defences.{name}: dependence=cka needs 4 images or more, not clients.batch_size={recipe.clients.batch_size}.")
-        if isinstance(defence, tuple):
-            found.append(f"defences.{name}: combining defences in a tuple is not available in this version; give one defence.")
     for name, attack in recipe.attacks.items():
         if not isinstance(attack, ATTACKS):
             if not callable(getattr(attack, "plan", None)):
@@ -516,7 +478,7 @@ def to_json(config: Any) -> Any:
 
 def _ours(cls: type) -> bool:
     """Whether a dataclass is one of these pages'."""
-    return cls.__module__ in (__name__, NaiveMatching.__module__)
+    return cls.__module__ in (__name__, NaiveMatching.__module__, Undefended.__module__)
 
 
 def _place(cls: type) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
+from gidef.defence.share import Transform, apply_all
 from gidef.models import SplitModel
 from gidef.types import Client, Tensors
 
@@ -32,7 +33,10 @@ class Defence:
     model:       the network's architecture and its initial weights; never trained itself.
     decoder:     what the client trains and keeps beside it, or None.
     noise_shape: of one image's noise, or None if the training has none.
+    transforms:  what happens to an update before it leaves, in order (see defence.share).
     """
+
+    transforms: tuple[Transform, ...] = ()
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None = None) -> None:
         self.model, self.decoder = model, decoder
@@ -63,6 +67,10 @@ class Defence:
     def frozen_noise(self, client: Client, *, seed: int) -> Tensor | None:
         """The client's noise (n, *latent_shape) where every image keeps one draw for ever, else None."""
         return None
+
+    def share(self, update: Tensors, *, generator: Generator) -> Tensors:
+        """What leaves the client of its update, a gradient or a delta of the shared tensors."""
+        return apply_all(self.transforms, update, generator=generator)
 
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).

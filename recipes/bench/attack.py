@@ -507,10 +507,9 @@ class Contender:
     def median(self) -> float:
         return statistics.median(self.ms)
 
-    def add(self, spent: Watch, iterations: float, by_cpu: bool, memory: dict[str, float]) -> None:
+    def add(self, spent: Watch, iterations: float, by_cpu: bool) -> None:
         self.ms.append(1e3 * (spent.cpu if by_cpu else spent.wall) / iterations)
         self.wall_ms.append(1e3 * spent.wall / iterations)
-        self.peak_mib = max(self.peak_mib or 0.0, memory["mib"]) if "mib" in memory else None
 
     def summary(self) -> dict[str, Any]:
         spread = {"median": self.median, "min": min(self.ms), "max": max(self.ms), "all": self.ms}
@@ -520,23 +519,21 @@ class Contender:
 def time_peer(contender: Contender, problem: Problem, by_cpu: bool) -> None:
     """A turn: every attack of the problem, from its first to its last iteration."""
     case, device = problem.case, problem.images.device
-    with peak_memory(device) as memory:
-        spans = peer_attack(problem, case.slice + 1).spans
+    spans = peer_attack(problem, case.slice + 1).spans
     spent = Watch(device, wall=sum(span.wall for span in spans), cpu=sum(span.cpu for span in spans))
-    contender.add(spent, case.slice * len(spans), by_cpu, memory)
+    contender.add(spent, case.slice * len(spans), by_cpu)
 
 
 def time_engine(contender: Contender, engine: Engine, by_cpu: bool, attacks: int | None = None) -> None:
     """A turn: from the end of the first iteration on."""
     device, iterations = engine.problem.images.device, engine.problem.case.slice
-    with peak_memory(device) as memory:
-        running = engine.start(iterations, attacks)
-        next(running)
-        watch = Watch(device)
-        next(running)
-        spent = watch.read()
-        running.close()
-    contender.add(spent, iterations * (attacks or len(engine.observations)), by_cpu, memory)
+    running = engine.start(iterations, attacks)
+    next(running)
+    watch = Watch(device)
+    next(running)
+    spent = watch.read()
+    running.close()
+    contender.add(spent, iterations * (attacks or len(engine.observations)), by_cpu)
 
 
 def warm_up(contender: Contender, engine: Engine, attacks: int | None = None) -> None:
@@ -595,18 +592,26 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
         contenders[mode], engines[mode] = contender, (engine, attacks)
     if not engines:
         raise InputError(f"{case.name}: none of the modes {', '.join(options.modes)} can run here: choose others, or fewer --attacks.")
+
+    def take_turn(contender: Contender, turn: int) -> None:
+        if contender.name == PEER:
+            time_peer(contender, timed.take((turn * few + place) % at_once for place in range(few)), by_cpu)
+        else:
+            time_engine(contender, engines[contender.name][0], by_cpu, engines[contender.name][1])
+
     with console.track(f"{case.name} turn", options.repetitions) as track:
         for turn in range(options.repetitions):
-            for name, contender in contenders.items():
-                if name == PEER:
-                    time_peer(contender, timed.take((turn * few + place) % at_once for place in range(few)), by_cpu)
-                else:
-                    time_engine(contender, engines[name][0], by_cpu, engines[name][1])
+            for name in contenders:
+                take_turn(contenders[name], turn)
             track.update(turn + 1)
+    for name, contender in contenders.items():  # a turn of its own: looking at memory slows what follows
+        with peak_memory(device) as memory:
+            take_turn(Contender(name), 0)
+        contender.peak_mib = memory.get("mib")
 
     best = min(engines, key=lambda name: contenders[name].median)
     engine = engines[best][0]
-    del engines  # their programs hold memory
+    engines.clear()  # their programs hold memory
     quality = judge(pool.take(range(case.attacks)), options, engine, console, with_peer)
     row = {
         "case": case.name, "title": case.title, "attacks": case.attacks, "batch": case.batch, "iterations": case.iterations, "at_once": at_once,

@@ -13,7 +13,20 @@ from torch.func import functional_call, grad
 from gidef import build, cells, observe
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.participate import DECODER
-from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    Pruning,
+    Recipe,
+    Rounds,
+    Speed,
+    Undefended,
+)
 from gidef.data import Dataset, Images, synthetic_blood_cells
 from gidef.models import SplitModel
 from gidef.parallel import World
@@ -26,7 +39,7 @@ ATTACKS = {
     "naive": NaiveMatching(), "recovered": NaiveMatching(labels="recovered"), "known": JointMatching(),
     "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"),
 }  # fmt: skip
-DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1)}
+DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1), "pruned": (LearnedPerturbation(ramp=0.0), Pruning(share=0.5))}
 
 
 def few_cells() -> Dataset:
@@ -282,3 +295,46 @@ def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, s
     assert set(update) == set(found.delta)
     for name, tensor in found.delta.items():
         torch.testing.assert_close(update[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+# --- changes of what leaves ----------------------------------------------------------------------------------------------
+
+
+def test_a_pruned_update_is_what_the_server_and_every_attacker_see(trained):
+    run, one = trained("full", "pruned")
+    victims, found = seen(run, one, ATTACKS["naive"])
+    for observation in found:
+        for tensor in observation.update.values():
+            assert int((tensor == 0).sum()) >= tensor.numel() // 2 > 0 or tensor.numel() == 1
+    bare = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=build.make_defence(
+        LearnedPerturbation(ramp=0.0), run.recipe, run.setting.dataset, seed=0)))  # fmt: skip
+    whole = observe.release(run, bare, one.snapshots["final"], seed=0)
+    for update, other in zip(victims.updates, whole.updates, strict=True):
+        for name, tensor in update.items():
+            torch.testing.assert_close(tensor, torch.where(tensor != 0, other[name], 0.0))
+
+
+def test_the_joint_attack_simulates_pruning_and_starts_at_nought_from_the_truth(trained):
+    """At the true images and noise the simulated update is the released one; the naive attack's is not."""
+    run, one = trained("full", "pruned")
+    snapshot = one.snapshots["final"]
+    victims = observe.release(run, one, snapshot, seed=0)
+    for attack, exact in ((ATTACKS["known"], True), (ATTACKS["naive"], False)):
+        observation = observe.observations(run, one, snapshot, attack, victims)[0]
+        assert any(name.startswith("share/") for name in observation.known) == exact
+        simulate = observe.observed_simulator(run, one, snapshot, terms="client", adaptive=observe.adapts(attack))()
+        known = {**observation.known, **victims.private[0]}
+        targets = F.one_hot(victims.labels[0], 8).float()
+        found = simulate(observation.params, known, victims.images[0], targets, victims.noise[0])
+        apart = max(float((found[name] - tensor).abs().max()) for name, tensor in observation.update.items())
+        assert (apart < 1e-6) == exact
+
+
+def test_clients_send_pruned_updates(trained):
+    """In training, too: a client's delta as the server adds it."""
+    run, one = trained("full", "pruned")
+    training = one.training
+    update = training.participation.train(training.server, run.setting.clients[0])
+    for tensor in update.delta.values():
+        if tensor.numel() > 1:
+            assert 0 < int((tensor != 0).sum()) <= -(-tensor.numel() // 2)

@@ -1,0 +1,161 @@
+"""Large convolutions of many attacks on a CPU, one after another instead of as one of K groups, which is what `vmap` makes of them.
+
+A convolution and its two gradients are linear in each of their arguments, and each one's derivatives are the other two; so three
+functions are closed under any number of derivatives:
+
+    y = x * w          _Forward        (N, I, H, W), (O, I, R, S) → (N, O, P, Q)
+    x̄ = ȳ *ᵀ w         _ToInput
+    w̄ = Σ ȳ x          _ToWeight
+
+Where the weight is shared, attacks become images of one batch; where each has its own (a weight's gradient, and its derivative), they are
+convolved one by one. Images stay channels-last, in which convolutions on a CPU are faster, strided ones' gradients nearly twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+LARGE = 10_000_000
+"""Operations of one attack's convolution from which on it fills a core by itself, so that a call for each costs nothing."""
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+class Geometry(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+class LargeConvolutions(TorchFunctionMode):
+    """Within this context, large ungrouped 2-D convolutions on the CPU run as said above, with the same numbers to rounding.
+
+    For reverse-mode derivatives only: forward-mode raises.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.conv2d and (call := _call(*args, **(kwargs or {}))) is not None:
+            x, weight, bias, geometry = call
+            found = _Forward.apply(x, weight, geometry)
+            return found if bias is None else found + bias[:, None, None]
+        return function(*args, **(kwargs or {}))
+
+
+def _call(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
+    """A call of conv2d that is ours to compute."""
+    if groups != 1 or input.dim() != 4 or input.device.type != "cpu" or isinstance(padding, str):
+        return None
+    geometry = Geometry(*((value, value) if isinstance(value, int) else tuple(value) * (2 // len(value)) for value in (stride, padding, dilation)))
+    outputs = math.prod(
+        (length + 2 * p - (k - 1) * d - 1) // s + 1 for length, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
+    )
+    if 2 * input.shape[0] * outputs * weight.numel() < LARGE:
+        return None
+    return input, weight, bias, geometry
+
+
+def _last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return F.conv2d(_last(x), weight, None, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, _ = ctx.needs_input_grad
+        return (
+            _ToInput.apply(slope, weight, ctx.geometry, x.shape[2:]) if to_x else None,
+            _ToWeight.apply(slope, x, ctx.geometry, weight.shape[2:]) if to_weight else None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+        return _over_attacks(info.batch_size, in_dims, x, weight, lambda x, weight: _Forward.apply(x, weight, geometry))
+
+
+class _ToInput(torch.autograd.Function):
+    @staticmethod
+    def forward(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
+        like = slope.new_empty((slope.shape[0], *size, weight.shape[1])).movedim(3, 1)
+        return _backward(_last(slope), like, weight, None, *geometry, False, [0, 0], 1, [True, False, False])[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        slope, weight, ctx.geometry, _ = inputs
+        ctx.save_for_backward(slope, weight)
+
+    @staticmethod
+    def backward(ctx: Any, more: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        slope, weight = ctx.saved_tensors
+        to_slope, to_weight, *_ = ctx.needs_input_grad
+        return (
+            _Forward.apply(more, weight, ctx.geometry) if to_slope else None,
+            _ToWeight.apply(slope, more, ctx.geometry, weight.shape[2:]) if to_weight else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> tuple[Tensor, int]:
+        return _over_attacks(info.batch_size, in_dims, slope, weight, lambda slope, weight: _ToInput.apply(slope, weight, geometry, size))
+
+
+class _ToWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(slope: Tensor, x: Tensor, geometry: Geometry, kernel: torch.Size) -> Tensor:
+        like = slope.new_empty((slope.shape[1], x.shape[1], *kernel))
+        return _backward(_last(slope), _last(x), like, None, *geometry, False, [0, 0], 1, [False, True, False])[1].contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        slope, x, ctx.geometry, _ = inputs
+        ctx.save_for_backward(slope, x)
+
+    @staticmethod
+    def backward(ctx: Any, more: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        slope, x = ctx.saved_tensors
+        to_slope, to_x, *_ = ctx.needs_input_grad
+        return (
+            _Forward.apply(x, more, ctx.geometry) if to_slope else None,
+            _ToInput.apply(slope, more, ctx.geometry, x.shape[2:]) if to_x else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, slope: Tensor, x: Tensor, geometry: Geometry, kernel: torch.Size) -> tuple[Tensor, int]:
+        slope, x = (_leading(tensor, dim, info.batch_size) for tensor, dim in zip((slope, x), in_dims, strict=False))
+        return torch.stack([_ToWeight.apply(a, b, geometry, kernel) for a, b in zip(slope.unbind(), x.unbind(), strict=True)]), 0
+
+
+def _over_attacks(attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, int]:
+    """vmap's rule of the two functions of images and a weight."""
+    if in_dims[1] is None:  # one weight for all: attacks are images of one batch
+        images = images.movedim(in_dims[0], 0)
+        return apply(images.flatten(0, 1), weight).unflatten(0, images.shape[:2]), 0
+    images, weight = (_leading(tensor, dim, attacks) for tensor, dim in zip((images, weight), in_dims, strict=False))
+    found = torch.cat([apply(a, b) for a, b in zip(images.unbind(), weight.unbind(), strict=True)])
+    return found.unflatten(0, images.shape[:2]), 0
+
+
+def _leading(tensor: Tensor, dim: int | None, attacks: int) -> Tensor:
+    return tensor.expand(attacks, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

@@ -1,0 +1,60 @@
+"""The defences that a recipe may choose. Those with `changes_update` act on what leaves, and combine with any other in a tuple."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+_config = dataclass(frozen=True, kw_only=True, slots=True)
+
+
+@_config
+class Undefended:
+    """Cross-entropy, and everything leaves as it is."""
+
+
+@_config
+class LearnedPerturbation:
+    """Noise of learned level on the latent, played against a decoder: arXiv 2503.16542, as reconstructed in the docs of `defence`."""
+
+    strength: float = 1.0
+    """kappa, multiplies the learned level; the latent has unit RMS."""
+    dependence: Literal["pearson2", "ssim", "neg_mse", "dcor", "cka"] = "pearson2"
+    """R(image, reconstruction), which the client minimises."""
+    dependence_weight: float = 1.0
+    """lambda, against cross-entropy in nats; 0 learns the level without a decoder."""
+    ramp: float = 0.1
+    """Share of the rounds over which lambda rises linearly from 0."""
+    level: Literal["global", "conditional"] = "global"
+    """A level per channel, or one computed from the latent by a 1x1 convolution."""
+    law: Literal["gaussian", "laplace"] = "gaussian"
+    frozen: bool = False
+    """One noise draw per image for ever, against averaging over rounds."""
+    mean: bool = False
+    """Also learn a shift of the latent."""
+    std_init: float = 1.0
+    std_floor: float = 0.1
+    """sigma_min, enforced by the client whatever the server sends."""
+    kl_weight: float = 0.0
+    """beta, on KL(N(m, sigma^2) || N(0, 1)) per latent entry; Gaussian only."""
+    decoder_steps: int = 1
+    decoder_steps_first: int = 5
+    """Decoder steps per batch in a client's first epoch."""
+    decoder_lr: float = 1e-3
+    decoder_width: float = 1.0
+    """Multiplies the decoder's channels."""
+    ssim_threshold: float = 0.1
+    mse_cap: float = 0.1
+
+
+# --- of updates: what happens before they leave ------------------------------------------------------------------------
+
+
+@_config
+class Pruning:
+    """Only the largest entries of every tensor leave; the others are zero (Zhu et al. 2019; Lin et al. 2018)."""
+
+    changes_update: ClassVar[bool] = True
+    share: float = 0.9
+    """Of a tensor's entries that are set to zero, in [0, 1]."""
+
+
+DEFENCES = (Undefended, LearnedPerturbation, Pruning)

@@ -1,0 +1,85 @@
+"""Large convolutions of many attacks, against PyTorch's own under vmap and without it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import grad, vjp, vmap
+
+from gidef.attack import convolutions
+from gidef.attack.convolutions import LargeConvolutions
+from gidef.rng import generator
+
+# kernel, stride, padding, dilation, side
+SHAPES = [(3, 1, 1, 1, 8), (3, 2, 1, 1, 9), (5, 2, 2, 1, 8), (3, (2, 1), (0, 1), 2, 9), (1, 2, 0, 1, 8), (3, (2,), 1, 1, 7)]
+
+
+def draws(*shapes):
+    g = generator(0, "convolutions")
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    monkeypatch.setattr(convolutions, "LARGE", 0)
+
+
+def network(weight, bias, x, stride, padding, dilation):
+    """A loss with curvature in everything."""
+    first = F.conv2d(x, weight, bias, stride, padding, dilation)
+    return first.tanh().square().sum() + F.conv2d(x, weight, None, stride, padding, dilation).sin().sum()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "side"), SHAPES)
+def test_second_derivatives_equal_those_of_one_attack_after_another(all_large, kernel, stride, padding, dilation, side):
+    x, weight, bias, target = draws((3, 2, 3, side, side), (4, 3, kernel, kernel), (4,), (3, 4, 3, kernel, kernel))
+
+    def step(x, target):
+        update, pull = vjp(lambda x: grad(network, (0, 1))(weight, bias, x, stride, padding, dilation), x)
+        return update[0], update[1], pull((update[0] - target, update[1]))[0]
+
+    expected = [torch.stack(parts) for parts in zip(*(step(*one) for one in zip(x, target, strict=True)), strict=True)]
+    with LargeConvolutions():
+        found = vmap(step)(x, target)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def test_attacks_with_weights_of_their_own(all_large):
+    """As in a simulator of local training: every attack's weights have moved differently."""
+    x, weight = draws((3, 2, 3, 8, 8), (3, 4, 3, 3, 3))
+
+    def slope(x, weight):
+        return grad(lambda x, w: F.conv2d(x, w - 0.1 * grad(lambda w: F.conv2d(x, w).square().sum())(w)).tanh().sum())(x, weight)
+
+    with LargeConvolutions():
+        found = vmap(slope)(x, weight)
+    torch.testing.assert_close(found, torch.stack([slope(*one) for one in zip(x, weight, strict=True)]), rtol=1e-10, atol=1e-10)
+
+
+def test_third_derivatives(all_large):
+    """Adam's simulator differentiates once more."""
+    x, weight = draws((1, 2, 6, 6), (3, 2, 3, 3))
+    with LargeConvolutions():
+        assert torch.autograd.gradgradcheck(lambda x, w: F.conv2d(x, w, None, 2, 1), (x.requires_grad_(), weight.requires_grad_()))
+
+    def thrice(x):
+        return grad(lambda x: grad(lambda x: grad(lambda x: F.conv2d(x, weight).tanh().sum())(x).square().sum())(x).sum())(x)
+
+    expected = thrice(x.detach())
+    with LargeConvolutions():
+        torch.testing.assert_close(thrice(x.detach()), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_small_grouped_and_named_paddings_are_left_to_pytorch(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("not ours")
+
+    monkeypatch.setattr(convolutions._Forward, "apply", refuse)
+    x, weight, grouped = draws((1, 4, 8, 8), (4, 4, 3, 3), (4, 1, 3, 3))
+    with LargeConvolutions():
+        F.conv2d(x, weight)
+        monkeypatch.setattr(convolutions, "LARGE", 0)
+        F.conv2d(x, grouped, groups=4)
+        F.conv2d(x, weight, padding="same")
+        with pytest.raises(AssertionError, match="not ours"):
+            F.conv2d(x, weight)

@@ -1,0 +1,97 @@
+"""Changes of an update before it leaves, against plain NumPy, and how a user's own one is taken in."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from gidef import build
+from gidef.config import Data, LearnedPerturbation, Model, Pruning, Recipe, Undefended, problems
+from gidef.defence.pruning import Prune
+from gidef.defence.share import apply_all, imitated, revealed
+from gidef.errors import InputError
+from gidef.rng import generator
+
+
+def an_update():
+    g = generator(0, "share")
+    return {"weight": torch.randn(4, 3, 2, generator=g), "bias": torch.randn(5, generator=g), "level": torch.randn(1, generator=g)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99, 1.0])
+def test_pruning_keeps_the_largest(share):
+    update = an_update()
+    pruned = Prune(share=share).apply(update, generator=generator(0))
+    for name, tensor in update.items():
+        values = tensor.numpy().flatten()
+        kept = len(values) - int(share * len(values))
+        smallest = np.argsort(np.abs(values))[: len(values) - kept]
+        values = values.copy()
+        values[smallest] = 0
+        np.testing.assert_array_equal(pruned[name].numpy().flatten(), values)
+
+
+def test_pruning_nothing_changes_no_bit_and_a_sign_passes_through():
+    update = an_update()
+    assert all(torch.equal(tensor, update[name]) for name, tensor in Prune(share=0.0).apply(update, generator=generator(0)).items())
+    negated = Prune(share=0.5).apply({name: -tensor for name, tensor in update.items()}, generator=generator(0))
+    pruned = Prune(share=0.5).apply(update, generator=generator(0))
+    assert all(torch.equal(-tensor, negated[name]) for name, tensor in pruned.items())
+
+
+def test_a_share_outside_its_range_is_refused():
+    with pytest.raises(InputError, match=r"share=1\.2"):
+        Prune(share=1.2)
+
+
+def test_an_imitation_at_the_truth_is_the_released_update():
+    transforms = (Prune(share=0.5), Prune(share=0.2))
+    update = an_update()
+    released = apply_all(transforms, update, generator=generator(0))
+
+    def simulate(params, known, *rest):
+        assert set(known) == {"front"}
+        return update
+
+    found = imitated(simulate, transforms)({}, {"front": torch.ones(1), **revealed(transforms, released)}, None, None, None)
+    assert all(torch.equal(tensor, released[name]) for name, tensor in found.items())
+    assert imitated(simulate, ()) is simulate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved:
+    """A user's own."""
+
+    changes_update: ClassVar[bool] = True
+    factor: float = 0.5
+
+    def apply(self, update, *, generator):
+        return {name: self.factor * tensor for name, tensor in update.items()}
+
+    def reveals(self, update):
+        return {}
+
+    def imitate(self, update, seen):
+        return {name: self.factor * tensor for name, tensor in update.items()}
+
+
+class Shapes:
+    num_classes, image_shape = 8, (3, 28, 28)
+
+
+def test_combinations_are_built_in_their_order():
+    recipe = Recipe(data=Data(name="synthetic"), model=Model(cut="blocks.1"))
+    defence = build.make_defence((LearnedPerturbation(), Halved(), Pruning(share=0.5)), recipe, Shapes, seed=0)
+    assert defence.noise_shape is not None and [type(one) for one in defence.transforms] == [Halved, Prune]
+    alone = build.make_defence(Pruning(), recipe, Shapes, seed=0)
+    assert alone.noise_shape is None and len(alone.transforms) == 1
+    shared = defence.share(an_update(), generator=generator(0))
+    assert int((shared["weight"] != 0).sum()) == 12
+
+
+def test_what_cannot_be_combined_is_said():
+    recipe = Recipe(defences={"x": (LearnedPerturbation(), Undefended())})
+    assert any("at most one may change the training" in text for text in problems(recipe))
+    assert any("empty tuple" in text for text in problems(Recipe(defences={"x": ()})))
