@@ -70,7 +70,7 @@ def run_chunk(
     *,
     seed: int,
     mode: Literal["loop", "vmap", "traced", "compiled"] = "vmap",
-    precision: Literal["float32", "bfloat16", "bfloat16_all"] = "float32",
+    precision: Literal["float32", "tf32", "bfloat16", "bfloat16_all"] = "float32",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     every: int = 50,

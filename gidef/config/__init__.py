@@ -260,8 +260,8 @@ class Speed:
     """How a program runs, see gidef.attack.program; auto takes the fastest in the calibration."""
     compile: bool = False
     """Let the calibration try compiled programs: worth it for long attacks, as compiling takes up to minutes."""
-    attack_precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always."""
+    attack_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always. tf32 needs a GPU."""
     schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
     deterministic: bool = False
