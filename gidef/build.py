@@ -118,6 +118,7 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
     backbone = make_backbone(
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
+        options={} if model.neck is None else {"neck": model.neck},
     )  # fmt: skip
     if has_batch_statistics(backbone):
         raise InputError(
@@ -178,8 +179,14 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
                     model.latent_shape, model.channel_dim, dataset.image_shape, size="loop",
                     width_factor=chosen.decoder_width, seed=stream_seed(seed, "decoder") % 2**31,
                 )  # fmt: skip
-            fields = {spec.name: getattr(chosen, spec.name) for spec in dataclasses.fields(MinimaxSettings)}
-            return LearnedDefence(model, decoder, MinimaxSettings(**fields))
+            fields = {spec.name for spec in dataclasses.fields(MinimaxSettings)} & {spec.name for spec in dataclasses.fields(chosen)}
+            return LearnedDefence(model, decoder, MinimaxSettings(**{name: getattr(chosen, name) for name in fields}))
+        case config.CapacityNoise():
+            model = build_model(perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
+            own = MinimaxSettings(
+                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
+            )
+            return LearnedDefence(model, None, own)
     if callable(getattr(chosen, "build", None)):
         return chosen.build(build_model)
     raise InputError(f"{type(chosen).__name__} is no defence: use one of gidef.config, or a dataclass with a method build(make_model).")

@@ -41,7 +41,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     standard,
 )
-from gidef.config.defences import DEFENCES, LearnedPerturbation, Pruning, Undefended  # noqa: F401  (the page of defences)
+from gidef.config.defences import DEFENCES, CapacityNoise, LearnedPerturbation, Pruning, Undefended  # noqa: F401  (the page of defences)
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -115,6 +115,8 @@ class Model:
     """"group" turns BatchNorm into GroupNorm."""
     activation: Literal["leaky_relu", "none"] = "leaky_relu"
     """Of the small net only."""
+    neck: int | None = None
+    """Of the small net only: a linear layer to so many features before its head; a late, small latent for cut="neck"."""
     normalise: Literal["half", "timm", "none"] = "half"
     """What the net makes of pixels in [0, 1] first: (x - 0.5) / 0.25, the mean and std of the timm model's own
     configuration (for pretrained weights), or nothing."""
@@ -315,7 +317,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
-    "shadow_steps": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
+    "shadow_steps": 1, "bits_weight": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
@@ -347,6 +349,8 @@ def problems(recipe: Recipe) -> list[str]:
     for name in [*recipe.defences, *recipe.attacks]:
         if not name or name == "type" or any(not (c.isalnum() or c in "-_+ .") for c in name) or name.strip(". ") != name:
             found.append(f"name {name!r} of a defence or attack becomes a folder: use letters, digits, spaces, '-', '_', '+', '.'.")
+    if recipe.model.neck is not None and recipe.model.name != "small":
+        found.append(f"model.neck={recipe.model.neck} is the small net's, not {recipe.model.name}'s: leave it out, or set model.name=small.")
     if isinstance(rounds.server, Scaffold):
         plain = isinstance(recipe.clients, SingleGradient) or (recipe.clients.optimiser == "sgd" and recipe.clients.momentum == 0)
         if not plain:
@@ -360,6 +364,11 @@ def problems(recipe: Recipe) -> list[str]:
         if sum(not getattr(part, "changes_update", False) for part in parts) > 1:
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
         for part in parts:
+            if isinstance(part, CapacityNoise):
+                if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                if not part.std_floor:
+                    found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
             if isinstance(part, LearnedPerturbation):
                 if part.law == "laplace" and part.kl_weight:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")

@@ -45,6 +45,24 @@ class LearnedPerturbation:
     mse_cap: float = 0.1
 
 
+@_config
+class CapacityNoise:
+    """Gaussian noise on a late, small latent, its level learned by cross-entropy + bits_weight × the channel's capacity, in bits.
+
+    Under share policy `head` it carries a certificate (see gidef.defence.capacity): no attack learns more bits of an image.
+    """
+
+    bits_weight: float = 5e-3
+    """beta, nats of cross-entropy per bit of capacity."""
+    std_init: float = 1.0
+    std_floor: float = 0.1
+    """sigma_min, enforced by the client whatever the server sends."""
+    frozen: bool = False
+    """One noise draw per image for ever; with front="frozen" the level stands still as well, and the whole training is one release."""
+    front: Literal["trained", "frozen"] = "trained"
+    """Of the private front: trained by the client, or kept as it is, e.g. as model.pretrained has it."""
+
+
 # --- of updates: what happens before they leave ------------------------------------------------------------------------
 
 
@@ -57,4 +75,4 @@ class Pruning:
     """Of a tensor's entries that are set to zero, in [0, 1]."""
 
 
-DEFENCES = (Undefended, LearnedPerturbation, Pruning)
+DEFENCES = (Undefended, LearnedPerturbation, CapacityNoise, Pruning)

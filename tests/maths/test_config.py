@@ -13,6 +13,7 @@ import pytest
 from gidef import config, importing
 from gidef.config import (
     PRESETS,
+    CapacityNoise,
     Data,
     DeepLeakage,
     Dirichlet,
@@ -79,7 +80,7 @@ def recipes():
         model=Model(name="resnet18", cut="layer1", small_stem=False, norm="keep", pretrained="w.safetensors"),
         clients=LocalTraining(epochs=2, optimiser="sgd", momentum=0.9, precision="bfloat16"),
         rounds=Rounds(count=7, cohort_size=2, server=FedAdam(lr=0.5), patience=None),
-        defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended(), "p": Pruning(share=0.5), "a + p": (LearnedPerturbation(), Pruning())},
+        defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended(), "p": Pruning(share=0.5), "c": CapacityNoise(bits_weight=0.1, frozen=True, front="frozen"), "a + p": (LearnedPerturbation(), Pruning())},
         attacks={"n": NaiveMatching(kink_width=None), "i": InvertingGradients(), "j": JointMatching(decoder="unused"), "d": PostHocDecoder(steps=3)},
         evaluation=Evaluation(checkpoints=("untrained", "final"), num_victims=8, batch_size=4, release="delta", local_steps=2),
         share_policy="head", speed=Speed(workers=3), seeds=(3, 1), only=("a",), out="runs/a", resume=True,
