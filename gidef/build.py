@@ -205,7 +205,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_cod
         # the images are not needed, nor code that makes them, nor the weights that training began with
         plain = {**meta["recipe"], "data": config.to_json(config.Data()), "model": {**meta["recipe"]["model"], "pretrained": None}}
         recipe = config.from_json(plain, load=load_code)
-        defence = make_defence(recipe.defences[meta["defence"]], recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
+        chosen = config.from_json(meta["as_trained"], load=load_code) if "as_trained" in meta else recipe.defences[meta["defence"]]
+        defence = make_defence(chosen, recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its recipe cannot be built: {error}") from error
     first = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("client-00000/")}

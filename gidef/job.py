@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing
+from gidef import audit, build, cells, config, findings, importing, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
 from gidef.parallel import World, open_world
 from gidef.report import Console, Record, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
-from gidef.training import Run, Trained, fingerprint, reload, run_key, train
+from gidef.training import Run, Trained, fingerprint, reload, run_key
 
 RECIPE = "recipe.json"
 
@@ -42,8 +42,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         recipe = _continued(recipe, folder, world)
         said: list[str] = []  # shown once there is a console with a log
         setting = build.load_setting(recipe, world=world, notice=said.append)
-        chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
-        del chosen
+        for defence in recipe.chosen.values():  # what cannot be built is refused before any file
+            for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
+                build.make_defence(one, recipe, setting.dataset, seed=0)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         if world.rank == 0:
@@ -56,11 +57,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
-            trained = {
-                (key, seed): train(run, key, defence, seed) for key, defence in recipe.chosen.items() for seed in recipe.seeds
-            }
+            trained, tuned = tuning.train_all(run)
             found = audit.audit(run, trained, folder=folder / "attacks")
-            content = _results(run, name, trained, found, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -195,7 +194,9 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
-def _results(run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, *, seconds: float) -> dict[str, Any]:
+def _results(
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float
+) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
     content = {
@@ -214,7 +215,7 @@ def _results(run: Run, name: str, trained: dict[tuple[str, int], Trained], found
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
         "training": [one.summary for one in trained.values()],
-        "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
     }  # fmt: skip
     content["verdict"] = verdict(content)
@@ -318,12 +319,10 @@ def attack_again(arguments: argparse.Namespace) -> None:
             console.heading(f"{name}: {folder} attacked again")
             for note in dict.fromkeys([*setting.dataset.notes, *said]):
                 console.notice(note)
-            trained = {}
-            for key, defence in new.chosen.items():
-                for seed in new.seeds:
-                    trained[key, seed] = reload(run, key, defence, seed)
+            defences, tuned = tuning.resolved(run)
+            trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
             findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained, findings, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, findings, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()

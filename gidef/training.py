@@ -222,7 +222,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     sha = final_hash(training, best, run.recipe.data.num_clients)
     run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
-        meta = {"summary": summary, "sha256": sha, "defence": name, "seed": seed, "fingerprint": run.fingerprint} | _shape(run)
+        meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
+        meta |= _shape(run)
         export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
     world.barrier()
     return Trained(training, _snapshots(run, key), summary, sha)

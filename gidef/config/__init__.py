@@ -41,7 +41,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     standard,
 )
-from gidef.config.defences import DEFENCES, CapacityNoise, LearnedPerturbation, Pruning, Undefended  # noqa: F401  (the page of defences)
+from gidef.config.defences import DEFENCES, CapacityNoise, LearnedPerturbation, Matched, Pruning, Undefended  # noqa: F401  (the page of defences)
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -317,7 +317,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
-    "shadow_steps": 1, "bits_weight": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
+    "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
@@ -358,6 +358,14 @@ def problems(recipe: Recipe) -> list[str]:
     if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
         found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
     for name, defence in recipe.defences.items():
+        if isinstance(defence, Matched):
+            wrong = defence.problems()
+            found += [f"defences.{name}: {text}" for text in wrong]
+            if wrong:
+                continue
+            if defence.accuracy is None and not any(isinstance(one, Undefended) for one in recipe.chosen.values()):
+                found.append(f"defences.{name}: points={defence.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy.")
+            defence = defence.defence
         parts = defence if isinstance(defence, tuple) else (defence,)
         if not parts:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")

@@ -1,7 +1,7 @@
 """The defences that a recipe may choose. Those with `changes_update` act on what leaves, and combine with any other in a tuple."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -73,6 +73,58 @@ class Pruning:
     changes_update: ClassVar[bool] = True
     share: float = 0.9
     """Of a tensor's entries that are set to zero, in [0, 1]."""
+
+
+# --- at a wanted accuracy ----------------------------------------------------------------------------------------------
+
+
+@_config
+class Matched:
+    """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
+
+    Validation accuracy alone is looked at. Accuracy must fall where the field rises.
+    """
+
+    defence: Any = LearnedPerturbation()
+    """One of this page, or a tuple of them."""
+    field: str = "strength"
+    """The number that is searched, of the defence or of the one member of a tuple that has it."""
+    low: float = 0.1
+    high: float = 10.0
+    """The search's ends, both above 0; it is logarithmic."""
+    accuracy: float | None = None
+    """Wanted validation accuracy in [0, 1]; None: `points` below the undefended net of the same recipe."""
+    points: float = 1.0
+    """Of accuracy, in hundredths, that the defence may cost."""
+    trials: int = 6
+    """Trainings of the search, at most."""
+
+    def at(self, value: float) -> Any:
+        """The defence with the field at a value."""
+        if isinstance(self.defence, tuple):
+            return tuple(replace(part, **{self.field: value}) if self.field in _fields(part) else part for part in self.defence)
+        return replace(self.defence, **{self.field: value})
+
+    def problems(self) -> list[str]:
+        """What is wrong with the search, without the recipe's name for it."""
+        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
+        found, having = [], [part for part in parts if is_dataclass(part) and self.field in _fields(part)]
+        if not parts or not all(is_dataclass(part) and not isinstance(part, Matched) for part in parts):
+            return [f"defence={self.defence!r} is no defence to search: give one, or a tuple of them."]
+        if len(having) != 1:
+            names = sorted({name for part in parts for name in _fields(part)})
+            found.append(f"field={self.field!r} names a number of exactly one defence to search; there are {', '.join(names) or 'none'}.")
+        if not 0 < self.low < self.high:
+            found.append(f"low={self.low}, high={self.high}: expected 0 < low < high, as the search is logarithmic.")
+        if self.accuracy is not None and not 0 < self.accuracy <= 1:
+            found.append(f"accuracy={self.accuracy}: expected a share in (0, 1].")
+        return found
+
+
+def _fields(part: Any) -> set[str]:
+    """Names of the number fields of a defence."""
+    kinds = {"int", "float", "int | None", "float | None"}
+    return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
 
 
 DEFENCES = (Undefended, LearnedPerturbation, CapacityNoise, Pruning)
