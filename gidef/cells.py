@@ -119,7 +119,7 @@ def _applies(run: Run, one: Trained, attack: Any) -> bool:
         return one.training.defence.decoder is not None
     if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
         return False  # a level that is no tensor
-    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel)):  # the server changes what it sends, and under `head` that is no front
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)):  # they need a front that is shared
         return run.recipe.share_policy != "head"
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)):
         return run.recipe.evaluation.release == "gradient"

@@ -4,8 +4,8 @@
 
 Source: Scheliga, Mäder, Seeland, WACV 2022, arXiv:2108.04725 (PRECODE: linear, before the last layer, β = 1e-3, K = 256); the same, 2023,
 arXiv:2309.04515 (CVB: convolutional, after the first block). Layers, reductions and deviations: models.bottleneck.
-Broken by: Balunović et al. 2022, arXiv:2111.04706, who match the gradients before the bottleneck, or search for the noise with the image
-(A2 and A3); nothing keeps a malicious server from sending a level of nought (A11).
+Broken by: Balunović et al. 2022, arXiv:2111.04706, who go around the bottleneck (A2), and the search for its noise with the image (A3);
+nothing keeps a malicious server from sending a level of nought (A11).
 """
 
 from __future__ import annotations
