@@ -20,11 +20,14 @@ from gidef.clients.participate import Participation, shared_names
 from gidef.clients.store import ClientStore
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
 from gidef.defence import Defence, LearnedDefence
+from gidef.defence.bido import BiDODefence, BiDOSettings
+from gidef.defence.bottleneck import variational_bottleneck
+from gidef.defence.isotropic import isotropic_noise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
 from gidef.defence.share import Transform
 from gidef.errors import InputError
-from gidef.models import SplitModel, decoder_for, has_batch_statistics, make_backbone
+from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
@@ -112,8 +115,11 @@ def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], No
 # --- models and defences ---------------------------------------------------------------------------------------------
 
 
-def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, perturbation: dict[str, Any] | None = None) -> SplitModel:
-    """The recipe's network; with `perturbation` (keyword arguments of models.Perturbation) also the latent norm and the noise layer."""
+def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, perturbation: Any = None, cut: str | None = None) -> SplitModel:
+    """The recipe's network; with `perturbation` (keyword arguments of models.Perturbation, or what else SplitModel takes) also the noise.
+
+    cut: in the place of the recipe's.
+    """
     model = recipe.model
     backbone = make_backbone(
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
@@ -126,7 +132,7 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
         )
     mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
     return SplitModel(
-        backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
+        backbone, cut=model.cut if cut is None else cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
         input_mean=mean, input_std=std,
     )  # fmt: skip
 
@@ -168,10 +174,10 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
             return Defence(build_model())
         case config.LearnedPerturbation():
             model = build_model(
-                perturbation={
+                cut=chosen.cut, perturbation={
                     "mode": chosen.level, "law": chosen.law, "mean": chosen.mean, "std_init": chosen.std_init,
                     "std_floor": chosen.std_floor, "strength": chosen.strength,
-                }
+                },
             )  # fmt: skip
             decoder = None
             if chosen.dependence_weight > 0:
@@ -182,11 +188,22 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
             fields = {spec.name for spec in dataclasses.fields(MinimaxSettings)} & {spec.name for spec in dataclasses.fields(chosen)}
             return LearnedDefence(model, decoder, MinimaxSettings(**{name: getattr(chosen, name) for name in fields}))
         case config.CapacityNoise():
-            model = build_model(perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
+            model = build_model(cut=chosen.cut, perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
             own = MinimaxSettings(
                 dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
             )
             return LearnedDefence(model, None, own)
+        case config.IsotropicNoise():
+            level = {"mode": "fixed", "law": chosen.law, "std_init": chosen.std, "std_floor": 0.0}
+            return isotropic_noise(build_model(cut=chosen.cut, perturbation=level), frozen=chosen.frozen)
+        case config.BiDO():
+            return BiDODefence(build_model(), BiDOSettings(chosen.measure, chosen.x_weight, chosen.y_weight, chosen.norm))
+        case config.Precode():
+            make = functools.partial(LinearBottleneck, width=chosen.width, seed=stream_seed(seed, "bottleneck") % 2**31)
+            return variational_bottleneck(build_model(cut=chosen.cut or "before:classifier", perturbation=make), kl_weight=chosen.kl_weight)
+        case config.CVB():
+            make = functools.partial(ConvBottleneck, kernel=chosen.kernel, seed=stream_seed(seed, "bottleneck") % 2**31)
+            return variational_bottleneck(build_model(cut=chosen.cut or "stage:0", perturbation=make), kl_weight=chosen.kl_weight)
     if callable(getattr(chosen, "build", None)):
         return chosen.build(build_model)
     raise InputError(f"{type(chosen).__name__} is no defence: use one of gidef.config, or a dataclass with a method build(make_model).")

@@ -118,8 +118,7 @@ def observations(
     """What a matching attack is given of each batch: the update it matches, the weights, and what its threat model grants.
 
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
-    the naive attack leaves out the perturbation's and the decoder's own parameters, which its noise-free model does not
-    have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
+    the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
     initialisation for the naive attack, and the true one (a bound) for the joint one.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
@@ -183,7 +182,9 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
             return [name for name in names if name in set(defence.model.parts["encoder"])]
         case config.EotMatching():
             return [name for name in names if not name.startswith(DECODER)]
-    return [name for name in names if not name.startswith(("perturbation.", DECODER))]
+    layer = defence.model.perturbation
+    noise = tuple("perturbation." + prefix for prefix in layer.noise_only) if layer is not None else ()
+    return [name for name in names if not name.startswith((*noise, DECODER))]
 
 
 def terms(attack: config.NaiveMatching, released: str) -> str:

@@ -41,7 +41,18 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     standard,
 )
-from gidef.config.defences import DEFENCES, CapacityNoise, LearnedPerturbation, Matched, Pruning, Undefended  # noqa: F401  (the page of defences)
+from gidef.config.defences import (  # noqa: F401  (the page of defences)
+    CVB,
+    DEFENCES,
+    BiDO,
+    CapacityNoise,
+    IsotropicNoise,
+    LearnedPerturbation,
+    Matched,
+    Precode,
+    Pruning,
+    Undefended,
+)
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -319,6 +330,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
+    "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr"), 0)
@@ -377,6 +389,8 @@ def problems(recipe: Recipe) -> list[str]:
                     found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
                 if not part.std_floor:
                     found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
+            if isinstance(part, CVB) and part.kernel % 2 == 0:
+                found.append(f"defences.{name}.kernel={part.kernel} is even: give an odd number, so that maps keep their size.")
             if isinstance(part, LearnedPerturbation):
                 if part.law == "laplace" and part.kl_weight:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")

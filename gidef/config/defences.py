@@ -43,6 +43,67 @@ class LearnedPerturbation:
     """Multiplies the decoder's channels."""
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
+    cut: str | None = None
+    """The noise's place, as `model.cut`, which None takes; also "stage:0" for the first stage's output, "before:classifier" for the last
+    layer's input. Under the share policy `head`, what is shared begins there: a later place keeps more of the net with each client, and
+    defences with different places share different tensors."""
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of an image depends on the rest of its batch."""
+        return self.dependence in ("dcor", "cka") and self.dependence_weight > 0
+
+
+@_config
+class IsotropicNoise:
+    """The control: the latent norm and isotropic noise of a stated level; no decoder, and nothing of the noise is learned or shared."""
+
+    std: float = 1.0
+    """sigma, against a latent of unit RMS; 0 is the net with the latent norm alone."""
+    law: Literal["gaussian", "laplace"] = "gaussian"
+    frozen: bool = False
+    """One noise draw per image for ever, against averaging over rounds."""
+    cut: str | None = None
+    """The noise's place, see LearnedPerturbation."""
+
+
+@_config
+class BiDO:
+    """Little dependence of hidden features on the images, much on the labels: Peng et al. 2022, made against model inversion. A batch of
+    one image is undefended."""
+
+    couples_batch: ClassVar[bool] = True
+    measure: Literal["hsic", "coco"] = "hsic"
+    x_weight: float = 0.05
+    """lambda_x, against cross-entropy in nats; published with y_weight: hsic (0.05, 0.5) and (0.1, 2), coco (1, 50)."""
+    y_weight: float = 0.5
+    """lambda_y."""
+    norm: Literal["spectral", "frobenius"] = "spectral"
+    """Of coco: the paper's, or the one of its authors' code."""
+
+
+@_config
+class Precode:
+    """A linear variational bottleneck before the last layer: Scheliga et al. 2022."""
+
+    width: int = 256
+    """Entries of the noisy code."""
+    kl_weight: float = 1e-3
+    """beta, on the KL term in bits, summed over the code."""
+    cut: str | None = None
+    """Its place, see LearnedPerturbation; None is before the last layer. Under `head` the bottleneck stays with the client."""
+
+
+@_config
+class CVB:
+    """A convolutional variational bottleneck after the first stage, of half its channels: Scheliga et al. 2023."""
+
+    kernel: int = 5
+    """Odd."""
+    kl_weight: float = 0.1
+    """beta, on the KL term in nats, summed over channels; published: 0.1 for a small net, 5e-5 for a ResNet-18."""
+    cut: str | None = None
+    """Its place, see LearnedPerturbation; None is after the first stage. Under `head` the bottleneck stays with the client."""
 
 
 @_config
@@ -61,6 +122,8 @@ class CapacityNoise:
     """One noise draw per image for ever; with front="frozen" the level stands still as well, and the whole training is one release."""
     front: Literal["trained", "frozen"] = "trained"
     """Of the private front: trained by the client, or kept as it is, e.g. as model.pretrained has it."""
+    cut: str | None = None
+    """The noise's place, see LearnedPerturbation."""
 
 
 # --- of updates: what happens before they leave ------------------------------------------------------------------------
@@ -127,4 +190,4 @@ def _fields(part: Any) -> set[str]:
     return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
 
 
-DEFENCES = (Undefended, LearnedPerturbation, CapacityNoise, Pruning)
+DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning)

@@ -37,6 +37,8 @@ class Defence:
     """
 
     transforms: tuple[Transform, ...] = ()
+    own_terms: bool = False
+    """Whether the client's loss has terms beside cross-entropy although there is no noise."""
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None = None) -> None:
         self.model, self.decoder = model, decoder

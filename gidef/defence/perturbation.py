@@ -133,7 +133,8 @@ class MinimaxPlayer:
 
 
 class LearnedDefence(Defence):
-    """The full method. `decoder` None (λ = 0) learns the level without an opponent."""
+    """The full method. `decoder` None (λ = 0) learns the level without an opponent; with a fixed level it is isotropic noise, with a
+    bottleneck in the perturbation's place PRECODE or CVB."""
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings) -> None:
         super().__init__(model, decoder)
@@ -145,7 +146,7 @@ class LearnedDefence(Defence):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        return tuple(self.model.latent_shape)
+        return tuple(self.model.perturbation.noise_shape)
 
     def player(self) -> MinimaxPlayer:
         return MinimaxPlayer(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)

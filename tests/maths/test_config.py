@@ -12,7 +12,9 @@ import pytest
 
 from gidef import config, importing
 from gidef.config import (
+    CVB,
     PRESETS,
+    BiDO,
     CapacityNoise,
     Data,
     DeepLeakage,
@@ -25,6 +27,7 @@ from gidef.config import (
     GradInversion,
     Iid,
     InvertingGradients,
+    IsotropicNoise,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
@@ -33,6 +36,7 @@ from gidef.config import (
     MultiRound,
     NaiveMatching,
     PostHocDecoder,
+    Precode,
     Pruning,
     QuantitySkew,
     Recipe,
@@ -90,6 +94,10 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    yield Recipe(defences={
+        "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
+        "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),
+    })  # fmt: skip
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -132,6 +140,10 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(law="laplace", kl_weight=0.1)), "defences.x: kl_weight=0.1", "law=gaussian"),
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
+    (Recipe(defences={"x": CVB(kernel=4)}), "defences.x.kernel=4 is even", "odd number"),
+    (Recipe(defences={"x": IsotropicNoise(std=-0.1)}), "defences.x.std=-0.1", "at least 0"),
+    (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
+    (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "Keep one"),
     (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),
     (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
