@@ -41,7 +41,19 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     standard,
 )
-from gidef.config.defences import DEFENCES, LearnedPerturbation, Pruning, Undefended  # noqa: F401  (the page of defences)
+from gidef.config.defences import (  # noqa: F401  (the page of defences)
+    DEFENCES,
+    Censor,
+    Clipping,
+    GradDefense,
+    GradientNoise,
+    LearnedPerturbation,
+    Pruning,
+    Quantisation,
+    Sign,
+    Soteria,
+    Undefended,
+)
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -317,9 +329,10 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
+    "std": 0, "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
-_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr"), 0)
+_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 
 

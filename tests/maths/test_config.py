@@ -13,6 +13,8 @@ import pytest
 from gidef import config, importing
 from gidef.config import (
     PRESETS,
+    Censor,
+    Clipping,
     Data,
     DeepLeakage,
     Dirichlet,
@@ -21,6 +23,8 @@ from gidef.config import (
     FedAdam,
     FedAvg,
     FedYogi,
+    GradDefense,
+    GradientNoise,
     GradInversion,
     Iid,
     InvertingGradients,
@@ -32,12 +36,15 @@ from gidef.config import (
     NaiveMatching,
     PostHocDecoder,
     Pruning,
+    Quantisation,
     QuantitySkew,
     Recipe,
     Rounds,
     Scaffold,
     Shards,
+    Sign,
     SingleGradient,
+    Soteria,
     Speed,
     SurrogateModel,
     Undefended,
@@ -87,6 +94,8 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
+    yield Recipe(defences={"of updates": changed, "inside": (Censor(draws=3), Soteria(share=0.5, layer="backbone.head"), GradDefense(slices=4, noisy=2))})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
