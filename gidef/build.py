@@ -22,10 +22,17 @@ from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, sp
 from gidef.defence import Defence, LearnedDefence
 from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
+from gidef.defence.censor import Orthogonal
+from gidef.defence.clipping import Clip
 from gidef.defence.isotropic import isotropic_noise
+from gidef.defence.noise import AddNoise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
+from gidef.defence.quantisation import Quantise
 from gidef.defence.share import Transform
+from gidef.defence.sign import SignOnly
+from gidef.defence.slices import NoisySlices
+from gidef.defence.soteria import PruneFeatures
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
@@ -161,6 +168,20 @@ def _make_transform(chosen: Any) -> Transform:
     match chosen:
         case config.Pruning():
             return Prune(share=chosen.share)
+        case config.GradientNoise():
+            return AddNoise(std=chosen.std, law=chosen.law, relative=chosen.relative)
+        case config.Clipping():
+            return Clip(bound=chosen.bound, per_tensor=chosen.per_tensor)
+        case config.Sign():
+            return SignOnly()
+        case config.Quantisation():
+            return Quantise(bits=chosen.bits, norm=chosen.norm)
+        case config.Censor():
+            return Orthogonal(draws=chosen.draws)
+        case config.Soteria():
+            return PruneFeatures(share=chosen.share, layer=chosen.layer)
+        case config.GradDefense():
+            return NoisySlices(std=chosen.std, relative=chosen.relative, slices=chosen.slices, noisy=chosen.noisy)
     missing = [name for name in ("apply", "reveals", "imitate") if not callable(getattr(chosen, name, None))]
     if missing:
         raise InputError(f"{type(chosen).__name__} has changes_update, but no {', '.join(missing)}: see gidef.defence.share.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from gidef.clients.participate import DECODER
 from gidef.defence.share import imitated, revealed
 from gidef.rng import generator
 from gidef.training import Run, Snapshot, Trained
-from gidef.types import Observation, Tensors
+from gidef.types import Observation, Own, Tensors
 
 Simulate = Callable[..., Tensors]
 
@@ -75,7 +76,7 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     images = train.images[rows.flatten()].to(device, torch.float32).div_(255).view(*rows.shape, *setting.dataset.image_shape)
     labels = train.labels[rows.flatten()].to(device).view(rows.shape)
     simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss)()
-    shape = noise_shape(run, trained)
+    shape, model = noise_shape(run, trained), copy.deepcopy(defence.model)
     owners, noises, privates, updates = [], [], [], []
     participation.versions = dict(snapshot.versions)
     for batch, members in enumerate(rows.tolist()):
@@ -92,7 +93,9 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
         targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
         update = simulate(snapshot.params, private, images[batch], targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *([repeat] if repeat else []))
-        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw)
+        weights = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
+        own = Own(model, weights, images[batch], labels[batch], lr=recipe.evaluation.local_lr if recipe.evaluation.release == "gradient" else None)
+        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)

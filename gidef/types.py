@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 """Named tensors, such as a model's parameters or an update. The order of names carries no meaning."""
@@ -38,6 +38,22 @@ class Update:
     delta: Tensors
     num_examples: int
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a client has at hand when its update is about to leave. None of it leaves.
+
+    model:  its network, whose weights may be any.  params: every parameter that an update starts from, the private ones as trained.
+    images: float32 (B, C, H, W) in [0, 1].  labels: int64 (B,).
+    lr:     the step that stands behind an update which is a gradient: w − lr · g; None for a delta: w + Δ.
+    """
+
+    model: nn.Module
+    params: Tensors
+    images: Tensor
+    labels: Tensor
+    lr: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

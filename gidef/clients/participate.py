@@ -9,12 +9,14 @@ import torch
 
 from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
 from gidef.rng import generator
-from gidef.types import Client, ServerState, Tensors, Update
+from gidef.types import Client, Own, ServerState, Tensors, Update
 
 SharePolicy = Literal["full", "head", "all"]
 CONTROL = "control/"
 """Prefix of SCAFFOLD's control variates in an update and in a client's state."""
 DECODER = "decoder."
+AT_HAND = 16
+"""Of its images that a client looks at, at most, when it changes an update: trial losses and Jacobians of more would cost like training."""
 
 
 class Store(Protocol):
@@ -38,7 +40,7 @@ class Participation:
         shared:   names of the tensors that leave the client; all others are client state.
         store:    keeps client state between rounds; `versions` says which round's state of a client is current.
         rounds:   total number, for the progress that schedules see.
-        share:    what leaves of an update: share(delta, generator=…); None lets all leave as it is. Control variates are not changed.
+        share:    what leaves of an update: share(delta, generator=…, own=…); None lets all leave as it is. Control variates are not changed.
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
     """
@@ -93,7 +95,8 @@ class Participation:
         keep = {name: after[name] for name in self._private}
         sent = {name: delta[name] for name in self._initial if name in self._shared}
         if self._share is not None:
-            sent = self._share(sent, generator=generator(self._seed, "share", server.round, client.id))
+            own = self._at_hand(player, {**start, **{name: after[name] for name in self._private if name in start}}, client, server.round)
+            sent = self._share(sent, generator=generator(self._seed, "share", server.round, client.id), own=own)
         if self._scaffold:
             moved = {name: -step / (result.steps * self._settings.lr) for name, step in sent.items()}  # (x − y) / (K η)
             server_control = server.slots.get("control", {})
@@ -105,6 +108,13 @@ class Participation:
         if keep:
             self._store.put(client.id, server.round, keep)
         return Update(sent, 1 if self._scaffold else client.num_examples, {"loss": result.loss})
+
+    def _at_hand(self, player: Player, params: Tensors, client: Client, round: int) -> Own:
+        """Some of the client's images, beside its model."""
+        rows = torch.randperm(client.num_examples, generator=generator(self._seed, "at hand", round, client.id))[:AT_HAND].to(client.images.device)
+        device = next(player.model.parameters()).device
+        images = client.images[rows].to(device, torch.float32).div_(255)
+        return Own(player.model, {name: tensor.to(device) for name, tensor in params.items()}, images, client.labels[rows].to(device))
 
     def _correction(self, server: ServerState, kept: Tensors) -> tuple[Callable[[str], torch.Tensor], Tensors]:
         """SCAFFOLD's c − c_i, and c_i; private parameters are not corrected."""

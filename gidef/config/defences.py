@@ -138,6 +138,79 @@ class Pruning:
     """Of a tensor's entries that are set to zero, in [0, 1]."""
 
 
+@_config
+class GradientNoise:
+    """Noise is added to every entry (Zhu et al. 2019)."""
+
+    changes_update: ClassVar[bool] = True
+    std: float = 0.1
+    """Standard deviation; 0 adds none."""
+    law: Literal["gaussian", "laplace"] = "gaussian"
+    relative: bool = True
+    """std counts in 95th percentiles of each tensor's absolute values; else in the update's units."""
+
+
+@_config
+class Clipping:
+    """Updates of a larger L2 norm are scaled down to it (McMahan et al. 2018)."""
+
+    changes_update: ClassVar[bool] = True
+    bound: float = 1.0
+    """Largest norm, in the update's units."""
+    per_tensor: bool = False
+    """Each tensor by itself, instead of the whole update."""
+
+
+@_config
+class Sign:
+    """Only signs leave, times each tensor's mean absolute value (signSGD, Bernstein et al. 2018)."""
+
+    changes_update: ClassVar[bool] = True
+
+
+@_config
+class Quantisation:
+    """Entries are rounded at random, right on average (QSGD, Alistarh et al. 2017)."""
+
+    changes_update: ClassVar[bool] = True
+    bits: int = 4
+    """Of an entry, its sign included, in [2, 16]."""
+    norm: Literal["max", "l2"] = "max"
+    """What the largest level stands for."""
+
+
+@_config
+class Censor:
+    """A random direction orthogonal to each tensor leaves in its place, the best of some draws (Zhang et al. 2025)."""
+
+    changes_update: ClassVar[bool] = True
+    draws: int = 20
+
+
+@_config
+class Soteria:
+    """Of one linear layer's gradient, the columns of the features that tell most of the image are zero (Sun et al. 2021)."""
+
+    changes_update: ClassVar[bool] = True
+    share: float = 0.8
+    """Of the features that are pruned, in [0, 1]."""
+    layer: str | None = None
+    """Name of a linear layer, e.g. backbone.head; the classifier by default."""
+
+
+@_config
+class GradDefense:
+    """Slices of the update that tell equally much of the image; some of them get Gaussian noise (Wang et al. 2022)."""
+
+    changes_update: ClassVar[bool] = True
+    std: float = 0.1
+    relative: bool = True
+    """As in GradientNoise."""
+    slices: int = 10
+    noisy: int = 5
+    """Slices that get noise, at most `slices`."""
+
+
 # --- at a wanted accuracy ----------------------------------------------------------------------------------------------
 
 
@@ -190,4 +263,4 @@ def _fields(part: Any) -> set[str]:
     return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
 
 
-DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning)
+DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense)

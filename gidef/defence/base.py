@@ -12,7 +12,7 @@ from torch.func import functional_call, grad
 
 from gidef.defence.share import Transform, apply_all
 from gidef.models import SplitModel
-from gidef.types import Client, Tensors
+from gidef.types import Client, Own, Tensors
 
 Simulate = Callable[[Tensors, Tensors, Tensor, Tensor, "Tensor | None"], Tensors]
 """simulate(params, known, images, labels, noise) → tensors named as `params`: the gradient that a client would release.
@@ -70,9 +70,9 @@ class Defence:
         """The client's noise (n, *latent_shape) where every image keeps one draw for ever, else None."""
         return None
 
-    def share(self, update: Tensors, *, generator: Generator) -> Tensors:
-        """What leaves the client of its update, a gradient or a delta of the shared tensors."""
-        return apply_all(self.transforms, update, generator=generator)
+    def share(self, update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
+        """What leaves the client of its update, a gradient or a delta of the shared tensors. own: what the client has at hand."""
+        return apply_all(self.transforms, update, generator=generator, own=own)
 
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Generator
 
-from gidef.types import Tensors
+from gidef.types import Own, Tensors
 
 Simulate = Callable[..., Tensors]
 
@@ -25,7 +25,10 @@ class Transform(Protocol):
     apply:    what leaves. Randomness comes from the generator alone, on the CPU. Equal in sign and scale: apply(−u) = −apply(u) in law,
               so that a gradient and the step against it are treated alike.
     reveals:  what anybody can read off a released update about the change, e.g. which entries were pruned.
-    imitate:  the change as an adaptive attacker simulates it, differentiable: of a candidate's update, given what was revealed.
+    imitate:  the change as an adaptive attacker simulates it, differentiable: of a candidate's update, given what was revealed. A matching
+              attack may leave tensors out: of those, nothing is revealed and nothing is in the update.
+
+    With an attribute `needs_own = True`, apply takes one more keyword, own: Own, what the client alone has: images, labels, weights.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...
@@ -33,10 +36,15 @@ class Transform(Protocol):
     def imitate(self, update: Tensors, seen: Tensors) -> Tensors: ...
 
 
-def apply_all(transforms: Sequence[Transform], update: Tensors, *, generator: Generator) -> Tensors:
-    """What leaves the client."""
+def apply_all(transforms: Sequence[Transform], update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
+    """What leaves the client. own: for the transforms that need it.  Raises: ValueError if one does and there is none."""
     for transform in transforms:
-        update = transform.apply(update, generator=generator)
+        if not getattr(transform, "needs_own", False):
+            update = transform.apply(update, generator=generator)
+            continue
+        if own is None:
+            raise ValueError(f"{type(transform).__name__} looks at the client's own images, and was given none.")
+        update = transform.apply(update, generator=generator, own=own)
     return update
 
 

@@ -16,6 +16,8 @@ from gidef.config import (
     PRESETS,
     BiDO,
     CapacityNoise,
+    Censor,
+    Clipping,
     Data,
     DeepLeakage,
     Dirichlet,
@@ -24,6 +26,8 @@ from gidef.config import (
     FedAdam,
     FedAvg,
     FedYogi,
+    GradDefense,
+    GradientNoise,
     GradInversion,
     Iid,
     InvertingGradients,
@@ -38,12 +42,15 @@ from gidef.config import (
     PostHocDecoder,
     Precode,
     Pruning,
+    Quantisation,
     QuantitySkew,
     Recipe,
     Rounds,
     Scaffold,
     Shards,
+    Sign,
     SingleGradient,
+    Soteria,
     Speed,
     SurrogateModel,
     Undefended,
@@ -98,6 +105,8 @@ def recipes():
         "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
         "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),
     })  # fmt: skip
+    changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
+    yield Recipe(defences={"of updates": changed, "inside": (Censor(draws=3), Soteria(share=0.5, layer="backbone.head"), GradDefense(slices=4, noisy=2))})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))

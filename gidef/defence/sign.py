@@ -1,0 +1,41 @@
+"""Signs instead of updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from gidef.types import Tensors
+
+WIDTH = 0.3
+"""w of the stand-in's slope, in units of mean |u|."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignOnly:
+    """sign(u) · mean |u| of each tensor: one bit for an entry and one number for a tensor; 0 stays 0.
+
+    Source:  signSGD, Bernstein et al. 2018, arXiv:1802.04434; the scale is that of 1-bit compression with an l1 norm (Karimireddy et al.
+             2019, arXiv:1901.09847, scaled sign).
+    Deviates: without error feedback, and averaged by the server instead of a majority vote.
+    Broken by: an attacker who simulates the signs with a slope: straight through (BPDA, Athalye et al. 2018, arXiv:1802.00420). The
+               stand-in has the sign's value, exactly, and the slope of mean |u| · tanh(u / (w · mean |u|)).
+    """
+
+    def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
+        return {name: tensor.sign() * tensor.abs().mean() for name, tensor in update.items()}
+
+    def reveals(self, update: Tensors) -> Tensors:
+        return {}
+
+    def imitate(self, update: Tensors, seen: Tensors) -> Tensors:
+        return {name: _sloped(tensor) for name, tensor in update.items()}
+
+
+def _sloped(tensor: Tensor) -> Tensor:
+    size = tensor.abs().mean()
+    fixed = size.detach()
+    soft = torch.tanh(tensor / (WIDTH * fixed).clamp_min(torch.finfo(tensor.dtype).tiny))
+    return tensor.sign() * size + (soft - soft.detach()) * fixed

@@ -1,0 +1,144 @@
+"""Every change of an update in a run: small synthetic cells, one round of training, what it released, short attacks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gidef import attack as attacks
+from gidef import build, methods, observe
+from gidef.config import (
+    Censor,
+    Clipping,
+    Data,
+    Evaluation,
+    GradDefense,
+    GradientNoise,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    Pruning,
+    Quantisation,
+    Recipe,
+    Rounds,
+    Sign,
+    SkipLayers,
+    Soteria,
+    Speed,
+    Undefended,
+)
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.parallel import World
+from gidef.report import Console
+from gidef.training import Run, train
+
+ALONE = {
+    "pruning": Pruning(share=0.5), "gaussian": GradientNoise(), "laplace": GradientNoise(law="laplace", std=1e-4, relative=False),
+    "clipping": Clipping(bound=0.05), "per tensor": Clipping(bound=0.01, per_tensor=True), "sign": Sign(), "quantisation": Quantisation(),
+    "censor": Censor(draws=3), "soteria": Soteria(share=0.5), "slices": GradDefense(),
+}  # fmt: skip
+BEHIND = {"learned + all": (LearnedPerturbation(ramp=0.0), Clipping(bound=1.0), Soteria(), Censor(draws=2), GradDefense(), GradientNoise(), Quantisation(), Sign(), Pruning(share=0.5))}
+DEFENCES = {"undefended": Undefended(), **ALONE, **BEHIND}
+EXACT = ("pruning", "clipping", "per tensor", "sign", "censor", "soteria")
+"""Those whose imitation at the true images is what was released; the others add what nobody can know."""
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    before, found = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    recipe = Recipe(
+        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+        clients=LocalTraining(batch_size=8), defences=DEFENCES, speed=Speed(device="cpu", workers=1),
+        evaluation=Evaluation(num_victims=4, num_tuning=0, batch_size=2, checkpoints=("final",)),
+    )  # fmt: skip
+    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
+
+    def one(name):
+        if name not in found:
+            found[name] = train(run, name, DEFENCES[name], 0)
+        return run, found[name]
+
+    yield one
+    torch.set_num_threads(before)
+
+
+def evaluated(run: Run, **changes) -> Run:
+    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+
+
+def released(run, one):
+    return observe.release(run, one, one.snapshots["final"], seed=0)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "delta"])
+@pytest.mark.parametrize("name", [*ALONE, *BEHIND])
+def test_a_round_is_trained_and_attacked(name, kind, trained):
+    run, one = trained(name)
+    bare = trained("undefended")[1]
+    sent, plain = (o.training.participation.train(o.training.server, run.setting.clients[0]).delta for o in (one, bare))
+    assert all(tensor.isfinite().all() for tensor in sent.values())
+    assert name in BEHIND or any(not torch.equal(sent[key], plain[key]) for key in plain)
+    run = evaluated(run, release=kind, local_steps=1 if kind == "gradient" else 2)
+    victims = released(run, one)
+    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), SkipLayers(iterations=3)):
+        plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
+        for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+            assert found.status == "ok" and found.images.isfinite().all() and found.losses.isfinite().all(), found.error
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_at_the_true_images_an_attacker_who_adapts_simulates_what_was_released(name, trained):
+    """Exactly where the change can be known; closer than the naive one wherever that is off."""
+    run, one = trained(name)
+    victims, snapshot = released(run, one), one.snapshots["final"]
+    apart = {}
+    for attack in (NaiveMatching(), JointMatching()):
+        observation = observe.observations(run, one, snapshot, attack, victims)[0]
+        simulate = observe.observed_simulator(run, one, snapshot, terms="client", adaptive=observe.adapts(attack))()
+        found = simulate(observation.params, observation.known, victims.images[0], F.one_hot(victims.labels[0], 8).float(), None)
+        distance = sum(float((found[key] - tensor).square().sum()) for key, tensor in observation.update.items())
+        apart[type(attack)] = (distance / sum(float(tensor.square().sum()) for tensor in observation.update.values())) ** 0.5
+    assert apart[NaiveMatching] > 1e-3
+    if name in EXACT:
+        assert apart[JointMatching] < 1e-5
+    else:
+        assert apart[JointMatching] == apart[NaiveMatching]
+
+
+def test_victims_and_clients_of_orthogonal_updates_send_nothing_along_the_true_one(trained):
+    run, one = trained("censor")
+    bare = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=build.make_defence(Undefended(), run.recipe, run.setting.dataset, seed=0)))
+    for sent, true in zip(released(run, one).updates, released(run, bare).updates, strict=True):
+        for name, tensor in sent.items():
+            a, b = tensor.double().flatten(), true[name].double().flatten()
+            assert abs(float(a @ b)) <= 1e-5 * float(a.norm() * b.norm()) and float(a.norm() / b.norm()) == pytest.approx(1, rel=1e-5)
+
+
+def test_images_at_hand_are_the_clients_own(trained):
+    run, one = trained("censor")
+    participation, client, seen = one.training.participation, run.setting.clients[1], []
+    share = participation._share
+    participation._share = lambda update, *, generator, own: seen.append(own) or share(update, generator=generator, own=own)
+    try:
+        participation.train(one.training.server, client)
+    finally:
+        participation._share = share
+    [own] = seen
+    images = client.images.float() / 255
+    assert own.lr is None and 0 < len(own.images) <= 16 and len({tuple(image.flatten().tolist()) for image in own.images}) == len(own.images)
+    for image, label in zip(own.images, own.labels, strict=True):
+        rows = (images == image).flatten(1).all(1).nonzero().flatten()
+        assert len(rows) and int(label) in client.labels[rows].tolist()
+    assert all(torch.equal(own.params[name], tensor) for name, tensor in one.training.server.params.items())
