@@ -153,7 +153,8 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
     if other.attack == attack:
         return True
     # under `head` the joint attack alone is given the private front
-    if one.training.defence.noise_shape is not None or one.training.defence.transforms or run.recipe.share_policy == "head":
+    defence = one.training.defence
+    if defence.noise_shape is not None or defence.transforms or defence.budget is not None or run.recipe.share_policy == "head":
         return False
     if type(attack) is not config.JointMatching or type(other.attack) is not config.NaiveMatching:
         return False

@@ -44,6 +44,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         setting = build.load_setting(recipe, world=world, notice=said.append)
         chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
         del chosen
+        for defence in recipe.chosen.values():  # refuses a missing extra, or an ε out of reach
+            for seed in recipe.seeds:
+                build.privacy_budget(setting, defence, seed=seed)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         if world.rank == 0:

@@ -6,12 +6,13 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from gidef import config, importing
 from gidef.config import (
+    DPSGD,
     PRESETS,
     Data,
     DeepLeakage,
@@ -59,6 +60,13 @@ class Own:
         return make_model()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coupled(Own):
+    """One whose loss is no mean over images."""
+
+    couples_batch: ClassVar[bool] = True
+
+
 CLASSES = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
 SGD = LocalTraining(optimiser="sgd")
 
@@ -87,6 +95,7 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -130,6 +139,16 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "Keep one"),
+    (Recipe(defences={"d": DPSGD(noise_multiplier=1.0)}), "defences.d: noise_multiplier=1.0 and target_epsilon=8.0", "exactly one"),
+    (Recipe(defences={"d": DPSGD(target_epsilon=None)}), "defences.d: noise_multiplier=None and target_epsilon=None", "exactly one"),
+    (Recipe(defences={"d": DPSGD()}, clients=LocalTraining(accumulate=2)), "defences.d: clients.accumulate=2", "Set it to 1"),
+    (Recipe(defences={"d": DPSGD()}, clients=SingleGradient(precision="bfloat16")), "defences.d: clients.precision=bfloat16", "set it to float32"),
+    (Recipe(defences={"d": DPSGD(level="client")}, clients=SGD, rounds=Rounds(server=Scaffold())), "defences.d: rounds.server=Scaffold", "take another"),
+    (Recipe(defences={"d": (DPSGD(level="client"), DPSGD(level="client"))}), "defences.d holds 2 DPSGD", "keep one"),
+    (Recipe(defences={"d": (Coupled(), DPSGD())}), "defences.d: the loss of Coupled couples the images", "Leave one out"),
+    (Recipe(defences={"d": (LearnedPerturbation(dependence="dcor"), DPSGD())}), "defences.d: the loss of LearnedPerturbation couples", "Leave one out"),
+    (Recipe(defences={"d": DPSGD(clip=0.0)}), "defences.d.clip=0.0", "larger"),
+    (Recipe(defences={"d": DPSGD(delta=1.0)}), "defences.d.delta=1.0", "smaller"),
     (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),
     (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
     (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),
