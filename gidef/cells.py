@@ -157,7 +157,7 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
         return True
     # under `head` the joint attack alone is given the private front
     defence = one.training.defence
-    if defence.noise_shape is not None or defence.transforms or (defence.own_terms and run.recipe.evaluation.released_loss == "client") or run.recipe.share_policy == "head":
+    if defence.noise_shape is not None or defence.transforms or defence.budget is not None or (defence.own_terms and run.recipe.evaluation.released_loss == "client") or run.recipe.share_policy == "head":
         return False
     if type(attack) is not config.JointMatching or type(other.attack) is not config.NaiveMatching:
         return False

@@ -42,9 +42,11 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         recipe = _continued(recipe, folder, world)
         said: list[str] = []  # shown once there is a console with a log
         setting = build.load_setting(recipe, world=world, notice=said.append)
-        for defence in recipe.chosen.values():  # what cannot be built is refused before any file
+        for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
                 build.make_defence(one, recipe, setting.dataset, seed=0)
+                for seed in recipe.seeds:
+                    build.privacy_budget(setting, one, seed=seed)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         if world.rank == 0:

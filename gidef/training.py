@@ -240,8 +240,9 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
     shared_bytes = sum(tensor.nbytes for tensor in training.participation.template().values())
+    spent = training.defence.budget
     return {
-        "defence": name, "seed": seed, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
         "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),

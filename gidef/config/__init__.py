@@ -44,6 +44,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
 from gidef.config.defences import (  # noqa: F401  (the page of defences)
     CVB,
     DEFENCES,
+    DPSGD,
     BiDO,
     CapacityNoise,
     Censor,
@@ -343,6 +344,9 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
+_AT_LEAST |= {"noise_multiplier": 0}
+_MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
+_LESS_THAN |= {"delta": 1}
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -389,7 +393,8 @@ def problems(recipe: Recipe) -> list[str]:
         parts = defence if isinstance(defence, tuple) else (defence,)
         if not parts:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
-        if sum(not getattr(part, "changes_update", False) for part in parts) > 1:
+        found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
+        if sum(not getattr(part, "changes_update", False) for part in parts) > 1 and not _uncertain(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
@@ -435,6 +440,36 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _uncertain(parts: tuple[Any, ...]) -> list[str]:
+    """Defences beside a DPSGD of images whose loss is no mean over images: no image has a gradient of its own that could be clipped."""
+    if not any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+        return []
+    coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
+    return [type(part).__name__ for part in coupled]
+
+
+def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a defence's DPSGD, alone or combined with others."""
+    private, clients, found = [part for part in parts if isinstance(part, DPSGD)], recipe.clients, []
+    if not private:
+        return []
+    if len(private) > 1:
+        return [f"{name} holds {len(private)} DPSGD, whose epsilons are not added up here: keep one."]
+    noise, target = private[0].noise_multiplier, private[0].target_epsilon
+    if (noise is None) == (target is None):
+        found.append(f"{name}: noise_multiplier={noise} and target_epsilon={target}: one follows from the other. Set exactly one to None.")
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"{name}: rounds.server=Scaffold would carry the noise of a round, in control variates, into all later steps: take another server.")
+    if private[0].level == "client":
+        return found
+    if getattr(clients, "accumulate", 1) > 1:
+        found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
+    if clients.precision == "bfloat16":
+        found.append(f"{name}: clients.precision=bfloat16 rounds the norms that bound each image's part by up to 0.4 %: set it to float32.")
+    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _uncertain(parts)]
     return found
 
 

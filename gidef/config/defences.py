@@ -211,6 +211,35 @@ class GradDefense:
     """Slices that get noise, at most `slices`."""
 
 
+# --- of gradients with a certificate: differential privacy --------------------------------------------------------------
+
+
+@_config
+class DPSGD:
+    """Differential privacy, of images (DP-SGD, Abadi et al. 2016) or of clients (DP-FedAvg, McMahan et al. 2018); needs the extra `dp` (Opacus).
+
+    Give exactly one of noise_multiplier and target_epsilon. (epsilon, delta) is of the whole schedule of rounds, for the client that is worst
+    off; what a victim of the evaluation releases comes on top. clients.grad_clip still bounds the noisy gradient: 0 leaves it alone.
+    """
+
+    clip: float = 1.0
+    """C > 0: largest norm of an image's own gradient, or of a client's update."""
+    noise_multiplier: float | None = None
+    """sigma; the noise on the sum of a batch, or of a cohort, has standard deviation sigma C."""
+    target_epsilon: float | None = 8.0
+    """The smallest sigma is taken that keeps within it."""
+    delta: float = 1e-5
+    level: Literal["sample", "client"] = "sample"
+    """"sample" hides an image, by every step that a client takes; "client" hides a client, by its update, from all who see only the mean of a
+    cohort. Updates then count alike, whatever the clients' sizes."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """Of Opacus; rdp is faster and says a little more epsilon."""
+
+    @property
+    def changes_update(self) -> bool:
+        return self.level == "client"
+
+
 # --- at a wanted accuracy ----------------------------------------------------------------------------------------------
 
 
@@ -263,4 +292,4 @@ def _fields(part: Any) -> set[str]:
     return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
 
 
-DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense)
+DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)

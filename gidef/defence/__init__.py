@@ -16,5 +16,6 @@ where `make_model(perturbation=None, cut=None)` returns the recipe's `SplitModel
 
 from gidef.defence.base import Defence, Plain
 from gidef.defence.perturbation import LearnedDefence
+from gidef.defence.private import ClipAndNoise, PrivateDefence
 
-__all__ = ["Defence", "LearnedDefence", "Plain"]
+__all__ = ["ClipAndNoise", "Defence", "LearnedDefence", "Plain", "PrivateDefence"]

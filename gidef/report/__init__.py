@@ -10,7 +10,7 @@
     seeds         [int];  world_size: int;  threads: int
     seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
-    training      [one per defence and seed: defence, seed, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
+    training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
     tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
@@ -20,6 +20,8 @@
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, labels: "known" | "counts" | "recovered" | "searched", ...}
+                  epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
+                  noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start

@@ -6,13 +6,14 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from gidef import config, importing
 from gidef.config import (
     CVB,
+    DPSGD,
     PRESETS,
     BiDO,
     CapacityNoise,
@@ -72,6 +73,13 @@ class Own:
         return make_model()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coupled(Own):
+    """One whose loss is no mean over images."""
+
+    couples_batch: ClassVar[bool] = True
+
+
 CLASSES = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
 SGD = LocalTraining(optimiser="sgd")
 
@@ -107,6 +115,7 @@ def recipes():
     })  # fmt: skip
     changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
     yield Recipe(defences={"of updates": changed, "inside": (Censor(draws=3), Soteria(share=0.5, layer="backbone.head"), GradDefense(slices=4, noisy=2))})
+    yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -154,6 +163,16 @@ IMPOSSIBLE = [
     (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "Keep one"),
+    (Recipe(defences={"d": DPSGD(noise_multiplier=1.0)}), "defences.d: noise_multiplier=1.0 and target_epsilon=8.0", "exactly one"),
+    (Recipe(defences={"d": DPSGD(target_epsilon=None)}), "defences.d: noise_multiplier=None and target_epsilon=None", "exactly one"),
+    (Recipe(defences={"d": DPSGD()}, clients=LocalTraining(accumulate=2)), "defences.d: clients.accumulate=2", "Set it to 1"),
+    (Recipe(defences={"d": DPSGD()}, clients=SingleGradient(precision="bfloat16")), "defences.d: clients.precision=bfloat16", "set it to float32"),
+    (Recipe(defences={"d": DPSGD(level="client")}, clients=SGD, rounds=Rounds(server=Scaffold())), "defences.d: rounds.server=Scaffold", "take another"),
+    (Recipe(defences={"d": (DPSGD(level="client"), DPSGD(level="client"))}), "defences.d holds 2 DPSGD", "keep one"),
+    (Recipe(defences={"d": (Coupled(), DPSGD())}), "defences.d: the loss of Coupled couples the images", "Leave one out"),
+    (Recipe(defences={"d": (LearnedPerturbation(dependence="dcor"), DPSGD())}), "defences.d: the loss of LearnedPerturbation couples", "Leave one out"),
+    (Recipe(defences={"d": DPSGD(clip=0.0)}), "defences.d.clip=0.0", "larger"),
+    (Recipe(defences={"d": DPSGD(delta=1.0)}), "defences.d.delta=1.0", "smaller"),
     (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),
     (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
     (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),
