@@ -167,7 +167,7 @@ def _table(pages: Sequence[Page]) -> Html:
         tag("label", "Find ", tag("input", type="search", id="find", autocomplete="off")),
         tag("span", id="selects"),
         tag("label", tag("input", type="checkbox", id="bounds", checked=True), " bounds"),
-        tag("button", "All", type="reset"),
+        tag("button", "Show all", type="button", id="all"),
         tag("button", "Save the numbers (JSON)", type="button", id="save"),
         tag("output", id="shown", aria_live="polite"),
         id="filters", hidden=True,

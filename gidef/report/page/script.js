@@ -50,7 +50,7 @@
   }
   form.hidden = false;
   form.addEventListener("input", filter);
-  form.addEventListener("reset", () => setTimeout(filter));
+  byId("all").addEventListener("click", () => { form.reset(); filter(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   filter();
   byId("save").addEventListener("click", () => {
