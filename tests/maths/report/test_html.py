@@ -213,7 +213,8 @@ def test_the_numbers_of_the_table_are_those_of_the_results(run):
 
 def test_bounds_and_attackers_of_another_kind_are_marked(results, make_row, tmp_path):
     results["bounds"].append({"name": "shuffled gradient", "psnr_db": 9.0})
-    results["rows"] += [make_row("plain", name, number, 50.0) for name, number in (("d", "A12"), ("m", "A11"), ("e", "standard"), ("s", "control"))]
+    results["rows"] += [make_row("plain", name, number, 50.0) for name, number in (("d", "A12"), ("malicious", "A11"), ("e", "standard"), ("s", "control"))]
+    results["rows"].append(make_row("learned", "malicious", "A11", 50.0))
     make_run(tmp_path / "one", results)
     tree = read(page_of(tmp_path / "one"))
     marked = {}
@@ -223,10 +224,12 @@ def test_bounds_and_attackers_of_another_kind_are_marked(results, make_row, tmp_
             assert badges == ["bound"]
         marked[row.attributes["data-defence"], row.attributes["data-attack"]] = badges
     assert marked["shuffled gradient", "none"] == ["bound"] and marked["plain", "naive"] == []
-    assert marked["plain", "d"] == ["bound: is given the latent"] and marked["plain", "m"] == ["malicious server"]
+    assert marked["plain", "d"] == ["bound: is given the latent"] and marked["plain", "malicious"] == ["malicious server"]
     assert marked["plain", "e"] == ["worst case per image"] and marked["plain", "s"] == ["shuffled control"]
     points = [point.one("title").text for point in tree.one("section", id="utility").all("g", class_="point")]
     assert all("(naive)" in text or "(joint)" in text for text in points), "none of the four competes in the plots"
+    best, shown = psnr(7, "learned", "naive", 0), next(tree.one("ul", class_="faces").all("span", class_="interval")).text
+    assert psnr(7, "learned", "malicious", 0) > best and shown == f"up to {best:.1f} dB", "nor on a victim's face"
 
 
 def hostile(content):
@@ -453,14 +456,16 @@ def test_axes_cover_any_values_with_a_few_round_ticks(values):
 
 
 def test_names_of_crowded_points_do_not_cover_each_other():
-    points = [svg.Point(label=f"defence {number}", x=80 + 0.01 * number, y=20 + 0.02 * number) for number in range(6)]
-    tree = read(svg.scatter(points, [("class mean", 19.0)], name="x", xlabel="y", ylabel="z"))
+    points = [svg.Point(label=f"defence {number}", x=80 + 0.01 * number, y=19.1 + 0.02 * number) for number in range(6)]
+    tree = read(svg.scatter(points, [("the class mean of a run with a long name", 19.0)], name="x", xlabel="y", ylabel="z"))
     texts = [text for group in tree.all("g") for text in group.all("text")] + list(tree.all("text", class_="quiet"))
     boxes = [(float(text.attributes["x"]), float(text.attributes["y"]), 6.4 * len(text.text)) for text in texts]
     for number, (x, y, width) in enumerate(boxes):
         assert x >= 0 and x + width <= 640
         for other_x, other_y, other_width in boxes[:number]:
             assert abs(y - other_y) >= 12 or x >= other_x + other_width or other_x >= x + width
+    level = float(tree.one("line", class_="level").attributes["y1"])
+    assert all(not y - 9 < level < y for _, y, _ in boxes), "nor does the class mean's line strike one out"
 
 
 def test_the_packages_data_holds_style_and_script():
