@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gidef import audit, build, cells, config, findings, importing, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
 from gidef.parallel import World, open_world
-from gidef.report import Console, Record, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
@@ -263,6 +263,7 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.heading("Where to look")
     for picture in pictures:
         console.say(f"picture  {folder / picture}")
+    console.say(f"page     {html.write([folder])}")
     console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}")
     if (folder / "models").exists():
         console.say(f"models   {folder / 'models'}")
@@ -371,12 +372,14 @@ TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
 """Fields of attacks that say how long something is trained on public images."""
 
 
-def report_again(folder: str | Path) -> None:
-    """`gidef report RUN`: rebuild tables and pictures from results.json and the record."""
-    folder = Path(folder)
-    content = results.load(folder / "results.json")
-    content["verdict"] = verdict(content)
+def report_again(folders: Sequence[str | Path]) -> None:
+    """`gidef report RUN...`: rebuild tables, pictures and page of each run from results.json and the record; of several, the first one's page shows all."""
     with Console() as console:
-        redrawn = findings.redraw(folder)
-        content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
-        publish(content, folder, console)
+        for folder in map(Path, folders):
+            content = results.load(folder / "results.json")
+            content["verdict"] = verdict(content)
+            redrawn = findings.redraw(folder)
+            content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
+            publish(content, folder, console)
+        if len(folders) > 1:
+            console.say(f"page     {html.write(folders)}, over all {len(folders)} runs")

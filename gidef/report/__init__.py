@@ -1,4 +1,4 @@
-"""Console, record of a run, results, tables, verdict and pictures. Everything shown is computed from two files of a run:
+"""Console, record of a run, results, tables, verdict, pictures and page (`html`). Everything shown is computed from two files of a run:
 
 `record.jsonl`  one JSON object per line, each with a "kind" (see `record`); what happened, in order.
 `results.json`  what came out, written once at the end (see `results`); its layout, kept stable under "format": 1:
@@ -41,7 +41,7 @@ A measured value is a number, null, or {mean, low, high, worst, worst_decile}: t
 JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
 """
 
-from gidef.report import results, tables
+from gidef.report import html, results, tables
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
 from gidef.report.record import Record, read
@@ -52,6 +52,7 @@ __all__ = [
     "Record",
     "attack_curves",
     "grid",
+    "html",
     "learning_curves",
     "partition_bars",
     "preview",
