@@ -50,13 +50,13 @@ class Page:
     pictures: dict[str, bytes] = field(default_factory=dict)
 
 
-def write(folders: Sequence[str | Path]) -> Path:
-    """Write report.html over these runs into the first one's folder; returns its path.
+def write(folders: Sequence[str | Path], into: str | Path | None = None) -> Path:
+    """Write report.html over these runs into a folder, the first one's by default; returns its path.
 
     Raises: InputError where results.json or the record cannot be read, or the page not be written.
     """
     pages = load(folders)
-    return write_atomically(Path(folders[0]) / NAME, render(pages).encode(errors="replace"))
+    return write_atomically(Path(into or folders[0]) / NAME, render(pages).encode(errors="replace"))
 
 
 def load(folders: Sequence[str | Path]) -> list[Page]:
