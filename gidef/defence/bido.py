@@ -52,17 +52,15 @@ def gaussian_kernel(samples: Tensor) -> Tensor:
 
     Less 1, which both centrings take off anyway: the kernel is close to 1, and its differences would drown in rounding.
     """
-    flat = _precise(samples)
-    flat = flat - flat.mean(0)
-    squares = flat.square().sum(1)
-    apart = squares[:, None] + squares - 2 * _products(flat)
-    return torch.expm1(-apart / (2 * BANDWIDTH**2 * flat.shape[1]))
+    products = _products(samples)
+    squares = products.diagonal()
+    apart = squares[:, None] + squares - 2 * products
+    return torch.expm1(-apart / (2 * BANDWIDTH**2 * samples[0].numel()))
 
 
 def linear_kernel(samples: Tensor) -> Tensor:
     """Inner products of all pairs, float64 (m, m), with the mean sample taken off."""
-    flat = _precise(samples)
-    return _products(flat - flat.mean(0))
+    return _products(samples)
 
 
 def prepared(kernel: Tensor, measure: Literal["hsic", "coco"]) -> Tensor:
@@ -99,14 +97,13 @@ def _largest_eigenvalue(matrix: Tensor) -> Tensor:
     return torch.einsum("i,ij,j->", vector, matrix, vector) / vector.square().sum()
 
 
-def _precise(samples: Tensor) -> Tensor:
-    """(m, D) in float64: the matrices' condition numbers reach 1e5."""
-    return samples.flatten(1).double()
-
-
-def _products(flat: Tensor) -> Tensor:
-    """Gram matrix; by einsum, which an attack in bfloat16 leaves alone."""
-    return torch.einsum("id,jd->ij", flat, flat)
+def _products(samples: Tensor) -> Tensor:
+    """Gram matrix of samples less their mean, (m, m). The sums over entries are float32 or float64, as the samples; what is done with the
+    small matrices is float64, as their condition numbers reach 1e5. By einsum, which an attack in bfloat16 leaves alone."""
+    flat = samples.flatten(1)
+    flat = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
+    flat = flat - flat.mean(0)
+    return torch.einsum("id,jd->ij", flat, flat).double()
 
 
 def dependence_terms(images: Tensor, hidden: Sequence[Tensor], labels: Tensor, settings: BiDOSettings) -> Tensor:
@@ -150,7 +147,7 @@ def _loss(watch: _Watch, forward: Callable[[], Tensor], images: Tensor, labels: 
         return F.cross_entropy(forward(), labels)
     logits, hidden = watch.during(forward)
     loss = F.cross_entropy(logits, labels)
-    targets = F.one_hot(labels, logits.shape[1]) if labels.dim() == 1 else labels
+    targets = F.one_hot(labels, logits.shape[1]).to(images.dtype) if labels.dim() == 1 else labels
     return loss + dependence_terms(images, hidden, targets, settings).to(loss.dtype)
 
 
