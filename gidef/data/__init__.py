@@ -2,7 +2,7 @@
 
 from gidef.data import partition
 from gidef.data.images import Dataset, Images, as_float, check_dataset
-from gidef.data.load import available, load_dataset
+from gidef.data.load import available, find_local, load_dataset
 from gidef.data.medmnist_sets import Entry
 from gidef.data.partition import class_counts, summary
 from gidef.data.roles import Roles, split_roles
@@ -18,6 +18,7 @@ __all__ = [
     "available",
     "check_dataset",
     "class_counts",
+    "find_local",
     "load_dataset",
     "partition",
     "split_roles",

@@ -195,6 +195,11 @@ def _from_name(request: _Request) -> Dataset:
     )
 
 
+def find_local(name: str, size: int | None = None) -> Path | None:
+    """The archive of a MedMNIST set that `load_dataset` would read without downloading, or None. Raises InputError if GIDEF_DATA is no folder."""
+    return _in_folder(name, size, []) or (medmnist_sets.cached(name, size) if name in medmnist_sets.entries() else None)
+
+
 def _in_folder(name: str, size: int | None, tried: list[str]) -> Path | None:
     """The set's archive in GIDEF_DATA."""
     setting = os.environ.get("GIDEF_DATA")

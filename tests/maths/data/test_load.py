@@ -289,3 +289,15 @@ def test_real_sets_load_and_pass_the_check(name, monkeypatch, notices):
     if name == "bloodmnist":
         assert means[0] > 150 and means[1] < means[0]  # stained smears are pale and pinkish, drawn ones too
     assert all(10 < value < 245 for value in means)
+
+
+def test_a_set_that_is_here_is_found_without_reading_or_downloading(tmp_path, monkeypatch):
+    from gidef.data import find_local
+
+    monkeypatch.setattr("gidef.data.load.medmnist_sets.cached", lambda name, size: None)
+    monkeypatch.setenv("GIDEF_DATA", str(tmp_path))
+    assert find_local("bloodmnist") is None
+    (tmp_path / "bloodmnist_resplit.npz").write_bytes(b"")
+    assert find_local("bloodmnist") == tmp_path / "bloodmnist_resplit.npz"
+    (tmp_path / "bloodmnist.npz").write_bytes(b"")
+    assert find_local("bloodmnist") == tmp_path / "bloodmnist.npz"

@@ -1,0 +1,61 @@
+"""Who takes part, and how the server learns (E8): fractions of clients, local epochs, FedSGD, FedAvg, FedProx and FedAdam.
+
+Shows:  accuracy, and what one client's gradient or local training of four steps gives away.
+Expect: more local steps cost the attacker, not as much as they cost the naive one.
+Costs:  hours on 2 CPU cores; --small: some minutes.
+"""
+
+from dataclasses import replace
+
+from gidef.config import (
+    Data,
+    Evaluation,
+    FedAdam,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    Recipe,
+    Rounds,
+    SingleGradient,
+    SurrogateModel,
+    Undefended,
+)
+from gidef.main import sweep
+
+RECIPE = Recipe(
+    data=Data(name="bloodmnist", num_clients=20),
+    model=Model(name="small", cut="blocks.1"),
+    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
+    rounds=Rounds(count=40),
+    defences={"undefended": Undefended(), "learned": LearnedPerturbation()},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000)},
+    evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
+)
+SMALL = replace(
+    RECIPE,
+    rounds=Rounds(count=2, cohort_size=4), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
+    attacks={"naive": NaiveMatching(iterations=60), "joint": JointMatching(iterations=60)},
+)  # fmt: skip
+
+
+def delta(recipe: Recipe) -> Recipe:
+    """What a client's local training of four steps gives away."""
+    attacks = {**recipe.attacks, "surrogate model": SurrogateModel(iterations=recipe.attacks["naive"].iterations)}
+    return replace(recipe, attacks=attacks, evaluation=replace(recipe.evaluation, batch_size=4, release="delta", local_steps=4))
+
+
+def rows(recipe: Recipe) -> dict[str, Recipe]:
+    rounds, adam = recipe.rounds, recipe.clients
+    return {
+        **{f"fraction {share:g}": replace(recipe, rounds=replace(rounds, cohort_size=max(1, round(20 * share)))) for share in (0.05, 0.1, 0.3, 1.0)},
+        **{f"{epochs} epochs": replace(recipe, clients=replace(adam, epochs=epochs)) for epochs in (2, 5)},
+        "FedSGD": replace(recipe, clients=SingleGradient(batch_size=64, lr=0.1)),
+        "FedProx": replace(recipe, clients=replace(adam, proximal=0.1)),
+        "FedAdam": replace(recipe, rounds=replace(rounds, server=FedAdam())),
+        "local steps": delta(recipe),
+    }
+
+
+sweep(rows(RECIPE), small={name: row for name, row in rows(SMALL).items() if name in ("fraction 0.3", "FedSGD", "local steps")})
