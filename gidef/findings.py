@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from gidef import config, metrics
 from gidef.cells import CONTROL, Cell
 from gidef.checkpoint import load_file, save_file
+from gidef.defence.capacity import certify
+from gidef.errors import InputError
+from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
 from gidef.scores import MEASURES, Scorer, measured
@@ -63,6 +68,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     reconstructions = [found for cell in group for found in cell.reconstructions]
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
+    certificate, said = _certificate(run, group)
     fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
     fits = fits[fits.isfinite().all(1)] if len(fits) else fits
     return {
@@ -72,7 +78,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
         **{name: measured(values[name], name, seed=0) for name in MEASURES},
         "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
-        **budget, **_privacy(group), "seconds": sum(cell.seconds for cell in group), "note": note,
+        **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}),
@@ -87,6 +93,29 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
         return {"epsilon": None, "delta": None}
     worst = max(spent, key=lambda one: one.epsilon)
     return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
+
+
+def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
+    """What noise on the latent certifies for the releases of these cells, or why nothing; fields of a row, and words for its note."""
+    defence = group[0].trained.training.defence
+    noise, settings = defence.model.perturbation, getattr(defence, "settings", None)
+    if not isinstance(noise, Perturbation) or run.recipe.share_policy != "head":
+        return {}, ""
+    noise, zeros = copy.deepcopy(noise).cpu(), torch.zeros(1, *noise.latent_shape)
+    stds = []
+    for cell in group:
+        for private in cell.victims.private:
+            own = {name.removeprefix("perturbation."): tensor.cpu() for name, tensor in private.items() if name.startswith("perturbation.")}
+            stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape[1:]))
+    once = bool(getattr(settings, "frozen", False)) and bool(getattr(settings, "front_frozen", False))
+    images, releases = max(len(run.setting.dataset.train), 2), getattr(group[0].attack, "rounds", 1)
+    try:
+        found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
+    except InputError as error:
+        return {"certified_bits": None, "uncertified": str(error)}, "no certificate"
+    told = {"certified_bits": found.bits, "releases": found.releases, "lifetime_bits": found.lifetime_bits if once else None, "fano": found.fano}
+    what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
+    return told, f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
 
 
 def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def certify(
     Raises:  InputError, with the assumption that fails: σ depends on the image, the noise is not Gaussian, the encoder is shared, the front
              trains under frozen noise, or releases were not counted.
     """
-    if level != "global":
+    if level not in ("global", "fixed"):
         raise InputError(f'level={level!r}: sigma depends on the image, so its own size tells of it, and no capacity is known. Use level="global".')
     if law != "gaussian":
         raise InputError(f"law={law!r}: the capacity is the Gaussian channel's. Use gaussian noise.")
