@@ -92,7 +92,7 @@ def test_a_round_is_trained_and_attacked(name, kind, trained):
     assert name in BEHIND or any(not torch.equal(sent[key], plain[key]) for key in plain)
     run = evaluated(run, release=kind, local_steps=1 if kind == "gradient" else 2)
     victims = released(run, one)
-    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), SkipLayers(iterations=3)):
+    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), *([SkipLayers(iterations=3)] if name == "soteria" else [])):
         plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
         for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
             assert found.status == "ok" and found.images.isfinite().all() and found.losses.isfinite().all(), found.error
@@ -137,7 +137,7 @@ def test_images_at_hand_are_the_clients_own(trained):
         participation._share = share
     [own] = seen
     images = client.images.float() / 255
-    assert own.lr is None and 0 < len(own.images) <= 16 and len({tuple(image.flatten().tolist()) for image in own.images}) == len(own.images)
+    assert own.lr is None and 0 < len(own.images) <= 8 and len({tuple(image.flatten().tolist()) for image in own.images}) == len(own.images)
     for image, label in zip(own.images, own.labels, strict=True):
         rows = (images == image).flatten(1).all(1).nonzero().flatten()
         assert len(rows) and int(label) in client.labels[rows].tolist()
