@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gidef import attack as attacks
-from gidef import build, methods, observe
+from gidef import build, cells, fits, methods, observe
 from gidef.config import (
     Censor,
     Clipping,
@@ -18,6 +18,7 @@ from gidef.config import (
     GradDefense,
     GradientNoise,
     JointMatching,
+    LearnedInversion,
     LearnedPerturbation,
     LocalTraining,
     Model,
@@ -142,3 +143,44 @@ def test_images_at_hand_are_the_clients_own(trained):
         rows = (images == image).flatten(1).all(1).nonzero().flatten()
         assert len(rows) and int(label) in client.labels[rows].tolist()
     assert all(torch.equal(own.params[name], tensor) for name, tensor in one.training.server.params.items())
+
+
+@pytest.mark.parametrize("name", ["sign", "soteria", "gaussian", "undefended"])
+def test_who_plays_the_client_on_public_images_sees_updates_as_they_leave(name, trained):
+    run, one = trained(name)
+    victims, snapshot = released(run, one), one.snapshots["final"]
+    plain = observe.observed_simulator(run, one, snapshot, terms="client")()
+    simulate = observe.changed(run, one, plain, seed=0)
+    assert (simulate is plain) == (name == "undefended")
+    place = (snapshot.params, {}, victims.images[0], F.one_hot(victims.labels[0], 8).float(), None)
+    first, second = simulate(*place), simulate(*place)
+    for key, tensor in victims.updates[0].items():
+        if name == "gaussian":
+            assert not torch.equal(first[key], second[key])
+        else:
+            torch.testing.assert_close(first[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_learned_inversion_is_trained_on_changed_updates(trained, tmp_path, monkeypatch):
+    run, one = trained("sign")
+    run = evaluated(dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(
+        run.recipe, attacks={"a7": LearnedInversion(steps=2, gradients=30)}))), batch_size=1)  # fmt: skip
+    dataset = run.setting.dataset
+    public = dataclasses.replace(dataset, val=dataset.train)  # twenty images at least
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, dataset=public))
+    [cell] = cells.make_cells(run, {("sign", 0): one}, tmp_path)
+    cell.releases, seen, fit = [released(run, one)], [], fits.fit_inverter
+    cell.folder.mkdir(parents=True, exist_ok=True)
+
+    def watched(inverter, simulate, *rest, **options):
+        def noted(*place):
+            seen.append(simulate(*place))
+            return seen[-1]
+
+        return fit(inverter, noted, *rest, **options)
+
+    monkeypatch.setattr(fits, "fit_inverter", watched)
+    fits.inverter_task(run, cell).do(0, lambda units: None)
+    assert len(seen) >= 30 and all(len(set(update["backbone.head.weight"].abs().flatten().tolist()) - {0.0}) == 1 for update in seen)
+    for found in fits.learned(run, cell, tmp_path):
+        assert found.status == "ok" and found.images.isfinite().all()
