@@ -14,6 +14,7 @@ from gidef.config import (
     Censor,
     Clipping,
     Data,
+    EotMatching,
     Evaluation,
     GradDefense,
     GradientNoise,
@@ -22,6 +23,7 @@ from gidef.config import (
     LearnedPerturbation,
     LocalTraining,
     Model,
+    MultiRound,
     NaiveMatching,
     Pruning,
     Quantisation,
@@ -97,6 +99,15 @@ def test_a_round_is_trained_and_attacked(name, kind, trained):
         plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
         for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
             assert found.status == "ok" and found.images.isfinite().all() and found.losses.isfinite().all(), found.error
+
+
+@pytest.mark.parametrize("attack", [EotMatching(iterations=2, samples=2), MultiRound(iterations=2, rounds=2)], ids=["eot", "rounds"])
+def test_the_mean_over_noise_and_several_rounds_are_attacked_through_every_change(attack, trained):
+    run, one = trained("learned + all")
+    snapshot = one.snapshots["final"]
+    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    plan = methods.plan(methods.make_case(run, one, snapshot, attack, releases, seed=0))
+    assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
 
 
 @pytest.mark.parametrize("name", ALONE)
