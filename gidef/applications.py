@@ -20,6 +20,7 @@ from gidef.checkpoint import save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.inversions import load_marked
+from gidef.rng import generator
 from gidef.training import Run
 from gidef.types import Observation, Reconstruction
 
@@ -89,7 +90,7 @@ def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
     block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
     public = dataset.val.images.to(torch.float32) / 255
     sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
-    simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")()
+    simulate, defence = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")(), cell.trained.training.defence
     victims, found = cell.victims, []
     for images, labels, noise, private in zip(victims.images, victims.labels, victims.noise, victims.private, strict=True):
         targets = F.one_hot(labels, dataset.num_classes).to(images.dtype)
@@ -99,7 +100,13 @@ def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
         def loss(own: dict[str, Tensor], x: Tensor = images, y: Tensor = targets, e: Tensor | None = noise, params=params, known=known) -> Tensor:
             return simulate.loss(params, known, functional_call(block, own, (x,)), y, e)
 
-        update = grad(loss)(sent)
+        def imprinted(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None, loss=loss) -> dict[str, Tensor]:
+            return grad(loss)(own, x, y, e)
+
+        drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
+        update = defence.stepped(lambda own=imprinted: own, generator=drawn)()(sent, {}, images, targets, noise)
+        if defence.budget is not None:
+            update = defence.share(update, generator=drawn)
         observation = Observation(sent, update, len(labels), labels=labels.cpu())
         found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
     return found

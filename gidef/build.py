@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,13 @@ from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
 from gidef.clients.store import ClientStore
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
-from gidef.defence import Defence, LearnedDefence
+from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
+from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
+from gidef.defence.bido import BiDODefence, BiDOSettings
+from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.censor import Orthogonal
 from gidef.defence.clipping import Clip
+from gidef.defence.isotropic import isotropic_noise
 from gidef.defence.noise import AddNoise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
@@ -31,7 +36,7 @@ from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
 from gidef.errors import InputError
-from gidef.models import SplitModel, decoder_for, has_batch_statistics, make_backbone
+from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
@@ -57,7 +62,7 @@ class Setting:
         if recipe.rounds.count is not None:
             return recipe.rounds.count
         settings, cohort = local_settings(recipe.clients), recipe.rounds.cohort_size or len(self.clients)
-        steps = [settings.steps or settings.epochs * -(-client.num_examples // (settings.batch_size * settings.accumulate)) for client in self.clients]
+        steps = [settings.steps_in_round(client.num_examples) for client in self.clients]
         return min(60, max(5, round(recipe.rounds.local_steps / (cohort * sum(steps) / len(steps)))))
 
     def owner(self, row: int) -> tuple[int, int]:
@@ -119,12 +124,16 @@ def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], No
 # --- models and defences ---------------------------------------------------------------------------------------------
 
 
-def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, perturbation: dict[str, Any] | None = None) -> SplitModel:
-    """The recipe's network; with `perturbation` (keyword arguments of models.Perturbation) also the latent norm and the noise layer."""
+def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, perturbation: Any = None, cut: str | None = None) -> SplitModel:
+    """The recipe's network; with `perturbation` (keyword arguments of models.Perturbation, or what else SplitModel takes) also the noise.
+
+    cut: in the place of the recipe's.
+    """
     model = recipe.model
     backbone = make_backbone(
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
+        options={} if model.neck is None else {"neck": model.neck},
     )  # fmt: skip
     if has_batch_statistics(backbone):
         raise InputError(
@@ -132,7 +141,7 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
         )
     mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
     return SplitModel(
-        backbone, cut=model.cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
+        backbone, cut=model.cut if cut is None else cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
         input_mean=mean, input_std=std,
     )  # fmt: skip
 
@@ -148,16 +157,18 @@ def _input_statistics(normalise: str, backbone: torch.nn.Module, channels: int) 
     return tuple(known["mean"]), tuple(known["std"])
 
 
-def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:
-    """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`."""
+def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, spends: Budget | None = None) -> Defence:
+    """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`. spends: see `privacy_budget`;
+    a private defence without it can be looked at, not trained."""
     parts = chosen if isinstance(chosen, tuple) else (chosen,)
     trained = [part for part in parts if not getattr(part, "changes_update", False)]
-    defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed)
-    defence.transforms = tuple(_make_transform(part) for part in parts if getattr(part, "changes_update", False))
+    defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed, spends=spends)
+    defence.transforms = tuple(_make_transform(part, recipe, spends) for part in parts if getattr(part, "changes_update", False))
+    defence.budget = spends
     return defence
 
 
-def _make_transform(chosen: Any) -> Transform:
+def _make_transform(chosen: Any, recipe: config.Recipe, spends: Budget | None) -> Transform:
     match chosen:
         case config.Pruning():
             return Prune(share=chosen.share)
@@ -175,23 +186,28 @@ def _make_transform(chosen: Any) -> Transform:
             return PruneFeatures(share=chosen.share, layer=chosen.layer)
         case config.GradDefense():
             return NoisySlices(std=chosen.std, relative=chosen.relative, slices=chosen.slices, noisy=chosen.noisy)
+        case config.DPSGD():
+            noise, cohort_size = spends and spends.noise_multiplier, recipe.rounds.cohort_size or recipe.data.num_clients
+            return ClipAndNoise(clip=chosen.clip, noise_multiplier=noise, cohort_size=cohort_size)
     missing = [name for name in ("apply", "reveals", "imitate") if not callable(getattr(chosen, name, None))]
     if missing:
         raise InputError(f"{type(chosen).__name__} has changes_update, but no {', '.join(missing)}: see gidef.defence.share.")
     return chosen
 
 
-def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int) -> Defence:
+def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, spends: Budget | None) -> Defence:
     build_model = functools.partial(make_model, recipe, dataset, seed=seed)
     match chosen:
         case config.Undefended():
             return Defence(build_model())
+        case config.DPSGD():
+            return PrivateDefence(build_model(), clip=chosen.clip, noise_multiplier=spends and spends.noise_multiplier)
         case config.LearnedPerturbation():
             model = build_model(
-                perturbation={
+                cut=chosen.cut, perturbation={
                     "mode": chosen.level, "law": chosen.law, "mean": chosen.mean, "std_init": chosen.std_init,
                     "std_floor": chosen.std_floor, "strength": chosen.strength,
-                }
+                },
             )  # fmt: skip
             decoder = None
             if chosen.dependence_weight > 0:
@@ -199,11 +215,55 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
                     model.latent_shape, model.channel_dim, dataset.image_shape, size="loop",
                     width_factor=chosen.decoder_width, seed=stream_seed(seed, "decoder") % 2**31,
                 )  # fmt: skip
-            fields = {spec.name: getattr(chosen, spec.name) for spec in dataclasses.fields(MinimaxSettings)}
-            return LearnedDefence(model, decoder, MinimaxSettings(**fields))
+            fields = {spec.name for spec in dataclasses.fields(MinimaxSettings)} & {spec.name for spec in dataclasses.fields(chosen)}
+            return LearnedDefence(model, decoder, MinimaxSettings(**{name: getattr(chosen, name) for name in fields}))
+        case config.CapacityNoise():
+            model = build_model(cut=chosen.cut, perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
+            own = MinimaxSettings(
+                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
+            )
+            return LearnedDefence(model, None, own)
+        case config.IsotropicNoise():
+            level = {"mode": "fixed", "law": chosen.law, "std_init": chosen.std, "std_floor": 0.0}
+            return isotropic_noise(build_model(cut=chosen.cut, perturbation=level), frozen=chosen.frozen)
+        case config.BiDO():
+            return BiDODefence(build_model(), BiDOSettings(chosen.measure, chosen.x_weight, chosen.y_weight, chosen.norm))
+        case config.Precode():
+            make = functools.partial(LinearBottleneck, width=chosen.width, seed=stream_seed(seed, "bottleneck") % 2**31)
+            return variational_bottleneck(build_model(cut=chosen.cut or "before:classifier", perturbation=make), kl_weight=chosen.kl_weight)
+        case config.CVB():
+            make = functools.partial(ConvBottleneck, kernel=chosen.kernel, seed=stream_seed(seed, "bottleneck") % 2**31)
+            return variational_bottleneck(build_model(cut=chosen.cut or "stage:0", perturbation=make), kl_weight=chosen.kl_weight)
     if callable(getattr(chosen, "build", None)):
         return chosen.build(build_model)
     raise InputError(f"{type(chosen).__name__} is no defence: use one of gidef.config, or a dataclass with a method build(make_model).")
+
+
+def privacy_budget(setting: Setting, chosen: Any, *, seed: int) -> Budget | None:
+    """What the training of a defence with a DPSGD spends, None of another: over all rounds, also those that patience may leave out.
+
+    Images: every client takes part in the rounds whose cohorts it is drawn into, which the server knows, and so draws amplify nothing there.
+    Clients: every round is a sample of them. Raises: InputError without Opacus, or for a target that no noise reaches.
+    """
+    private = next((part for part in (chosen if isinstance(chosen, tuple) else (chosen,)) if isinstance(part, config.DPSGD)), None)
+    if private is None:
+        return None
+    needs_opacus()
+    recipe, rounds, settings = setting.recipe, setting.rounds, local_settings(setting.recipe.clients)
+    size = recipe.rounds.cohort_size or recipe.data.num_clients
+    if private.level == "client":
+        schedules = [Schedule(size / recipe.data.num_clients, rounds)]
+    else:
+        cohorts = [draw_cohort(num_clients=recipe.data.num_clients, size=size, seed=seed, round=number) for number in range(rounds)]
+        taken = Counter(number for cohort in cohorts for number in cohort)
+        schedules = [
+            Schedule(min(1.0, settings.batch_size / client.num_examples), taken[client.id] * settings.steps_in_round(client.num_examples))
+            for client in setting.clients
+        ]
+    return budget(
+        schedules, noise_multiplier=private.noise_multiplier, target_epsilon=private.target_epsilon, delta=private.delta,
+        unit="image" if private.level == "sample" else "client", accountant=private.accountant,
+    )  # fmt: skip
 
 
 def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_code: Callable[[str], Any] | None = None) -> tuple[SplitModel, dict[str, Any]]:
@@ -219,7 +279,8 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_cod
         # the images are not needed, nor code that makes them, nor the weights that training began with
         plain = {**meta["recipe"], "data": config.to_json(config.Data()), "model": {**meta["recipe"]["model"], "pretrained": None}}
         recipe = config.from_json(plain, load=load_code)
-        defence = make_defence(recipe.defences[meta["defence"]], recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
+        chosen = config.from_json(meta["as_trained"], load=load_code) if "as_trained" in meta else recipe.defences[meta["defence"]]
+        defence = make_defence(chosen, recipe, Shape(meta["num_classes"], tuple(meta["image_shape"])), seed=meta["seed"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its recipe cannot be built: {error}") from error
     first = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("client-00000/")}
@@ -289,7 +350,7 @@ class Training:
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
     recipe = setting.recipe
-    defence = make_defence(chosen, recipe, setting.dataset, seed=seed)
+    defence = make_defence(chosen, recipe, setting.dataset, seed=seed, spends=privacy_budget(setting, chosen, seed=seed))
     defence.model.to(world.device)
     if defence.decoder is not None:
         defence.decoder.to(world.device)
@@ -302,6 +363,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         [defence.player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
         share=defence.share if defence.transforms else None,
+        alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
     over_cohort = functools.partial(
         mean_over_world(world, workers=workers, threads=recipe.speed.threads),

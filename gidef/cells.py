@@ -117,7 +117,9 @@ def _applies(run: Run, one: Trained, attack: Any) -> bool:
         return False
     if isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known":
         return one.training.defence.decoder is not None
-    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel)):  # the server changes what it sends, and under `head` that is no front
+    if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
+        return False  # a level that is no tensor
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)):  # they need a front that is shared
         return run.recipe.share_policy != "head"
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)):
         return run.recipe.evaluation.release == "gradient"
@@ -142,7 +144,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
     if isinstance(attack, config.ImprintServer):
         said.append(f"the server changes the model: {attack.bins} bins before its first layer")
     if isinstance(attack, config.ZeroedLevel):
-        said.append("the server sends a noise level of nought; the client's floor holds")
+        floor = getattr(one.training.defence.model.perturbation, "std_floor", None)
+        said.append("the server sends a noise level of nought; " + ("the client has no floor" if floor is None else "the client's floor holds"))
     return "; ".join(said)
 
 
@@ -153,7 +156,8 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
     if other.attack == attack:
         return True
     # under `head` the joint attack alone is given the private front
-    if one.training.defence.noise_shape is not None or one.training.defence.transforms or run.recipe.share_policy == "head":
+    defence = one.training.defence
+    if defence.noise_shape is not None or defence.transforms or defence.budget is not None or (defence.own_terms and run.recipe.evaluation.released_loss == "client") or run.recipe.share_policy == "head":
         return False
     if type(attack) is not config.JointMatching or type(other.attack) is not config.NaiveMatching:
         return False

@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe names")
     attack.set_defaults(run=_attack)
 
-    report = commands.add_parser("report", help="rebuild tables and pictures from a run's record")
-    report.add_argument("folder", metavar="RUN", nargs="+")
+    report = commands.add_parser("report", help="rebuild tables, pictures and report.html from a run's record")
+    report.add_argument("folder", metavar="RUN", nargs="+", help="a run's folder; of several, report.html in the first shows all")
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
@@ -144,8 +144,7 @@ def _attack(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from gidef.job import report_again
 
-    for folder in arguments.folder:
-        report_again(folder)
+    report_again(arguments.folder)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REQUIRED = ("torch", "torchvision", "timm", "medmnist", "webdataset", "rich", "tyro", "torchmetrics", "scipy", "numpy", "safetensors", "matplotlib")
-OPTIONAL = {"deepspeed": "pip install 'gidef[deepspeed]'", "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'"}
+OPTIONAL = {"deepspeed": "pip install 'gidef[deepspeed]'", "opacus": "pip install 'gidef[dp]' (DPSGD only)", "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'"}
 STALE_LOCK_S = 600.0
 
 

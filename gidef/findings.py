@@ -72,12 +72,21 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
         **{name: measured(values[name], name, seed=0) for name in MEASURES},
         "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
-        **budget, "seconds": sum(cell.seconds for cell in group), "note": note,
+        **budget, **_privacy(group), "seconds": sum(cell.seconds for cell in group), "note": note,
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}),
         **({"calibration": dataclasses.asdict(first.calibration)} if first.calibration is not None else {}),
     }  # fmt: skip
+
+
+def _privacy(group: list[Cell]) -> dict[str, Any]:
+    """(ε, δ) of the training, the largest over seeds; None where it is not differentially private. ε is infinite without noise."""
+    spent = [cell.trained.training.defence.budget for cell in group]
+    if None in spent:
+        return {"epsilon": None, "delta": None}
+    worst = max(spent, key=lambda one: one.epsilon)
+    return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
 
 
 def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> dict[str, Any]:

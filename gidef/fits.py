@@ -191,13 +191,14 @@ def inverter_task(run: Run, cell: Cell) -> Task:
     def do(worker: int, report: Callable[[float], None]) -> None:
         began = time.perf_counter()
         params, known = _seen_by_network(run, cell)
-        simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss)()
+        drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
+        simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
         simulate = observe.changed(run, cell.trained, simulate, seed=cell.seed)
         inverter, public, before = _inverter(run, cell), run.setting.dataset.val, 0
         fit = fit_inverter(
-            inverter, simulate, params, known, public.images, public.labels, cell.trained.training.defence.draw_noise,
+            inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="loop" if cell.trained.training.defence.transforms else "vmap",
+            mode="vmap" if defence.budget is None and not defence.transforms else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
         for step in fit:
             report(step - before)

@@ -11,20 +11,20 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing
+from gidef import audit, build, cells, config, findings, importing, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
 from gidef.parallel import World, open_world
-from gidef.report import Console, Record, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
-from gidef.training import Run, Trained, fingerprint, reload, run_key, train
+from gidef.training import Run, Trained, fingerprint, reload, run_key
 
 RECIPE = "recipe.json"
 
@@ -42,8 +42,11 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         recipe = _continued(recipe, folder, world)
         said: list[str] = []  # shown once there is a console with a log
         setting = build.load_setting(recipe, world=world, notice=said.append)
-        chosen = {key: build.make_defence(defence, recipe, setting.dataset, seed=0) for key, defence in recipe.chosen.items()}  # refuses before any file
-        del chosen
+        for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
+            for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
+                build.make_defence(one, recipe, setting.dataset, seed=0)
+                for seed in recipe.seeds:
+                    build.privacy_budget(setting, one, seed=seed)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         if world.rank == 0:
@@ -56,11 +59,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
-            trained = {
-                (key, seed): train(run, key, defence, seed) for key, defence in recipe.chosen.items() for seed in recipe.seeds
-            }
+            trained, tuned = tuning.train_all(run)
             found = audit.audit(run, trained, folder=folder / "attacks")
-            content = _results(run, name, trained, found, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -195,7 +196,9 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
-def _results(run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, *, seconds: float) -> dict[str, Any]:
+def _results(
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float
+) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
     content = {
@@ -214,7 +217,7 @@ def _results(run: Run, name: str, trained: dict[tuple[str, int], Trained], found
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
         "training": [one.summary for one in trained.values()],
-        "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
     }  # fmt: skip
     content["verdict"] = verdict(content)
@@ -260,6 +263,7 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.heading("Where to look")
     for picture in pictures:
         console.say(f"picture  {folder / picture}")
+    console.say(f"page     {html.write([folder])}")
     console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}")
     if (folder / "models").exists():
         console.say(f"models   {folder / 'models'}")
@@ -318,12 +322,10 @@ def attack_again(arguments: argparse.Namespace) -> None:
             console.heading(f"{name}: {folder} attacked again")
             for note in dict.fromkeys([*setting.dataset.notes, *said]):
                 console.notice(note)
-            trained = {}
-            for key, defence in new.chosen.items():
-                for seed in new.seeds:
-                    trained[key, seed] = reload(run, key, defence, seed)
+            defences, tuned = tuning.resolved(run)
+            trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
             findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained, findings, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, findings, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()
@@ -370,12 +372,14 @@ TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
 """Fields of attacks that say how long something is trained on public images."""
 
 
-def report_again(folder: str | Path) -> None:
-    """`gidef report RUN`: rebuild tables and pictures from results.json and the record."""
-    folder = Path(folder)
-    content = results.load(folder / "results.json")
-    content["verdict"] = verdict(content)
+def report_again(folders: Sequence[str | Path]) -> None:
+    """`gidef report RUN...`: rebuild tables, pictures and page of each run from results.json and the record; of several, the first one's page shows all."""
     with Console() as console:
-        redrawn = findings.redraw(folder)
-        content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
-        publish(content, folder, console)
+        for folder in map(Path, folders):
+            content = results.load(folder / "results.json")
+            content["verdict"] = verdict(content)
+            redrawn = findings.redraw(folder)
+            content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
+            publish(content, folder, console)
+        if len(folders) > 1:
+            console.say(f"page     {html.write(folders)}, over all {len(folders)} runs")

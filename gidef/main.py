@@ -1,9 +1,12 @@
-"""`main(RECIPE)`: the last line of every recipe. Parses and checks before anything heavy is imported or any process group starts."""
+"""`main(RECIPE)` or `sweep(RECIPES)`: the last line of every recipe. Parses and checks before anything heavy is imported or any process group starts."""
 
+import dataclasses
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from gidef.config import Recipe, problems
 
@@ -11,11 +14,12 @@ ERROR = 2
 """Exit status of a run that bad input ended."""
 
 
-def main(recipe: Recipe, *, name: str | None = None, args: list[str] | None = None) -> None:
+def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None, args: list[str] | None = None) -> None:
     """Run a recipe, with overrides from the command line; exits with status 2 and one message on bad input.
 
     Args:
-        recipe: the declarations.  name: of the run's folder and title; the recipe's file name by default.
+        recipe: the declarations.  small: what the flag --small runs instead: all of it, in minutes on two cores.
+        name:   of the run's folder and title; the recipe's file name by default.
         args:   the command line, sys.argv[1:] by default.
 
     Does nothing when the calling recipe is imported rather than run, so that recipes can be read from other code.
@@ -24,16 +28,91 @@ def main(recipe: Recipe, *, name: str | None = None, args: list[str] | None = No
     if args is None and caller.get("__name__") != "__main__":
         return
     name = name or Path(caller.get("__file__", "recipe")).stem
-    args = sys.argv[1:] if args is None else args
-    # the deepspeed launcher adds --local_rank, torch.distributed.launch --local-rank; the environment says the same
-    args = [arg for arg in args if not arg.startswith(("--local_rank", "--local-rank"))]
-    recipe = parse(recipe, args, name)
+    recipe, args = _sized(recipe, small, _arguments(args))
+    _run(_checked(parse(recipe, args, name)), name)
+
+
+def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
+    """Run several recipes by name, one after another, each in a folder of its own under --out, and a page over all of them: `report.html`.
+
+    The command line's overrides hold for each. --rows NAME... runs only these; --part I/N the I-th of N shares, I from 0, which an array
+    job gives each of its tasks; parts share --out, and the last one to end writes the page over all that is there. With --resume, rows
+    that have ended are left as they are.
+
+    Args:    recipes: the rows.  small: of --small, with the same or fewer rows.  name, args: as in `main`.
+    """
+    caller = sys._getframe(1).f_globals
+    if args is None and caller.get("__name__") != "__main__":
+        return
+    name = name or Path(caller.get("__file__", "sweep")).stem
+    recipes, args = _sized(recipes, small, _arguments(args))
+    rows, part, args = _which(dict(recipes), args)
+    parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
+    base = Path(next(iter(parsed.values())).out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
+    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or not alone):
+        fail("a sweep in parts or on several ranks needs --out, the folder that they share, e.g. --out runs/a.")
+    wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
+    for row, recipe in wanted.items():
+        if (base / row / "results.json").exists():
+            if not recipe.resume:
+                fail(f"{base / row} holds results already: continue with --resume, or choose another --out.")
+            continue
+        _run(dataclasses.replace(recipe, resume=recipe.resume and (base / row / "recipe.json").exists()), f"{name} {row}")
+    ended = [base / row for row in recipes if (base / row / "results.json").exists()]
+    if speaks() and ended:
+        from gidef.report import html
+
+        print(f"page     {html.write(ended, into=base)}, over {len(ended)} of {len(recipes)} rows", flush=True)
+
+
+def _arguments(args: list[str] | None) -> list[str]:
+    """The command line, without what launchers add: deepspeed --local_rank, torch.distributed.launch --local-rank; the environment says the same."""
+    return [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith(("--local_rank", "--local-rank"))]
+
+
+def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
+    """What is run, and the other arguments."""
+    if "--small" not in args:
+        return full, args
+    if small is None:
+        fail("--small: this recipe has no small form; lower --rounds.count, --evaluation.num-victims or --attacks.*.iterations instead.")
+    return small, [arg for arg in args if arg != "--small"]
+
+
+def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tuple[int, int] | None, list[str]]:
+    """Rows to run, the part of how many, and the other arguments."""
+    rows, part, rest = list(recipes), None, []
+    left = iter(range(len(args)))
+    for place in left:
+        if args[place] == "--rows":
+            end = next((i for i in range(place + 1, len(args)) if args[i].startswith("--")), len(args))
+            rows = args[place + 1 : end]
+            if not rows or (unknown := [row for row in rows if row not in recipes]):
+                fail(f"--rows {' '.join(unknown if rows else [])}: choose of {', '.join(recipes)}.")
+            for _ in range(end - place - 1):
+                next(left)
+        elif args[place] == "--part":
+            text = args[next(left)] if place + 1 < len(args) else ""
+            number, _, of = text.partition("/")
+            if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+                fail(f"--part {text}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
+            part = int(number), int(of)
+        else:
+            rest.append(args[place])
+    return (rows if part is None else rows[part[0] :: part[1]]), part, rest
+
+
+def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
     found = problems(recipe)
     if found:
         fail("\n".join(found))
-    if recipe.out is None and recipe.resume:
+    if recipe.out is None and recipe.resume and not resuming:
         fail("--resume continues the run in --out: give its folder, e.g. --out runs/a.")
+    return recipe
 
+
+def _run(recipe: Recipe, name: str) -> None:
     from gidef.errors import InputError
     from gidef.job import run_recipe
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from gidef import config
 from gidef.attack import local_sgd, recover_labels
 from gidef.clients.participate import DECODER
 from gidef.defence.share import imitated, revealed
-from gidef.rng import generator
+from gidef.rng import generator, stream_seed
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Observation, Own, Tensors
 
@@ -40,10 +40,15 @@ class Victims:
     updates: list[Tensors]
 
 
-def observed_simulator(run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False) -> Callable[[], Simulate]:
-    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves."""
+def observed_simulator(
+    run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False, drawn: Generator | None = None
+) -> Callable[[], Simulate]:
+    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves. drawn: as the
+    client itself computes it, before these changes, with the noise of its steps from this generator where they have any."""
     evaluation, defence = run.recipe.evaluation, trained.training.defence
     make = defence.simulator(terms=terms, progress=snapshot.progress)
+    if adaptive or drawn is not None:
+        make = defence.stepped(make, generator=drawn)
     unrolled = make if evaluation.release == "gradient" else lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
     if not adaptive or not defence.transforms:
         return unrolled
@@ -75,7 +80,8 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     rows = order.view(-1, size)
     images = train.images[rows.flatten()].to(device, torch.float32).div_(255).view(*rows.shape, *setting.dataset.image_shape)
     labels = train.labels[rows.flatten()].to(device).view(rows.shape)
-    simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss)()
+    steps = Generator()
+    simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss, drawn=steps)()
     shape, model = noise_shape(run, trained), copy.deepcopy(defence.model)
     owners, noises, privates, updates = [], [], [], []
     participation.versions = dict(snapshot.versions)
@@ -91,8 +97,10 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
                 noise = defence.draw_noise(count, generator=generator(seed, *stream))
             noise = noise.view(shape).to(device)
         targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
+        again = [repeat] if repeat else []
+        steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
         update = simulate(snapshot.params, private, images[batch], targets, noise)
-        draw = generator(seed, "victim-share", snapshot.name, batch, *([repeat] if repeat else []))
+        draw = generator(seed, "victim-share", snapshot.name, batch, *again)
         own = _at_hand(run, model, {**private, **snapshot.params}, images[batch], labels[batch])
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         owners.append(owner)
@@ -143,8 +151,7 @@ def observations(
     """What a matching attack is given of each batch: the update it matches, the weights, and what its threat model grants.
 
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
-    the naive attack leaves out the perturbation's and the decoder's own parameters, which its noise-free model does not
-    have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
+    the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
     initialisation for the naive attack, and the true one (a bound) for the joint one.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
@@ -208,7 +215,9 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
             return [name for name in names if name in set(defence.model.parts["encoder"])]
         case config.EotMatching():
             return [name for name in names if not name.startswith(DECODER)]
-    return [name for name in names if not name.startswith(("perturbation.", DECODER))]
+    layer = defence.model.perturbation
+    noise = tuple("perturbation." + prefix for prefix in layer.noise_only) if layer is not None else ()
+    return [name for name in names if not name.startswith((*noise, DECODER))]
 
 
 def terms(attack: config.NaiveMatching, released: str) -> str:

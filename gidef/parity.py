@@ -30,6 +30,9 @@ def gated(run: Run, cell: Cell, *, mode: str, at_once: int, path: Path) -> str:
     asked = run.recipe.speed.attack_precision
     if asked == "float32":
         return asked
+    if asked == "tf32" and run.world.device.type != "cuda":
+        run.console.notice(f"{cell.label}: {run.world.device} has no TF32: float32 is used.")
+        return "float32"
     found = None
     if run.leads:
         known = kept(path)

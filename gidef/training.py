@@ -222,7 +222,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     sha = final_hash(training, best, run.recipe.data.num_clients)
     run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
-        meta = {"summary": summary, "sha256": sha, "defence": name, "seed": seed, "fingerprint": run.fingerprint} | _shape(run)
+        meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
+        meta |= _shape(run)
         export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
     world.barrier()
     return Trained(training, _snapshots(run, key), summary, sha)
@@ -239,8 +240,9 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
     shared_bytes = sum(tensor.nbytes for tensor in training.participation.template().values())
+    spent = training.defence.budget
     return {
-        "defence": name, "seed": seed, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
         "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),

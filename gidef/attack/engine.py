@@ -70,7 +70,7 @@ def run_chunk(
     *,
     seed: int,
     mode: Literal["loop", "vmap", "traced", "compiled"] = "vmap",
-    precision: Literal["float32", "bfloat16", "bfloat16_all"] = "float32",
+    precision: Literal["float32", "tf32", "bfloat16", "bfloat16_all"] = "float32",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     every: int = 50,
@@ -99,13 +99,13 @@ def run_chunk(
     batch, variables, failure = make_batch(chunk, observations, simulate, matching, seed=seed, cast=cast)
     if precision == "bfloat16_all":
         batch = batch.lowered(torch.bfloat16)
-    run = _Run(matching, simulate, programs or Programs(), mode, precision, every, at_once or len(chunk))
-    state = _first_state(variables, failure, matching)
+    run = ChunkRun(matching, simulate, programs or Programs(), mode, precision, every, at_once or len(chunk))
+    state = first_state(variables, failure, matching)
     yield from run.go(batch, state)
     return run.result(batch)
 
 
-def _first_state(variables: Tensors, failure: Tensor, matching: Matching) -> dict[str, Tensors]:
+def first_state(variables: Tensors, failure: Tensor, matching: Matching) -> dict[str, Tensors]:
     """All that changes while attacks run: maps of tensors with a leading dim of attacks, so that attacks can be taken out of it."""
     inf = torch.full_like(failure, torch.inf, dtype=next(iter(variables.values())).dtype)
     points = min(matching.iterations + 1, CURVE_POINTS)
@@ -128,7 +128,7 @@ def _join(parts: Sequence[dict[str, Tensors]]) -> dict[str, Tensors]:
     return {part: {name: torch.cat([one[part][name] for one in parts]) for name in parts[0][part]} for part in parts[0]}
 
 
-class _Run:
+class ChunkRun:
     """A chunk on its way: which of its attacks are still running, and the results of those that stopped."""
 
     def __init__(self, matching: Matching, simulate: Simulate, programs: Programs, mode: str, precision: str, every: int, at_once: int) -> None:

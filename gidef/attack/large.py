@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gidef.attack.batch import NOT_FINITE, OK, ZERO, Batch, Chunk, first_variables, labels_of
-from gidef.attack.engine import Progress, _first_state, _Run
+from gidef.attack.engine import ChunkRun, Progress, first_state
 from gidef.attack.matching import DISTANCES, Matching, tables
 from gidef.attack.program import one_attack
 from gidef.errors import InputError
@@ -78,9 +78,9 @@ def invert_large(
     batch = Batch(
         chunk=chunk, labels=labels, given=({}, {}, targets), target={}, scale=scale, dims=(({}, {}, 0), {}), knobs=knobs, rates=rates, seed=seed
     )  # fmt: skip
-    run = _Run(matching, _nothing, passes, "loop", "float32", every, 1)
+    run = ChunkRun(matching, _nothing, passes, "loop", "float32", every, 1)
     with _lent(model), passes.gates.installed(), _checkpointed(model) if checkpointing else contextlib.nullcontext():
-        yield from run.go(batch, _first_state(variables, passes.failure.expand(len(chunk)).contiguous(), matching))
+        yield from run.go(batch, first_state(variables, passes.failure.expand(len(chunk)).contiguous(), matching))
     return run.result(batch)
 
 

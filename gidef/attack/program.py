@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ from gidef.similarity import total_variation
 from gidef.types import Tensors
 
 MODES = ("loop", "vmap", "traced", "compiled")
-PRECISIONS = ("float32", "bfloat16", "bfloat16_all")
-"""Of the client's pass: as it is; products (convolutions, linear layers) in bfloat16; parameters and targets kept in bfloat16 too."""
+PRECISIONS = ("float32", "tf32", "bfloat16", "bfloat16_all")
+"""Of the client's pass: as it is; products (convolutions, linear layers) in a GPU's TF32; in bfloat16; parameters and targets kept in bfloat16 too."""
 
 Evaluate = Callable[..., tuple[Tensor, Tensor, Tensor, Tensors]]
 """evaluate(variables, given, target, scale, knobs) → the loss that is descended, the final objective, its fit (K,) each, and gradients."""
@@ -84,7 +84,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         stack = contextlib.ExitStack()
         if "width" in knobs:
             stack.enter_context(CurvedKinks(knobs["width"]))
-        if precision != "float32":  # the client's pass only; the matching loss stays as it is
+        if precision in ("bfloat16", "bfloat16_all"):  # the client's pass only; the matching loss stays as it is
             stack.enter_context(LowProducts())
         return stack
 
@@ -102,7 +102,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         return now + more, last + more
 
     def by_double_backward(searched: Tensors, given: tuple, target: Tensors, scale: Tensor, knobs: Tensors) -> tuple[Tensor, ...]:
-        with in_context(knobs), LargeConvolutions() if many and precision == "float32" else contextlib.nullcontext():
+        with in_context(knobs), LargeConvolutions() if many and precision in ("float32", "tf32") else contextlib.nullcontext():
             update, pull = vjp(lambda searched: simulate(*unpacked(searched, given)), searched)
         fit, slope = distance_and_slope(matching.distance, update, target, scale)
         (through,) = pull(slope)
@@ -142,6 +142,21 @@ def _norm(tensors: Tensors) -> Tensor:
     return sum(tensor.square().sum() for tensor in tensors.values()).sqrt()
 
 
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Within this context, products of float32 on a GPU round their factors to TF32 (10 bits of mantissa); nothing on a CPU.
+
+    The matching loss has no products of matrices, so it stays float32. The switch is the process', not the thread's.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 class Programs:
     """The recorded and compiled inner steps of one attack, by shape; threads of a rank share them.
 
@@ -165,6 +180,18 @@ class Programs:
             raise InputError(f"precision={precision!r} is unknown: choose one of {', '.join(PRECISIONS)}.")
         if matching.form != "double_backward" and not callable(getattr(simulate, "loss", None)):
             raise InputError(f"form={matching.form!r} needs a simulator of one gradient that carries its loss; this one has none: use double_backward.")
+        if precision != "tf32":
+            return self._get(simulate, matching, dims, inputs, mode, precision)
+        with tf32():
+            evaluate = self._get(simulate, matching, dims, inputs, mode, precision)
+
+        def in_tf32(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+            with tf32():
+                return evaluate(*inputs)
+
+        return in_tf32
+
+    def _get(self, simulate: Simulate, matching: Matching, dims: tuple[Any, ...], inputs: tuple[Any, ...], mode: str, precision: str) -> Evaluate:
         step = one_attack(simulate, matching, precision, many=mode != "loop")
         if mode == "loop":
             return _loop(step, dims)

@@ -23,6 +23,11 @@ class Player(Protocol):
             progress: share of the rounds that are over, in [0, 1].
     loss:   scalar for one batch; may first take steps on `kept`. images float32 (B, C, H, W) in [0, 1], labels
             int64 (B,), rows int64 (B,): the examples' positions in the client's data, epoch: from 0.
+
+    Two more may be there, and then take the place of what this page has.
+    batches:  as `batches`; a batch may be empty.
+    backward: of `loss` and its backward pass: leaves in every parameter's `grad` what the client's optimiser is to step by, and returns the
+              loss. Called without autocast.
     """
 
     model: nn.Module
@@ -47,6 +52,10 @@ class LocalSettings:
     proximal: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     steps: int | None = None
+
+    def steps_in_round(self, num_examples: int) -> int:
+        """Optimiser steps of a client in a round."""
+        return self.steps or self.epochs * -(-num_examples // (self.batch_size * self.accumulate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +133,18 @@ def train_locally(
 
     optimiser.zero_grad(set_to_none=True)
     per_epoch = -(-client.num_examples // settings.batch_size)
-    for epoch, rows in batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
+    drawn, backward = getattr(player, "batches", batches), getattr(player, "backward", None)
+    for epoch, rows in drawn(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
         rows = rows.to(client.images.device)
         images = client.images[rows].to(device, torch.float32).div_(255)
-        # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
-            loss = player.loss(images, client.labels[rows].to(device), rows=rows, epoch=epoch)
-        loss.backward()
+        labels = client.labels[rows].to(device)
+        if backward is not None:
+            loss = backward(images, labels, rows=rows, epoch=epoch)
+        else:
+            # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
+                loss = player.loss(images, labels, rows=rows, epoch=epoch)
+            loss.backward()
         total += loss.detach()
         num_batches, pending = num_batches + 1, pending + 1
         if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own

@@ -43,15 +43,16 @@ class Participation:
         share:    what leaves of an update: share(delta, generator=…, own=…); None lets all leave as it is. Control variates are not changed.
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
+        alike:    each update counts as one example, whatever the client's size.
     """
 
     def __init__(
         self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
-        *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None,
+        *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None, alike: bool = False,
     ) -> None:  # fmt: skip
         self.players, self._initial, self._shared = players, initial, frozenset(shared)
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
-        self._share = share
+        self._share, self._alike = share, alike or scaffold
         self._private = tuple(name for name in initial if name not in self._shared)
         self.versions: dict[int, int] = {}
         """client → the last round in which it took part; the consumer of the rounds keeps it, the same on every rank."""
@@ -107,7 +108,7 @@ class Participation:
                 sent[CONTROL + name] = new - old
         if keep:
             self._store.put(client.id, server.round, keep)
-        return Update(sent, 1 if self._scaffold else client.num_examples, {"loss": result.loss})
+        return Update(sent, 1 if self._alike else client.num_examples, {"loss": result.loss})
 
     def _at_hand(self, player: Player, params: Tensors, client: Client, round: int) -> Own:
         """Some of the client's images, beside its model."""

@@ -42,12 +42,19 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     standard,
 )
 from gidef.config.defences import (  # noqa: F401  (the page of defences)
+    CVB,
     DEFENCES,
+    DPSGD,
+    BiDO,
+    CapacityNoise,
     Censor,
     Clipping,
     GradDefense,
     GradientNoise,
+    IsotropicNoise,
     LearnedPerturbation,
+    Matched,
+    Precode,
     Pruning,
     Quantisation,
     Sign,
@@ -127,6 +134,8 @@ class Model:
     """"group" turns BatchNorm into GroupNorm."""
     activation: Literal["leaky_relu", "none"] = "leaky_relu"
     """Of the small net only."""
+    neck: int | None = None
+    """Of the small net only: a linear layer to so many features before its head; a late, small latent for cut="neck"."""
     normalise: Literal["half", "timm", "none"] = "half"
     """What the net makes of pixels in [0, 1] first: (x - 0.5) / 0.25, the mean and std of the timm model's own
     configuration (for pretrained weights), or nothing."""
@@ -272,8 +281,8 @@ class Speed:
     """How a program runs, see gidef.attack.program; auto takes the fastest in the calibration."""
     compile: bool = False
     """Let the calibration try compiled programs: worth it for long attacks, as compiling takes up to minutes."""
-    attack_precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always."""
+    attack_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """Of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always. tf32 needs a GPU."""
     schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
     deterministic: bool = False
@@ -327,13 +336,17 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
-    "shadow_steps": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
+    "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
-    "std": 0, "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
+    "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
+    "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
+_AT_LEAST |= {"noise_multiplier": 0}
+_MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
+_LESS_THAN |= {"delta": 1}
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -360,6 +373,8 @@ def problems(recipe: Recipe) -> list[str]:
     for name in [*recipe.defences, *recipe.attacks]:
         if not name or name == "type" or any(not (c.isalnum() or c in "-_+ .") for c in name) or name.strip(". ") != name:
             found.append(f"name {name!r} of a defence or attack becomes a folder: use letters, digits, spaces, '-', '_', '+', '.'.")
+    if recipe.model.neck is not None and recipe.model.name != "small":
+        found.append(f"model.neck={recipe.model.neck} is the small net's, not {recipe.model.name}'s: leave it out, or set model.name=small.")
     if isinstance(rounds.server, Scaffold):
         plain = isinstance(recipe.clients, SingleGradient) or (recipe.clients.optimiser == "sgd" and recipe.clients.momentum == 0)
         if not plain:
@@ -367,12 +382,28 @@ def problems(recipe: Recipe) -> list[str]:
     if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
         found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
     for name, defence in recipe.defences.items():
+        if isinstance(defence, Matched):
+            wrong = defence.problems()
+            found += [f"defences.{name}: {text}" for text in wrong]
+            if wrong:
+                continue
+            if defence.accuracy is None and not any(isinstance(one, Undefended) for one in recipe.chosen.values()):
+                found.append(f"defences.{name}: points={defence.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy.")
+            defence = defence.defence
         parts = defence if isinstance(defence, tuple) else (defence,)
         if not parts:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
-        if sum(not getattr(part, "changes_update", False) for part in parts) > 1:
+        found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
+        if sum(not getattr(part, "changes_update", False) for part in parts) > 1 and not _uncertain(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
         for part in parts:
+            if isinstance(part, CapacityNoise):
+                if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                if not part.std_floor:
+                    found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
+            if isinstance(part, CVB) and part.kernel % 2 == 0:
+                found.append(f"defences.{name}.kernel={part.kernel} is even: give an odd number, so that maps keep their size.")
             if isinstance(part, LearnedPerturbation):
                 if part.law == "laplace" and part.kl_weight:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")
@@ -409,6 +440,36 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _uncertain(parts: tuple[Any, ...]) -> list[str]:
+    """Defences beside a DPSGD of images whose loss is no mean over images: no image has a gradient of its own that could be clipped."""
+    if not any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+        return []
+    coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
+    return [type(part).__name__ for part in coupled]
+
+
+def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a defence's DPSGD, alone or combined with others."""
+    private, clients, found = [part for part in parts if isinstance(part, DPSGD)], recipe.clients, []
+    if not private:
+        return []
+    if len(private) > 1:
+        return [f"{name} holds {len(private)} DPSGD, whose epsilons are not added up here: keep one."]
+    noise, target = private[0].noise_multiplier, private[0].target_epsilon
+    if (noise is None) == (target is None):
+        found.append(f"{name}: noise_multiplier={noise} and target_epsilon={target}: one follows from the other. Set exactly one to None.")
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"{name}: rounds.server=Scaffold would carry the noise of a round, in control variates, into all later steps: take another server.")
+    if private[0].level == "client":
+        return found
+    if getattr(clients, "accumulate", 1) > 1:
+        found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
+    if clients.precision == "bfloat16":
+        found.append(f"{name}: clients.precision=bfloat16 rounds the norms that bound each image's part by up to 0.4 %: set it to float32.")
+    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _uncertain(parts)]
     return found
 
 

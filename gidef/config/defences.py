@@ -1,7 +1,7 @@
 """The defences that a recipe may choose. Those with `changes_update` act on what leaves, and combine with any other in a tuple."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -43,6 +43,87 @@ class LearnedPerturbation:
     """Multiplies the decoder's channels."""
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
+    cut: str | None = None
+    """The noise's place, as `model.cut`, which None takes; also "stage:0" for the first stage's output, "before:classifier" for the last
+    layer's input. Under the share policy `head`, what is shared begins there: a later place keeps more of the net with each client, and
+    defences with different places share different tensors."""
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether the loss of an image depends on the rest of its batch."""
+        return self.dependence in ("dcor", "cka") and self.dependence_weight > 0
+
+
+@_config
+class IsotropicNoise:
+    """The control: the latent norm and isotropic noise of a stated level; no decoder, and nothing of the noise is learned or shared."""
+
+    std: float = 1.0
+    """sigma, against a latent of unit RMS; 0 is the net with the latent norm alone."""
+    law: Literal["gaussian", "laplace"] = "gaussian"
+    frozen: bool = False
+    """One noise draw per image for ever, against averaging over rounds."""
+    cut: str | None = None
+    """The noise's place, see LearnedPerturbation."""
+
+
+@_config
+class BiDO:
+    """Little dependence of hidden features on the images, much on the labels: Peng et al. 2022, made against model inversion. A batch of
+    one image is undefended."""
+
+    couples_batch: ClassVar[bool] = True
+    measure: Literal["hsic", "coco"] = "hsic"
+    x_weight: float = 0.05
+    """lambda_x, against cross-entropy in nats; published with y_weight: hsic (0.05, 0.5) and (0.1, 2), coco (1, 50)."""
+    y_weight: float = 0.5
+    """lambda_y."""
+    norm: Literal["spectral", "frobenius"] = "spectral"
+    """Of coco: the paper's, or the one of its authors' code."""
+
+
+@_config
+class Precode:
+    """A linear variational bottleneck before the last layer: Scheliga et al. 2022."""
+
+    width: int = 256
+    """Entries of the noisy code."""
+    kl_weight: float = 1e-3
+    """beta, on the KL term in bits, summed over the code."""
+    cut: str | None = None
+    """Its place, see LearnedPerturbation; None is before the last layer. Under `head` the bottleneck stays with the client."""
+
+
+@_config
+class CVB:
+    """A convolutional variational bottleneck after the first stage, of half its channels: Scheliga et al. 2023."""
+
+    kernel: int = 5
+    """Odd."""
+    kl_weight: float = 0.1
+    """beta, on the KL term in nats, summed over channels; published: 0.1 for a small net, 5e-5 for a ResNet-18."""
+    cut: str | None = None
+    """Its place, see LearnedPerturbation; None is after the first stage. Under `head` the bottleneck stays with the client."""
+
+
+@_config
+class CapacityNoise:
+    """Gaussian noise on a late, small latent, its level learned by cross-entropy + bits_weight × the channel's capacity, in bits.
+
+    Under share policy `head` it carries a certificate (see gidef.defence.capacity): no attack learns more bits of an image.
+    """
+
+    bits_weight: float = 5e-3
+    """beta, nats of cross-entropy per bit of capacity."""
+    std_init: float = 1.0
+    std_floor: float = 0.1
+    """sigma_min, enforced by the client whatever the server sends."""
+    frozen: bool = False
+    """One noise draw per image for ever; with front="frozen" the level stands still as well, and the whole training is one release."""
+    front: Literal["trained", "frozen"] = "trained"
+    """Of the private front: trained by the client, or kept as it is, e.g. as model.pretrained has it."""
+    cut: str | None = None
+    """The noise's place, see LearnedPerturbation."""
 
 
 # --- of updates: what happens before they leave ------------------------------------------------------------------------
@@ -130,4 +211,85 @@ class GradDefense:
     """Slices that get noise, at most `slices`."""
 
 
-DEFENCES = (Undefended, LearnedPerturbation, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense)
+# --- of gradients with a certificate: differential privacy --------------------------------------------------------------
+
+
+@_config
+class DPSGD:
+    """Differential privacy, of images (DP-SGD, Abadi et al. 2016) or of clients (DP-FedAvg, McMahan et al. 2018); needs the extra `dp` (Opacus).
+
+    Give exactly one of noise_multiplier and target_epsilon. (epsilon, delta) is of the whole schedule of rounds, for the client that is worst
+    off; what a victim of the evaluation releases comes on top. clients.grad_clip still bounds the noisy gradient: 0 leaves it alone.
+    """
+
+    clip: float = 1.0
+    """C > 0: largest norm of an image's own gradient, or of a client's update."""
+    noise_multiplier: float | None = None
+    """sigma; the noise on the sum of a batch, or of a cohort, has standard deviation sigma C."""
+    target_epsilon: float | None = 8.0
+    """The smallest sigma is taken that keeps within it."""
+    delta: float = 1e-5
+    level: Literal["sample", "client"] = "sample"
+    """"sample" hides an image, by every step that a client takes; "client" hides a client, by its update, from all who see only the mean of a
+    cohort. Updates then count alike, whatever the clients' sizes."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """Of Opacus; rdp is faster and says a little more epsilon."""
+
+    @property
+    def changes_update(self) -> bool:
+        return self.level == "client"
+
+
+# --- at a wanted accuracy ----------------------------------------------------------------------------------------------
+
+
+@_config
+class Matched:
+    """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
+
+    Validation accuracy alone is looked at. Accuracy must fall where the field rises.
+    """
+
+    defence: Any = LearnedPerturbation()
+    """One of this page, or a tuple of them."""
+    field: str = "strength"
+    """The number that is searched, of the defence or of the one member of a tuple that has it."""
+    low: float = 0.1
+    high: float = 10.0
+    """The search's ends, both above 0; it is logarithmic."""
+    accuracy: float | None = None
+    """Wanted validation accuracy in [0, 1]; None: `points` below the undefended net of the same recipe."""
+    points: float = 1.0
+    """Of accuracy, in hundredths, that the defence may cost."""
+    trials: int = 6
+    """Trainings of the search, at most."""
+
+    def at(self, value: float) -> Any:
+        """The defence with the field at a value."""
+        if isinstance(self.defence, tuple):
+            return tuple(replace(part, **{self.field: value}) if self.field in _fields(part) else part for part in self.defence)
+        return replace(self.defence, **{self.field: value})
+
+    def problems(self) -> list[str]:
+        """What is wrong with the search, without the recipe's name for it."""
+        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
+        found, having = [], [part for part in parts if is_dataclass(part) and self.field in _fields(part)]
+        if not parts or not all(is_dataclass(part) and not isinstance(part, Matched) for part in parts):
+            return [f"defence={self.defence!r} is no defence to search: give one, or a tuple of them."]
+        if len(having) != 1:
+            names = sorted({name for part in parts for name in _fields(part)})
+            found.append(f"field={self.field!r} names a number of exactly one defence to search; there are {', '.join(names) or 'none'}.")
+        if not 0 < self.low < self.high:
+            found.append(f"low={self.low}, high={self.high}: expected 0 < low < high, as the search is logarithmic.")
+        if self.accuracy is not None and not 0 < self.accuracy <= 1:
+            found.append(f"accuracy={self.accuracy}: expected a share in (0, 1].")
+        return found
+
+
+def _fields(part: Any) -> set[str]:
+    """Names of the number fields of a defence."""
+    kinds = {"int", "float", "int | None", "float | None"}
+    return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
+
+
+DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)

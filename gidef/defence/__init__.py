@@ -10,11 +10,12 @@ dataclass, defined anywhere, with a method `build(make_model)`:
         def build(self, make_model):
             return SmoothedDefence(make_model(), amount=self.amount)
 
-where `make_model(perturbation=None)` returns the recipe's `SplitModel`, with the latent norm and a perturbation layer if
-`perturbation` holds the keyword arguments of `gidef.models.Perturbation`.
+where `make_model(perturbation=None, cut=None)` returns the recipe's `SplitModel`, with the latent norm and a perturbation layer if
+`perturbation` holds the keyword arguments of `gidef.models.Perturbation`; `cut` takes the place of the recipe's.
 """
 
 from gidef.defence.base import Defence, Plain
 from gidef.defence.perturbation import LearnedDefence
+from gidef.defence.private import ClipAndNoise, PrivateDefence
 
-__all__ = ["Defence", "LearnedDefence", "Plain"]
+__all__ = ["ClipAndNoise", "Defence", "LearnedDefence", "Plain", "PrivateDefence"]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
+from gidef.defence.accounting import Budget
 from gidef.defence.share import Transform, apply_all
 from gidef.models import SplitModel
 from gidef.types import Client, Own, Tensors
@@ -34,9 +35,13 @@ class Defence:
     decoder:     what the client trains and keeps beside it, or None.
     noise_shape: of one image's noise, or None if the training has none.
     transforms:  what happens to an update before it leaves, in order (see defence.share).
+    budget:      the (ε, δ) of the training, None where it is not differentially private.
     """
 
     transforms: tuple[Transform, ...] = ()
+    own_terms: bool = False
+    """Whether the client's loss has terms beside cross-entropy although there is no noise."""
+    budget: Budget | None = None
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None = None) -> None:
         self.model, self.decoder = model, decoder
@@ -71,6 +76,11 @@ class Defence:
     def share(self, update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
         """What leaves the client of its update, a gradient or a delta of the shared tensors. own: what the client has at hand."""
         return apply_all(self.transforms, update, generator=generator, own=own)
+
+    def stepped(self, make: Callable[[], Simulate], *, generator: Generator | None = None) -> Callable[[], Simulate]:
+        """What the client makes of every gradient before it steps by it or sends it, where that is more than the gradient: from a factory of
+        simulators to another. generator: draws the noise of this; None leaves it out, as attackers do who know the rest."""
+        return make
 
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).

@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef.defence.base import DECODER, Defence, Simulate
+from gidef.defence.capacity import capacity_bits
 from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
 from gidef.rng import generator
@@ -33,7 +34,7 @@ MIN_CKA = 4
 
 @dataclass(frozen=True, slots=True)
 class MinimaxSettings:
-    """See `config.LearnedPerturbation` for meanings and ranges."""
+    """See `config.LearnedPerturbation` and `config.CapacityNoise` for meanings and ranges."""
 
     dependence: str = "pearson2"
     dependence_weight: float = 1.0
@@ -45,6 +46,8 @@ class MinimaxSettings:
     decoder_lr: float = 1e-3
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
+    bits_weight: float = 0.0
+    front_frozen: bool = False
 
     def weight(self, progress: float) -> float:
         """λ when a share `progress` of the rounds is over: rises linearly from 0 over the first `ramp` of them."""
@@ -77,6 +80,8 @@ def client_loss(
         )
     if settings.kl_weight > 0:
         loss = loss + settings.kl_weight * kl(outputs.latent, outputs.std)
+    if settings.bits_weight > 0:
+        loss = loss + settings.bits_weight * capacity_bits(outputs.std.expand(outputs.latent.shape[1:]))
     return loss
 
 
@@ -89,6 +94,10 @@ class MinimaxPlayer:
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
+        # under frozen noise the level must stand still as well: releases of m + σ ε at two levels would give m away
+        still = ("encoder", *(("perturbation",) if settings.frozen else ())) if settings.front_frozen else ()
+        for name in (name for part in still for name in model.parts[part]):
+            model.get_parameter(name).requires_grad_(False)
 
     def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
         device = next(self.model.parameters()).device
@@ -124,7 +133,8 @@ class MinimaxPlayer:
 
 
 class LearnedDefence(Defence):
-    """The full method. `decoder` None (λ = 0) learns the level without an opponent."""
+    """The full method. `decoder` None (λ = 0) learns the level without an opponent; with a fixed level it is isotropic noise, with a
+    bottleneck in the perturbation's place PRECODE or CVB."""
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings) -> None:
         super().__init__(model, decoder)
@@ -136,7 +146,7 @@ class LearnedDefence(Defence):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        return tuple(self.model.latent_shape)
+        return tuple(self.model.perturbation.noise_shape)
 
     def player(self) -> MinimaxPlayer:
         return MinimaxPlayer(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)

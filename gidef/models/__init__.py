@@ -1,7 +1,8 @@
 """Networks: backbones, the perturbed split, decoders and the judge. Plain nn.Modules; nothing here trains."""
 
 from gidef.models.backbone import make_backbone
-from gidef.models.cuts import cuts, default_cut
+from gidef.models.bottleneck import ConvBottleneck, LinearBottleneck
+from gidef.models.cuts import cuts, default_cut, stages
 from gidef.models.decoder import Decoder, decoder_for
 from gidef.models.judge import Judge, make_judge
 from gidef.models.perturbation import Perturbation, latent_norm
@@ -10,8 +11,10 @@ from gidef.models.split import Outputs, SplitModel
 from gidef.models.surgery import has_batch_statistics
 
 __all__ = [
+    "ConvBottleneck",
     "Decoder",
     "Judge",
+    "LinearBottleneck",
     "Outputs",
     "Perturbation",
     "SmallNet",
@@ -23,4 +26,5 @@ __all__ = [
     "latent_norm",
     "make_backbone",
     "make_judge",
+    "stages",
 ]

@@ -1,4 +1,4 @@
-"""Names of the modules behind which a backbone can be cut."""
+"""Names of the places where a backbone can be cut: behind a module, or before it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import difflib
 from torch import nn
 
 from gidef.errors import InputError
+
+BEFORE = "before:"
+"""Prefix of a cut that is what goes into a module instead of what comes out, such as "before:head"."""
+CLASSIFIER = "before:classifier"
+"""The cut before the last layer, whatever its name."""
+STAGE = "stage:"
+"""Prefix of a cut behind the stage of that number, from 0 (see `stages`), whatever its name."""
 
 
 def cuts(backbone: nn.Module) -> list[str]:
@@ -38,17 +45,40 @@ def default_cut(backbone: nn.Module) -> str:
     """
     if hasattr(backbone, "default_cut"):
         return backbone.default_cut
-    features = _feature_modules(backbone)
-    # stems have no number in their name, or lack a convolution of their own: ResNet's act1, MobileNet's bn1
-    stages = [name for name in features if any(c.isdigit() for c in name) and _has_layers(backbone.get_submodule(name))]
-    if not stages:
+    found = _feature_stages(backbone)
+    if not found:
         raise InputError(f"{type(backbone).__name__} has no default cut: name one of {shown_cuts(backbone)}.")
     reductions = {info["reduction"] for info in _feature_info(backbone)}
-    return stages[min(2, len(stages) - 1)] if len(reductions) == 1 else stages[0]
+    return found[min(2, len(found) - 1)] if len(reductions) == 1 else found[0]
+
+
+def stages(backbone: nn.Module) -> list[str]:
+    """The natural stages of a backbone in order, without its stem: blocks of a transformer, stages of a pyramid.
+
+    The backbone's own attribute `cuts` if it has one; otherwise timm's feature modules that have a number and layers.
+
+    Raises:  InputError if it has neither.
+    """
+    found = list(backbone.cuts) if hasattr(backbone, "cuts") else _feature_stages(backbone)
+    if not found:
+        raise InputError(f"{type(backbone).__name__} tells no stages: give it an attribute `cuts`, the names of its blocks in order.")
+    return found
 
 
 def check_cut(backbone: nn.Module, cut: str) -> str:
-    """`cut` if the backbone has a module of that name; InputError with near matches and valid names otherwise."""
+    """`cut` by the module's own name if the backbone has such a module; InputError with near matches and valid names otherwise.
+
+    "stage:0" becomes the name of the first stage, "before:classifier" that of the last layer behind "before:".
+    """
+    if cut.startswith(STAGE):
+        names, number = stages(backbone), cut.removeprefix(STAGE)
+        if not number.isdigit() or int(number) >= len(names):
+            raise InputError(f"cut {cut!r}: {type(backbone).__name__} has stages 0 to {len(names) - 1}. Choose one of them.")
+        return names[int(number)]
+    if cut == CLASSIFIER:
+        return BEFORE + _classifier(backbone)
+    if cut.startswith(BEFORE):
+        return BEFORE + check_cut(backbone, cut.removeprefix(BEFORE))
     names = [name for name, _ in backbone.named_modules() if name]
     if cut in names:
         return cut
@@ -63,6 +93,20 @@ def shown_cuts(backbone: nn.Module) -> str:
     if len(names) > 16:
         names = [*names[:16], f"and {len(names) - 16} more (gidef.models.cuts lists them)"]
     return ", ".join(names) if names else "the names in backbone.named_modules()"
+
+
+def _classifier(backbone: nn.Module) -> str:
+    """Name of the last layer: what `get_classifier` gives, or else the last linear layer."""
+    last = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
+    names = [name for name, module in backbone.named_modules() if (module is last if last is not None else isinstance(module, nn.Linear)) and name]
+    if not names:
+        raise InputError(f"{type(backbone).__name__} tells no single last layer: name it, as in cut={BEFORE + 'head'!r}.")
+    return names[-1]
+
+
+def _feature_stages(backbone: nn.Module) -> list[str]:
+    # stems have no number in their name, or lack a convolution of their own: ResNet's act1, MobileNet's bn1
+    return [name for name in _feature_modules(backbone) if any(c.isdigit() for c in name) and _has_layers(backbone.get_submodule(name))]
 
 
 def _feature_info(backbone: nn.Module) -> list[dict]:

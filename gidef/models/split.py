@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gidef.errors import InputError
-from gidef.models.cuts import check_cut, cuts, default_cut, shown_cuts
+from gidef.models.bottleneck import Bottleneck
+from gidef.models.cuts import BEFORE, check_cut, cuts, default_cut, shown_cuts
 from gidef.models.perturbation import Perturbation, latent_norm
 
 PARTS = ("encoder", "perturbation", "predictor")
 
 
 class Outputs(NamedTuple):
-    """logits (B, K).  latent: m, the latent (B, *latent_shape) after the norm (before noise).  std: σ_eff, broadcastable to
-    the latent, None without a perturbation.  perturbed: z̃, what the predictor saw."""
+    """logits (B, K).  latent: m, the latent (B, *latent_shape) after the norm (before noise); with a bottleneck its code's mean
+    (B, *noise_shape).  std: σ_eff, broadcastable to `latent`, None without a perturbation.  perturbed: z̃ (B, *latent_shape), what
+    the predictor saw."""
 
     logits: Tensor
     latent: Tensor
@@ -51,10 +53,12 @@ class SplitModel(nn.Module):
 
     Args:
         backbone:     images (B, C, H, W) → logits (B, K).
-        cut:          name of the module whose output is the latent; None takes the backbone's default (see `cuts`).
-        perturbation: a Perturbation for the latent at the cut, or its keyword arguments after the shapes, or None.
+        cut:          name of the module whose output is the latent; "before:NAME" for the module's input, "before:classifier" for the last
+                      layer's, "stage:0" for the first stage's output (see `stages`); None takes the backbone's default (see `cuts`).
+        perturbation: a Perturbation or a Bottleneck for the latent at the cut; a Perturbation's keyword arguments after the shapes; a
+                      function (latent_shape, channel_dim) → either of them; or None.
         image_shape:  (C, H, W).  num_classes: K.
-        latent_norm:  normalise the latent although there is no perturbation; a Perturbation always normalises.
+        latent_norm:  normalise the latent although there is no perturbation; a Perturbation always normalises, a Bottleneck never.
         input_mean, input_std: per channel, applied to the images in [0, 1] before the backbone; None leaves them.
     Attributes:
         latent_shape: of one sample.  channel_dim: 1 for maps (B, C, H, W), −1 for tokens, (B, H, W, C) and vectors.
@@ -74,7 +78,7 @@ class SplitModel(nn.Module):
         backbone: nn.Module,
         *,
         cut: str | None = None,
-        perturbation: Perturbation | Mapping[str, Any] | None = None,
+        perturbation: Perturbation | Bottleneck | Mapping[str, Any] | Callable[..., Perturbation | Bottleneck] | None = None,
         image_shape: Sequence[int],
         num_classes: int,
         latent_norm: bool = False,
@@ -92,9 +96,15 @@ class SplitModel(nn.Module):
         self.register_buffer("input_std", _per_channel("input_std", input_std, self.image_shape[0]), persistent=False)
         _remove_hooks(backbone)
         encoder, self.latent_shape, self.channel_dim = _probe(backbone, self.cut, self.image_shape, num_classes)
-        backbone.get_submodule(self.cut).register_forward_hook(self._at_cut)  # a bound method: deepcopy rebinds it to the copy
+        module = backbone.get_submodule(self.cut.removeprefix(BEFORE))
+        if self.cut.startswith(BEFORE):
+            module.register_forward_pre_hook(self._before_cut)
+        else:
+            module.register_forward_hook(self._at_cut)  # a bound method: deepcopy rebinds it to the copy
         if isinstance(perturbation, Mapping):
             perturbation = Perturbation(self.latent_shape, self.channel_dim, **perturbation)
+        elif callable(perturbation) and not isinstance(perturbation, nn.Module):
+            perturbation = perturbation(self.latent_shape, self.channel_dim)
         if perturbation is not None and (perturbation.latent_shape, perturbation.channel_dim) != (self.latent_shape, self.channel_dim):
             raise InputError(
                 f"the perturbation is made for latents {perturbation.latent_shape} with channel_dim {perturbation.channel_dim}, but those at "
@@ -112,7 +122,7 @@ class SplitModel(nn.Module):
     def forward(self, images: Tensor, noise: Tensor | None = None, *, full: bool = False) -> Tensor | Outputs:
         """Logits (B, K), or with `full` all Outputs.
 
-        Args:    images: floating (B, *image_shape) in [0, 1].  noise: ε of unit variance, (B, *latent_shape); None is no noise.
+        Args:    images: floating (B, *image_shape) in [0, 1].  noise: ε of unit variance, (B, *perturbation.noise_shape); None is no noise.
         Raises:  InputError for noise without a perturbation.
         """
         if noise is not None and self.perturbation is None:
@@ -144,6 +154,9 @@ class SplitModel(nn.Module):
         finally:
             call.active, call.replacement = False, None
 
+    def _before_cut(self, module: nn.Module, inputs: tuple) -> tuple:
+        return self._at_cut(module, inputs, inputs[0]), *inputs[1:]
+
     def _at_cut(self, module: nn.Module, inputs: tuple, latent: Tensor) -> Tensor:
         call = self._call
         if not call.active:
@@ -156,6 +169,8 @@ class SplitModel(nn.Module):
         elif self.latent_norm:
             latent = latent_norm(latent)
         perturbed = latent if call.noise is None else latent + std * call.noise
+        if self.perturbation is not None:
+            perturbed = self.perturbation.restore(perturbed)
         call.seen = (latent, std, perturbed)
         return perturbed
 
@@ -177,10 +192,12 @@ def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> Te
 
 def _remove_hooks(backbone: nn.Module) -> None:
     """Take away the hook of an earlier SplitModel on the same backbone."""
+    own = (SplitModel._at_cut, SplitModel._before_cut)
     for module in backbone.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__func__", None) is SplitModel._at_cut:
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__func__", None) in own:
+                    del hooks[key]
 
 
 def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_classes: int) -> tuple[set[str], tuple[int, ...], int]:
@@ -196,7 +213,11 @@ def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_clas
         latents.append(output)
         return output.detach().requires_grad_() if isinstance(output, Tensor) else output
 
-    shadow.get_submodule(cut).register_forward_hook(cut_off)
+    place = shadow.get_submodule(cut.removeprefix(BEFORE))
+    if cut.startswith(BEFORE):
+        place.register_forward_pre_hook(lambda module, inputs: (cut_off(module, inputs, inputs[0] if inputs else None), *inputs[1:]))
+    else:
+        place.register_forward_hook(cut_off)
     with torch.enable_grad():
         try:
             logits = functional_call(shadow, weights, (images,))

@@ -1,4 +1,4 @@
-"""Console, record of a run, results, tables, verdict and pictures. Everything shown is computed from two files of a run:
+"""Console, record of a run, results, tables, verdict, pictures and page (`html`). Everything shown is computed from two files of a run:
 
 `record.jsonl`  one JSON object per line, each with a "kind" (see `record`); what happened, in order.
 `results.json`  what came out, written once at the end (see `results`); its layout, kept stable under "format": 1:
@@ -10,8 +10,9 @@
     seeds         [int];  world_size: int;  threads: int
     seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
-    training      [one per defence and seed: defence, seed, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
+    training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
+    tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
@@ -19,6 +20,8 @@
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, labels: "known" | "counts" | "recovered" | "searched", ...}
+                  epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
+                  noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
@@ -38,7 +41,7 @@ A measured value is a number, null, or {mean, low, high, worst, worst_decile}: t
 JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
 """
 
-from gidef.report import results, tables
+from gidef.report import html, results, tables
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
 from gidef.report.record import Record, read
@@ -49,6 +52,7 @@ __all__ = [
     "Record",
     "attack_curves",
     "grid",
+    "html",
     "learning_curves",
     "partition_bars",
     "preview",

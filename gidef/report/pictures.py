@@ -44,7 +44,7 @@ def grid(
     Returns: the path. Images are enlarged by whole numbers of pixels, never smoothed.
     Raises:  InputError if columns differ in N, or for another shape or ending of the file.
     """
-    pictures = [_drawable(images, f"column {name!r}") for name, images in columns]
+    pictures = [drawable(images, f"column {name!r}") for name, images in columns]
     sizes = {len(images) for images in pictures}
     if len(sizes) != 1:
         raise InputError(f"grid {path}: columns of {sorted(sizes)} images, expected as many in each: give every column the same victims.")
@@ -67,7 +67,7 @@ def preview(path: str | Path, images: Any, labels: Any, class_names: Sequence[st
     labels = _array(labels)
     members = [np.flatnonzero(labels == number)[:per_class] for number in range(len(class_names))]
     images = _array(images)
-    drawn = [list(_drawable(images[chosen], "images")) if len(chosen) else [] for chosen in members]
+    drawn = [list(drawable(images[chosen], "images")) if len(chosen) else [] for chosen in members]
     counts = [f"{name} ({int((labels == number).sum())})" for number, name in enumerate(class_names)]
     return _sheet(path, drawn, titles=None, row_labels=counts, title=title, captions=None, below=None, gap=4)
 
@@ -270,7 +270,7 @@ def _array(values: Any) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-def _drawable(images: Any, what: str) -> np.ndarray:
+def drawable(images: Any, what: str) -> np.ndarray:
     """(N, C, H, W) to float (N, H, W, 3) in [0, 1]."""
     images = _array(images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):

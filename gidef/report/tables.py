@@ -15,10 +15,11 @@ from rich.text import Text
 
 from gidef.report.results import MEASURED, interval_of, mean_of
 
-_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "oracle dB", "victims", "note")
-_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "oracle\ndB", "victims")
-_ORACLE = 8
-"""Place of the column that appears only where an attack had several starts: the PSNR of the start that the truth would have chosen."""
+_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "oracle dB", "victims", "note")
+_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "eps\ndelta", "oracle\ndB", "victims")
+_PRIVACY, _ORACLE = 8, 9
+"""Places of the columns that appear only where a training was differentially private, and where an attack had several starts: the PSNR of
+the start that the truth would have chosen."""
 _FEWER_INTERVALS = (MEASURED, MEASURED[1:], MEASURED[2:], ("psnr_db",))
 _SCALE_DIGITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 1), "psnr_db": (1, 1), "ssim": (1, 2)}
 _STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
@@ -26,22 +27,23 @@ _STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One row or bound, formatted. values: mean and interval ("" where there is none) of each of MEASURED."""
+    """One row or bound, formatted. values: mean and interval ("" where there is none) of each of MEASURED.  privacy: (ε, δ), or nothing."""
 
     names: tuple[str, str, str]
     values: tuple[tuple[str, str], ...]
+    privacy: tuple[str, ...] = ()
     oracle: str = ""
     victims: str = ""
     notes: str = ""
 
     def wide(self) -> tuple[str, ...]:
-        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), self.oracle, self.victims, self.notes)
+        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), ", ".join(self.privacy), self.oracle, self.victims, self.notes)
 
     def folded(self, intervals: tuple[str, ...]) -> tuple[str, ...]:
         defence, attack, checkpoint = (textwrap.fill(name, 16, break_long_words=False) for name in self.names)
         named = zip(MEASURED, self.values, strict=True)
         values = (f"{mean}\n{interval}" if key in intervals and interval else mean for key, (mean, interval) in named)
-        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, self.oracle, self.victims)
+        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, "\n".join(self.privacy), self.oracle, self.victims)
 
 
 def table(results: dict[str, Any], width: int = 120) -> Table:
@@ -86,7 +88,7 @@ def text(results: dict[str, Any], width: int = 120) -> str:
 
 def csv(results: dict[str, Any]) -> str:
     """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
-    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "victims", "failed")
+    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", "victims", "failed")
     tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
@@ -153,8 +155,15 @@ def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
-        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), oracle, str(row["victims"]), marks))
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), _privacy(row), oracle, str(row["victims"]), marks))
     return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
+
+
+def _privacy(row: dict[str, Any]) -> tuple[str, ...]:
+    """ε and δ of a private row; a missing ε is JSON's infinity."""
+    if row.get("delta") is None:
+        return ()
+    return "inf" if row.get("epsilon") is None else f"{row['epsilon']:.2f}", f"{row['delta']:.0e}"
 
 
 def _policies(results: dict[str, Any]) -> list[str]:
@@ -173,6 +182,7 @@ def _threats(results: dict[str, Any]) -> list[str]:
 def _shown(headers: tuple[str, ...], rows: list[_Line], notes: list[str]) -> list[int]:
     """Columns that have something to show."""
     hidden = {_ORACLE} if not any(row.oracle for row in rows) else set()
+    hidden |= {_PRIVACY} if not any(row.privacy for row in rows) else set()
     return [index for index, header in enumerate(headers) if index not in hidden and (header != "note" or notes)]
 
 
@@ -186,6 +196,9 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     lines += [f"Threat model: {_threats(results)[0]}."] if len(_threats(results)) == 1 else []
     if any((row.get("restarts") or 1) > 1 for row in results["rows"]):
         lines.append("Attackers choose among their starts by their own loss; oracle dB: what the truth would have chosen, which no attacker can.")
+    units = list(dict.fromkeys(row.get("privacy_unit", "image") for row in results["rows"] if row.get("delta") is not None))
+    if units:
+        lines.append(f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 

@@ -64,6 +64,15 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return said + masking(results, is_undefended=is_undefended) + _failures(results) + _judged(results, rows) + _accuracy_cost(results)
 
 
+def strongest(rows: list[Row], measure: str = "psnr_db") -> Row | None:
+    """The attack whose interval of a measure ends highest, among those of the run's own threat model; None where there is none.
+
+    Args: rows: of one defence, checkpoint and share policy. Bounds, malicious servers, ensembles and the control do not compete.
+    """
+    fair = [row for row in rows if row["attack_id"] not in _APART and mean_of(row["psnr_db"]) is not None]
+    return max((row for row in _pooled(fair) if mean_of(row.get(measure)) is not None), key=lambda row: _high(row[measure]), default=None)
+
+
 def is_undefended(results: dict[str, Any], name: str) -> bool:
     """Whether the recipe's defence of that name is none; without a recipe, by the name itself."""
     spec = (results["recipe"].get("defences") or {}).get(name)

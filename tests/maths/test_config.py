@@ -6,13 +6,17 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from gidef import config, importing
 from gidef.config import (
+    CVB,
+    DPSGD,
     PRESETS,
+    BiDO,
+    CapacityNoise,
     Censor,
     Clipping,
     Data,
@@ -28,13 +32,16 @@ from gidef.config import (
     GradInversion,
     Iid,
     InvertingGradients,
+    IsotropicNoise,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
+    Matched,
     Model,
     MultiRound,
     NaiveMatching,
     PostHocDecoder,
+    Precode,
     Pruning,
     Quantisation,
     QuantitySkew,
@@ -66,6 +73,13 @@ class Own:
         return make_model()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coupled(Own):
+    """One whose loss is no mean over images."""
+
+    couples_batch: ClassVar[bool] = True
+
+
 CLASSES = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
 SGD = LocalTraining(optimiser="sgd")
 
@@ -86,7 +100,8 @@ def recipes():
         model=Model(name="resnet18", cut="layer1", small_stem=False, norm="keep", pretrained="w.safetensors"),
         clients=LocalTraining(epochs=2, optimiser="sgd", momentum=0.9, precision="bfloat16"),
         rounds=Rounds(count=7, cohort_size=2, server=FedAdam(lr=0.5), patience=None),
-        defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended(), "p": Pruning(share=0.5), "a + p": (LearnedPerturbation(), Pruning())},
+        defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended(), "p": Pruning(share=0.5), "c": CapacityNoise(bits_weight=0.1, frozen=True, front="frozen"),
+            "m": Matched(defence=(CapacityNoise(), Pruning()), field="share", low=0.1, high=0.9, accuracy=0.8), "a + p": (LearnedPerturbation(), Pruning())},
         attacks={"n": NaiveMatching(kink_width=None), "i": InvertingGradients(), "j": JointMatching(decoder="unused"), "d": PostHocDecoder(steps=3)},
         evaluation=Evaluation(checkpoints=("untrained", "final"), num_victims=8, batch_size=4, release="delta", local_steps=2),
         share_policy="head", speed=Speed(workers=3), seeds=(3, 1), only=("a",), out="runs/a", resume=True,
@@ -94,8 +109,13 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    yield Recipe(defences={
+        "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
+        "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),
+    })  # fmt: skip
     changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
     yield Recipe(defences={"of updates": changed, "inside": (Censor(draws=3), Soteria(share=0.5, layer="backbone.head"), GradDefense(slices=4, noisy=2))})
+    yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -138,7 +158,21 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(law="laplace", kl_weight=0.1)), "defences.x: kl_weight=0.1", "law=gaussian"),
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
+    (Recipe(defences={"x": CVB(kernel=4)}), "defences.x.kernel=4 is even", "odd number"),
+    (Recipe(defences={"x": IsotropicNoise(std=-0.1)}), "defences.x.std=-0.1", "at least 0"),
+    (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
+    (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "Keep one"),
+    (Recipe(defences={"d": DPSGD(noise_multiplier=1.0)}), "defences.d: noise_multiplier=1.0 and target_epsilon=8.0", "exactly one"),
+    (Recipe(defences={"d": DPSGD(target_epsilon=None)}), "defences.d: noise_multiplier=None and target_epsilon=None", "exactly one"),
+    (Recipe(defences={"d": DPSGD()}, clients=LocalTraining(accumulate=2)), "defences.d: clients.accumulate=2", "Set it to 1"),
+    (Recipe(defences={"d": DPSGD()}, clients=SingleGradient(precision="bfloat16")), "defences.d: clients.precision=bfloat16", "set it to float32"),
+    (Recipe(defences={"d": DPSGD(level="client")}, clients=SGD, rounds=Rounds(server=Scaffold())), "defences.d: rounds.server=Scaffold", "take another"),
+    (Recipe(defences={"d": (DPSGD(level="client"), DPSGD(level="client"))}), "defences.d holds 2 DPSGD", "keep one"),
+    (Recipe(defences={"d": (Coupled(), DPSGD())}), "defences.d: the loss of Coupled couples the images", "Leave one out"),
+    (Recipe(defences={"d": (LearnedPerturbation(dependence="dcor"), DPSGD())}), "defences.d: the loss of LearnedPerturbation couples", "Leave one out"),
+    (Recipe(defences={"d": DPSGD(clip=0.0)}), "defences.d.clip=0.0", "larger"),
+    (Recipe(defences={"d": DPSGD(delta=1.0)}), "defences.d.delta=1.0", "smaller"),
     (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),
     (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
     (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),

@@ -186,6 +186,8 @@ def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypat
         monkeypatch.setattr(parity, "shift_db", lambda *a, **k: 1 / 0)
         assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used  # as it was measured
     assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
+    run = with_speed(run, heard, attack_precision="tf32")
+    assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == "float32" and "no TF32" in heard.notices[-1]
 
 
 def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_noise(trained, tmp_path):

@@ -124,6 +124,20 @@ def test_bfloat16_keeps_the_matching_loss_in_float32(case):
         assert other.losses.dtype == torch.float32 and abs(one.losses[0] - other.losses[0]) < 0.02 * one.losses[0]
 
 
+def test_tf32_is_switched_on_for_the_inner_step_alone(case):
+    observations, simulate, settings = case
+    seen, flags = [], lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    before = flags()
+
+    def looking(*given):
+        seen.append(flags())
+        return simulate(*given)
+
+    found = run(observations, lambda: looking, settings, precision="tf32", **DOUBLE)
+    assert seen.count((True, True)) >= settings.iterations and flags() == before  # beside the looks that check the observations
+    same(found, run(observations, lambda: simulate, settings, **DOUBLE), rtol=0, atol=0)  # a CPU has none
+
+
 # --- parts that a user can replace ------------------------------------------------------------------------------------
 
 

@@ -277,3 +277,33 @@ def test_every_listed_cut_of_resnet18_works():
     backbone = make_backbone("resnet18", num_classes=K, image_shape=(3, 16, 16))
     for cut in cuts(backbone):
         SplitModel(backbone, cut=cut, image_shape=(3, 16, 16), num_classes=K)
+
+
+def test_a_cut_before_a_module_takes_what_goes_into_it():
+    model = split(cut="before:head", perturbation={"std_init": 0.7})
+    images, noise = batch(model)
+    net = model.backbone
+    m = latent_norm(F.adaptive_avg_pool2d(net.blocks(images), 2).flatten(1))
+    torch.testing.assert_close(model.run(images, noise).perturbed, m + 0.7 * noise)
+    torch.testing.assert_close(model(images, noise), net.head(m + 0.7 * noise))
+    torch.testing.assert_close(model.predict(m + 0.7 * noise), model(images, noise))
+    assert model.parts["predictor"] == ("backbone.head.weight", "backbone.head.bias")
+    twin = copy.deepcopy(model)
+    hooks = [h for m in twin.modules() for h in m._forward_pre_hooks.values()]
+    assert [h.__self__ for h in hooks] == [twin] and torch.equal(twin(images, noise), model(images, noise))
+    second = SplitModel(model.backbone, cut="blocks.0", image_shape=(3, 16, 16), num_classes=K)
+    assert not any(m._forward_pre_hooks for m in second.modules())
+
+
+@pytest.mark.parametrize(("name", "cut", "found"), [
+    ("small", "before:classifier", "before:head"), ("small", "stage:2", "blocks.2"), ("resnet18", "before:classifier", "before:fc"),
+    ("resnet18", "stage:0", "layer1"),
+])  # fmt: skip
+def test_places_that_every_net_has_are_found_by_their_own_names(name, cut, found):
+    assert split(name, cut=cut).cut == found
+
+
+@pytest.mark.parametrize(("cut", "wrong"), [("stage:3", "stages 0 to 2"), ("stage:x", "stages 0 to 2"), ("before:heed", "'head'")])
+def test_places_that_a_net_lacks_are_refused(cut, wrong):
+    with pytest.raises(InputError, match=wrong):
+        split(cut=cut)

@@ -1,0 +1,99 @@
+"""How many bits a noisy latent can carry, and what that certifies.
+
+The latent norm fixes the power, Σ mᵢ² = d. For z̃ = m + σ ⊙ ε with Gaussian ε and a σ that does not depend on the image,
+
+    I(x; z̃) ≤ ½ Σ log₂(1 + Pᵢ / σᵢ²),  Pᵢ = E[mᵢ²]     measured power: needs the population's moments
+            ≤ C(σ) = max over P ≥ 0, Σ Pᵢ = d              capacity: whatever the images are, by water-filling
+
+Under share policy `head` with a private front (or a public and frozen one), all that a server sees of an image is a function of z̃, the label
+and what it knows already, so no attack whatever learns more bits of it than that per release (data processing).
+
+Source: Shannon 1949; Cover and Thomas, Elements of Information Theory, 2nd edition, sections 9.4 (parallel Gaussian channels) and 2.10 (Fano).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gidef.errors import InputError
+
+
+def water_filling(variance: Tensor, power: float) -> Tensor:
+    """Pᵢ = max(ν − σᵢ², 0) with Σ Pᵢ = power: how a source spends its power to get the most through.
+
+    Args:    variance: σ² (d,), floating, above 0.  power: above 0.
+    Returns: (d,), without a gradient.
+    """
+    with torch.no_grad():
+        rising = variance.sort().values
+        count = torch.arange(1, len(rising) + 1, device=variance.device, dtype=variance.dtype)
+        levels = (power + rising.cumsum(0)) / count  # ν if the k least noisy channels are in use
+        used = (levels > rising).sum() - 1
+        return (levels.gather(0, used[None]) - variance).clamp_min(0)
+
+
+def capacity_bits(std: Tensor, power: float | None = None) -> Tensor:
+    """C(σ) in bits, a scalar; differentiable in std: at the best P its change costs nothing (envelope theorem).
+
+    Args:    std: σ of any shape, above 0, one value per entry of the latent.  power: Σ Pᵢ; None is the number of entries, the latent norm's.
+    """
+    variance = std.flatten().square()
+    best = water_filling(variance.detach(), float(variance.numel() if power is None else power))
+    return 0.5 * torch.log2(1 + best / variance).sum()
+
+
+def measured_bits(latents: Tensor, std: Tensor) -> Tensor:
+    """½ Σ log₂(1 + E[mᵢ²] / σᵢ²), a scalar, from latents (N, *shape) of a population and σ broadcastable to one of them."""
+    return 0.5 * torch.log2(1 + latents.square().mean(0) / std.square()).sum()
+
+
+def fano_bound(bits: float, candidates: int) -> float:
+    """Largest probability with which anybody names an image among `candidates` ≥ 2 equally likely ones: min(1, (bits + 1) / log₂ N)."""
+    if candidates < 2:
+        raise InputError(f"candidates={candidates}: expected at least 2 images to choose from.")
+    return min(1.0, (bits + 1) / math.log2(candidates))
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """bits: of one image in one release.  releases: of the same image over the whole training.  lifetime_bits: of all of them.
+    fano: bound on naming an image among `candidates` after the whole training."""
+
+    bits: float
+    releases: int
+    lifetime_bits: float
+    candidates: int
+    fano: float
+
+
+def certify(
+    stds: list[Tensor], *, level: str, law: str, policy: str, frozen_noise: bool, front_frozen: bool, draws: int | None, candidates: int
+) -> Certificate:
+    """The certificate of a training.
+
+    Args:    stds: σ per entry of the latent, one of every client (or state) whose images are released: the least noisy one counts.
+             level, law: of the perturbation.  policy: of sharing.  frozen_noise: one draw per image for ever.  front_frozen: the encoder
+             and, under frozen noise, the level stood still (two releases of m + σ ε at two levels would give m away).  draws: noisy releases of one image with fresh noise (epochs × rounds in
+             which its client took part, at most); None if they were not counted.  candidates: N of Fano's bound.
+    Raises:  InputError, with the assumption that fails: σ depends on the image, the noise is not Gaussian, the encoder is shared, the front
+             trains under frozen noise, or releases were not counted.
+    """
+    if level != "global":
+        raise InputError(f'level={level!r}: sigma depends on the image, so its own size tells of it, and no capacity is known. Use level="global".')
+    if law != "gaussian":
+        raise InputError(f"law={law!r}: the capacity is the Gaussian channel's. Use gaussian noise.")
+    if policy != "head":
+        raise InputError(
+            f"share policy {policy!r} releases the encoder's gradients, which are no functions of the noisy latent: there is no such bound. Use head."
+        )
+    if frozen_noise and not front_frozen:
+        raise InputError("noise frozen per image under a front that trains: releases differ by the latent alone, which cancels the noise. Freeze the front.")
+    if not frozen_noise and draws is None:
+        raise InputError("fresh noise adds up over the releases of an image, and they were not counted: give draws.")
+    bits = max(float(capacity_bits(std.double())) for std in stds)
+    releases = 1 if frozen_noise else draws
+    return Certificate(bits, releases, bits * releases, candidates, fano_bound(bits * releases, candidates))

@@ -1,0 +1,189 @@
+"""Differential privacy: of images, by clipped and noised steps (DP-SGD), and of clients, by clipped and noised updates (DP-FedAvg).
+
+    image:   g = (Σ_i∈batch clip(∇ℓ_i, C) + N(0, σ²C² 1)) / B,  every image in the batch with probability q = B / n by itself
+    client:  Δ = clip(Δ_k, C) + N(0, σ²C²/m 1),  averaged with equal weights over a cohort of m: noise σC/m on the mean
+    clip(v, C) = v · min(1, C / ‖v‖)
+
+Source: Abadi et al. 2016, arXiv:1607.00133, Algorithm 1; McMahan et al. 2018, arXiv:1710.06963, Algorithm 1.
+Deviates: noise and samples come from generators that are functions of (seed, round, client), so that a run can be repeated; whoever knows the
+seed can subtract the noise, and real training needs fresh, secret, cryptographic randomness. A client's number of examples, its mean training
+loss in the record, and the choice of the best round by validation accuracy are not covered by ε.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from gidef.defence.accounting import Budget, needs_opacus
+from gidef.defence.base import Defence, Plain, Simulate
+from gidef.errors import InputError
+from gidef.models import SplitModel, has_batch_statistics
+from gidef.rng import generator
+from gidef.types import Client, Tensors
+
+AT_ONCE = 2**28
+"""Entries of the images' own gradients that are held at the same time, 1 GiB: a batch is clipped and summed in parts of as many images."""
+
+
+def clip_factors(gradients: Tensors, clip: float) -> Tensor:
+    """min(1, C / ‖g_i‖) of each image, (B,), from gradients (B, *shape); the norm is over all tensors. As Opacus, with 1e-6 beside the norm."""
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
+    return (clip / ((squares + 1e-30).sqrt() + 1e-6)).clamp(max=1.0)  # 1e-30: the root's slope at 0 is finite
+
+
+def clipped_sum(gradients: Tensors, clip: float) -> Tensors:
+    """Σ_i clip(g_i, C) of gradients (B, *shape); differentiable."""
+    factors = clip_factors(gradients, clip)
+    return {name: torch.einsum("i,i...->...", factors, g) for name, g in gradients.items()}
+
+
+def poisson_batches(client: Client, *, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[tuple[int, Tensor]]:
+    """(epoch, rows) of each batch, ⌈n / batch_size⌉ an epoch: every image is in it with probability min(1, batch_size / n), by itself.
+
+    Rows ascend; a batch may be empty. A function of (seed, round, client) alone.
+    """
+    draw, count = generator(seed, "poisson", round, client.id), client.num_examples
+    for epoch in range(epochs):
+        for _ in range(-(-count // batch_size)):
+            yield epoch, (torch.rand(count, generator=draw, dtype=torch.float64) * count < batch_size).nonzero()[:, 0]
+
+
+class PrivatePlayer(Plain):
+    """Plays cross-entropy by DP-SGD's gradients (see clients.local.Player); the client's optimiser steps by them as by any others.
+
+    Each image's own gradient comes from torch.func: the hooks of Opacus' GradSampleModule do not survive the in-place additions of timm's
+    residual nets. Clipping, noise and scale are those of Opacus' DPOptimizer.
+    """
+
+    def __init__(self, model: SplitModel, *, clip: float, noise_multiplier: float) -> None:
+        needs_opacus()
+        super().__init__(model)
+        self._clip, self._noise_multiplier = clip, noise_multiplier
+        self._parameters = dict(model.named_parameters())
+        self._part = max(1, AT_ONCE // sum(p.numel() for p in self._parameters.values()))
+
+        def loss_of_one(params: Tensors, image: Tensor, label: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
+
+        self._each = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")
+
+    def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
+        device = next(iter(self._parameters.values())).device
+        self._noise_generator = generator(seed, "step-noise", round, client.id, device=device)
+
+    def batches(self, client: Client, *, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[tuple[int, Tensor]]:
+        """`poisson_batches`, and from now on gradients are divided by their expected size."""
+        from opacus.optimizers import DPOptimizer
+
+        steps_elsewhere = torch.optim.SGD(self._parameters.values(), lr=0.0)  # Opacus wraps an optimiser; the client's own takes the step
+        self._mechanism = DPOptimizer(
+            steps_elsewhere, noise_multiplier=self._noise_multiplier, max_grad_norm=self._clip,
+            expected_batch_size=min(batch_size, client.num_examples), generator=self._noise_generator,
+        )  # fmt: skip
+        return poisson_batches(client, batch_size=batch_size, epochs=epochs, seed=seed, round=round)
+
+    def backward(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+        """Leave the clipped, noised and divided sum in the parameters' `grad`; returns the mean loss, 0 for an empty batch."""
+        mechanism, total = self._mechanism, torch.zeros((), device=images.device)
+        mechanism.zero_grad(set_to_none=True)
+        params = {name: p.detach() for name, p in self._parameters.items()}
+        parts = list(zip(images.split(self._part), labels.split(self._part), strict=True))
+        for number, (some, their) in enumerate(parts, start=1):
+            if len(some):
+                gradients, losses = self._each(params, some, their)
+                total += losses.detach().sum()
+            else:
+                gradients = {name: p.new_zeros((0, *p.shape)) for name, p in params.items()}
+            for name, p in self._parameters.items():
+                p.grad_sample = gradients[name]
+            mechanism.signal_skip_step(number < len(parts))  # clip and add up, but no noise before the last part
+            mechanism.pre_step()
+            for p in self._parameters.values():
+                p.grad_sample = None
+        return total / max(len(images), 1)
+
+
+class PrivateDefence(Defence):
+    """DP-SGD on cross-entropy. What a victim's batch of B images releases: the noisy sum over B, as of a client whose expected batch is B.
+
+    noise_multiplier: σ; None for a model that is only looked at.
+    Raises: InputError for a model with BatchNorm, whose statistics mix the images that are to be clipped one by one.
+    """
+
+    def __init__(self, model: SplitModel, *, clip: float, noise_multiplier: float | None, budget: Budget | None = None) -> None:
+        super().__init__(model)
+        if has_batch_statistics(model):
+            raise InputError("DPSGD clips each image's own gradient, and BatchNorm mixes the images of a batch: set model.norm=group.")
+        self.clip, self.noise_multiplier, self.budget = clip, noise_multiplier, budget
+
+    def player(self) -> PrivatePlayer:
+        return PrivatePlayer(copy.deepcopy(self.model), clip=self.clip, noise_multiplier=self._sigma())
+
+    def stepped(self, make: Callable[[], Simulate], *, generator: Generator | None = None) -> Callable[[], Simulate]:
+        """Clipped image by image, over the tensors that are simulated, and noised if there is a generator."""
+        std = self._sigma() * self.clip if generator is not None else 0.0
+
+        def made() -> Simulate:
+            simulate = make()
+
+            def private(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+                def of_one(image: Tensor, label: Tensor) -> Tensors:
+                    return simulate(params, known, image[None], label[None], noise)
+
+                alone = len(images) == 1  # serves also where a model cannot be vectorised
+                each = {name: g[None] for name, g in of_one(images[0], labels[0]).items()} if alone else vmap(of_one)(images, labels)
+                total = clipped_sum(each, self.clip)
+                return {name: (g + _normal(g, std, generator)) / len(images) if std else g / len(images) for name, g in total.items()}
+
+            return private
+
+        return made
+
+    def _sigma(self) -> float:
+        if self.noise_multiplier is None:
+            raise ValueError("PrivateDefence without a noise multiplier cannot train or release: build it with a budget")
+        return self.noise_multiplier
+
+
+@dataclass(frozen=True, slots=True)
+class ClipAndNoise:
+    """DP-FedAvg's part of a client: the update clipped to norm C over all its tensors, plus its share of the cohort's noise.
+
+    Args:    clip: C > 0.  noise_multiplier: σ ≥ 0, None for a model that is only looked at.  cohort_size: m; the noise of m clients adds
+             up to σC on the sum.
+    Covers:  against who sees sums or means of cohorts only, as under secure aggregation. A server that reads single updates finds noise of
+             no more than σC/√m on each, and knows who took part: ε does not hold against it.
+    Deviates: cohorts have a fixed size and are drawn without replacement, and are accounted as Poisson samples of the same rate.
+    Trap:    a gradient that is released in place of an update is clipped and noised as it is, whatever the learning rate.
+    """
+
+    clip: float
+    noise_multiplier: float | None
+    cohort_size: int
+
+    def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
+        if self.noise_multiplier is None:
+            raise ValueError("ClipAndNoise without a noise multiplier cannot release: build it with a budget")
+        std = self.noise_multiplier * self.clip / math.sqrt(self.cohort_size)
+        clipped = self.imitate(update, {})
+        return {name: tensor + _normal(tensor, std, generator) if std else tensor for name, tensor in clipped.items()}
+
+    def reveals(self, update: Tensors) -> Tensors:
+        return {}
+
+    def imitate(self, update: Tensors, seen: Tensors) -> Tensors:
+        factor = clip_factors({name: tensor[None] for name, tensor in update.items()}, self.clip)[0]
+        return {name: tensor * factor for name, tensor in update.items()}
+
+
+def _normal(like: Tensor, std: float, generator: Generator) -> Tensor:
+    """N(0, std²) noise of a tensor's shape, drawn where the generator is."""
+    return std * torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)

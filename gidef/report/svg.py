@@ -1,0 +1,193 @@
+"""Plots as inline SVG, drawn without a library: points with intervals, curves, and one dot per image or client.
+
+Text is in the page's own colour, so that it can be read on a light and on a dark ground. Series differ in colour (Okabe and Ito 2008) and in marker
+or dashes, and carry their names beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gidef.report.markup import Html, tag
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DASHES = (None, "7 3", "2 3", "8 3 2 3", "12 4")
+_MARKERS = (
+    "M-5,-5H5V5H-5Z", "M0,-6L6,5H-6Z", "M0,-7L7,0L0,7L-7,0Z", "M0,6L6,-5H-6Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
+    "M0,-7L2,-2L7,-2L3,1L4,6L0,3L-4,6L-3,1L-7,-2L-2,-2Z",
+)  # fmt: skip
+_CIRCLE = "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z"
+_WIDTH, _LETTER = 640, 6.4  # px: of a plot, and the mean width of a letter at 12 px
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A defence in a plot. low, high: ends of intervals.  family: an index for colour and marker, 0 for none at all;  line: points that share it are joined."""
+
+    label: str
+    x: float
+    y: float
+    x_ends: tuple[float, float] | None = None
+    y_ends: tuple[float, float] | None = None
+    family: int = 0
+    line: str = ""
+
+
+def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, name: str, xlabel: str, ylabel: str) -> Html:
+    """Points with their intervals, joined along x within a line; levels: named horizontal lines."""
+    height, left, right, top, bottom = 400, 56, 20, 16, 48
+    xs = [value for point in points for value in (point.x, *(point.x_ends or ()))]
+    ys = [value for point in points for value in (point.y, *(point.y_ends or ()))] + [value for _, value in levels]
+    at_x, xticks = _axis(xs, left, _WIDTH - right, share=0.12)
+    at_y, yticks = _axis(ys, height - bottom, top)
+    marks = [_ticks(xticks, yticks, at_x, at_y, left, _WIDTH - right, height - bottom, xlabel, ylabel)]
+    taken: list[tuple[float, float, float, float]] = []
+    for text, value in levels:
+        y = at_y(value)
+        marks.append(tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"))
+        box = _free(taken, [(left + 4, y - 15), (left + 4, y + 2), (_WIDTH / 2, y - 15), (_WIDTH / 2, y + 2)], _LETTER * len(text), 13)
+        marks.append(_text(box[0], box[1] + 11, text, class_="quiet"))
+        taken += [box, (left, y - 1, _WIDTH - right, y + 1)]
+    for line in dict.fromkeys(point.line for point in points if point.line):
+        chain = sorted((point for point in points if point.line == line), key=lambda point: point.x)
+        where = " ".join(f"{at_x(point.x):.1f},{at_y(point.y):.1f}" for point in chain)
+        marks.append(tag("polyline", points=where, fill="none", stroke=colour(chain[0].family), stroke_width=1.5, stroke_dasharray=dashes(chain[0].family)))
+    taken += [(at_x(point.x) - 7, at_y(point.y) - 7, at_x(point.x) + 7, at_y(point.y) + 7) for point in points]
+    for point in points:
+        x, y = at_x(point.x), at_y(point.y)
+        bars = [((x, at_y(point.y_ends[0])), (x, at_y(point.y_ends[1])))] if point.y_ends else []
+        bars += [((at_x(point.x_ends[0]), y), (at_x(point.x_ends[1]), y))] if point.x_ends else []
+        drawn = [tag("line", x1=f"{a:.1f}", y1=f"{b:.1f}", x2=f"{c:.1f}", y2=f"{d:.1f}", class_="bar") for (a, b), (c, d) in bars]
+        shown = f"{point.label}: {ylabel} {point.y:.2f}{_between(point.y_ends)}, {xlabel} {point.x:.2f}{_between(point.x_ends)}"
+        drawn.append(tag("path", d=_marker(point.family), transform=f"translate({x:.1f},{y:.1f})"))
+        text, width = _short(point.label), _LETTER * len(_short(point.label))
+        spots = [(x + side, y + rise) for rise in (-7, -22, 8, -37, 23, -52, 38) for side in (10, -10 - width, -width / 2) if side != -width / 2 or abs(rise) > 7]
+        inside = [spot for spot in spots if left <= spot[0] <= _WIDTH - width and top - 8 <= spot[1] <= height - bottom - 13]
+        box = _free(taken, inside or [(max(left, _WIDTH - width), y - 22)], width, 13)
+        taken.append(box)
+        drawn += [_text(box[0], box[1] + 11, text), tag("title", shown)]
+        marks.append(tag("g", *drawn, class_="point", fill=colour(point.family), stroke=colour(point.family), data_x=repr(point.x), data_y=repr(point.y)))
+    return _svg(height, name, marks)
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, tuple[int, int]], *, name: str, xlabel: str, ylabel: str,
+           level: tuple[str, float] | None = None) -> Html:  # fmt: skip
+    """Lines with their names at the right end. styles: per name the indices of colour and dashes; level: a named horizontal line."""
+    height, left, top, bottom = 320, 56, 12, 44
+    right = 16 + min(220, _LETTER * max(len(_short(label)) for label in series))
+    at_x, xticks = _axis([x for points in series.values() for x, _ in points], left, _WIDTH - right, share=0.0, whole=True)
+    at_y, yticks = _axis([y for points in series.values() for _, y in points] + ([level[1]] if level else []), height - bottom, top)
+    marks = [_ticks(xticks, yticks, at_x, at_y, left, _WIDTH - right, height - bottom, xlabel, ylabel)]
+    if level:
+        y = at_y(level[1])
+        marks += [tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"), _text(left + 4, y - 4, level[0], class_="quiet")]
+    ends = sorted((at_y(points[-1][1]), label) for label, points in series.items())
+    written, last = {}, -math.inf
+    for y, label in ends:
+        last = written[label] = max(y, last + 14)
+    over = max(0.0, last - (height - 6))  # a crowd of names at the bottom moves up together
+    for label, points in series.items():
+        number, dash = styles[label]
+        where = [f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points]
+        style = {"stroke": colour(number), "stroke_width": 2, "fill": "none", "stroke_dasharray": dashes(dash)}
+        drawn = [tag("polyline", points=" ".join(where), **style)]
+        if len(points) <= 30:
+            drawn += [tag("path", d=_marker(number), transform=f"translate({spot}) scale(.6)", fill=colour(number)) for spot in where]
+        drawn += [_text(at_x(points[-1][0]) + 8, written[label] - over + 4, _short(label)), tag("title", label)]
+        marks.append(tag("g", *drawn))
+    return _svg(height, name, marks)
+
+
+def strips(rows: Sequence[tuple[str, int, Sequence[tuple[str, str, float]]]], *, name: str, xlabel: str, level: tuple[str, float] | None = None,
+           most: float = math.inf) -> Html:  # fmt: skip
+    """One line of dots per row: (label, colour and marker, dots); a dot is (key, what it is, value). The short upright stroke is the mean.
+    A value above `most` is drawn there."""
+    left, step, top = 24 + min(330, _LETTER * max(len(_short(label)) for label, _, _ in rows)), 22, 22
+    height = top + step * len(rows) + 44
+    values = [min(value, most) for _, _, dots in rows for _, _, value in dots] + ([level[1]] if level else [])
+    at_x, xticks = _axis(values, left, _WIDTH - 16)
+    marks = [_ticks(xticks, [], at_x, None, left, _WIDTH - 16, height - 44, xlabel, "")]
+    if level:
+        x = at_x(level[1])
+        marks += [tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=top - 4, y2=height - 44, class_="level")]
+        width = _LETTER * len(level[0])
+        marks += [_text(min(max(left, x - width / 2), _WIDTH - width), top - 8, level[0], class_="quiet")]
+    for number, (label, family, dots) in enumerate(rows):
+        y = top + step * (number + 0.5)
+        drawn = [_text(left - 10, y + 4, _short(label), text_anchor="end"), tag("line", x1=left, x2=_WIDTH - 16, y1=y, y2=y, class_="rule")]
+        drawn += [
+            tag("path", tag("title", f"{label}: {what}, {value:.1f}"), d=_marker(family), transform=f"translate({at_x(min(value, most)):.1f},{y}) scale(.8)", class_="dot",
+                data_victim=key, data_value=repr(value))
+            for key, what, value in dots
+        ]  # fmt: skip
+        if dots:
+            x = at_x(min(most, sum(value for _, _, value in dots) / len(dots)))
+            drawn.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=y - 9, y2=y + 9, class_="mean"))
+        marks.append(tag("g", *drawn, fill=colour(family)))
+    return _svg(height, name, marks)
+
+
+def colour(family: int) -> str:
+    return "currentColor" if family == 0 else COLOURS[(family - 1) % len(COLOURS)]
+
+
+def dashes(number: int) -> str | None:
+    return _DASHES[number % len(_DASHES)]
+
+
+def _marker(family: int) -> str:
+    return _CIRCLE if family == 0 else _MARKERS[(family - 1) % len(_MARKERS)]
+
+
+def _axis(values: Sequence[float], start: float, end: float, *, share: float = 0.07, whole: bool = False) -> tuple[Any, list[float]]:
+    """(value → pixel, ticks) with a margin of a share of the values' span on either side."""
+    low, high = min(values), max(values)
+    margin = share * (high - low) or (0.0 if whole and high > low else max(abs(high) * 0.05, 0.5))
+    low, high = low - margin, high + margin
+    size = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (size * factor) <= 6)
+    step = max(1.0, step) if whole else step
+    ticks = [step * number for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return (lambda value: start + (value - low) / (high - low) * (end - start)), ticks
+
+
+def _ticks(xticks: list[float], yticks: list[float], at_x: Any, at_y: Any, left: float, right: float, floor: float, xlabel: str, ylabel: str) -> list[Html]:
+    marks = [tag("line", x1=left, x2=right, y1=floor, y2=floor, class_="axis")]
+    for value in xticks:
+        x = at_x(value)
+        marks += [tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=floor, y2=floor + 5, class_="axis"), _text(x, floor + 18, f"{value:.6g}", text_anchor="middle")]
+    for value in yticks:
+        y = at_y(value)
+        marks += [tag("line", x1=left, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="rule"), _text(left - 8, y + 4, f"{value:.6g}", text_anchor="end")]
+    marks.append(_text((left + right) / 2, floor + 36, xlabel, text_anchor="middle", class_="name"))
+    if ylabel:
+        marks.append(_text(0, 0, ylabel, text_anchor="middle", class_="name", transform=f"translate(14,{floor / 2:.1f}) rotate(-90)"))
+    return marks
+
+
+def _free(taken: list[tuple[float, float, float, float]], spots: Sequence[tuple[float, float]], width: float, height: float) -> tuple[float, float, float, float]:
+    """The first spot whose box covers nothing, else the one that covers least."""
+
+    def covered(box: tuple[float, float, float, float]) -> float:
+        return sum(max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
+
+    return min(((x, y, x + width, y + height) for x, y in spots), key=covered)
+
+
+def _text(x: float, y: float, text: str, **attributes: Any) -> Html:
+    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", **attributes)
+
+
+def _short(label: str, most: int = 44) -> str:
+    return label if len(label) <= most else f"{label[: most - 1]}…"
+
+
+def _between(ends: tuple[float, float] | None) -> str:
+    return f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+
+
+def _svg(height: float, name: str, marks: list[Any]) -> Html:
+    return tag("svg", *marks, viewBox=f"0 0 {_WIDTH} {height}", role="img", aria_label=name)
