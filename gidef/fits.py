@@ -193,11 +193,12 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         params, known = _seen_by_network(run, cell)
         drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
         simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
+        simulate = observe.changed(run, cell.trained, simulate, seed=cell.seed)
         inverter, public, before = _inverter(run, cell), run.setting.dataset.val, 0
         fit = fit_inverter(
             inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="vmap" if defence.budget is None else "loop",  # the noise of steps is drawn one after another
+            mode="vmap" if defence.budget is None and not defence.transforms else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
         for step in fit:
             report(step - before)

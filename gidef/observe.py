@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from gidef import config
 from gidef.attack import local_sgd, recover_labels
@@ -101,14 +101,36 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
         steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
         update = simulate(snapshot.params, private, images[batch], targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
-        weights = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
-        own = Own(model, weights, images[batch], labels[batch], lr=recipe.evaluation.local_lr if recipe.evaluation.release == "gradient" else None)
+        own = _at_hand(run, model, {**private, **snapshot.params}, images[batch], labels[batch])
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
         updates.append(update)
     return Victims(rows, owners, images, labels, noises, privates, updates)
+
+
+def _at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:
+    """What a client looks at when it changes the update of these images."""
+    evaluation, weights = run.recipe.evaluation, {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
+    return Own(model, weights, images, labels, lr=evaluation.local_lr if evaluation.release == "gradient" else None)
+
+
+def changed(run: Run, trained: Trained, simulate: Simulate, *, seed: int) -> Simulate:
+    """The simulator of an attacker who plays the client on public images: updates as they would leave, their changes drawn one after another.
+
+    Not differentiable, nor fit for vmap; the simulator itself where nothing changes.
+    """
+    defence = trained.training.defence
+    if not defence.transforms:
+        return simulate
+    model, draws = copy.deepcopy(defence.model), generator(seed, "attacker's share")
+
+    def released(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        own = _at_hand(run, model, {**known, **params}, images, labels.argmax(1))
+        return defence.share(simulate(params, known, images, labels, noise), generator=draws, own=own)
+
+    return released
 
 
 def _frozen(run: Run, trained: Trained, members: list[int], *, seed: int) -> Tensor | None:

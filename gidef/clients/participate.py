@@ -15,7 +15,7 @@ SharePolicy = Literal["full", "head", "all"]
 CONTROL = "control/"
 """Prefix of SCAFFOLD's control variates in an update and in a client's state."""
 DECODER = "decoder."
-AT_HAND = 16
+AT_HAND = 8
 """Of its images that a client looks at, at most, when it changes an update: trial losses and Jacobians of more would cost like training."""
 
 

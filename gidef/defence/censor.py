@@ -29,9 +29,10 @@ class Orthogonal:
     Source:  CENSOR, Zhang et al., NDSS 2025, with T = 20.
     Deviates: the published code divides ⟨r, g⟩ by ‖g‖ once, which is orthogonal at ‖g‖ = 1 only; this is the formula. Its trial step is
              1e-4; here it is the step that the update stands for.
-    Broken by: no matching that we know of. A release says of each tensor two numbers, ‖g‖ and ⟨sent, g⟩ = 0, and an attacker who adapts
-               searches for images whose update fits both; several rounds say more (A9). The labels' counts are lost with the direction, and
-               so is learning: to first order no such step lowers the loss, whence the choice among draws. Watch the client's accuracy.
+    Broken by: no matching that we know of. Of each tensor a release says two numbers, ‖g‖ and ⟨sent, g⟩ = 0; an attacker who adapts searches
+               for images whose update fits both (10.7 dB after 200 iterations on an untrained small net, fit 0), and several rounds say more
+               (A9). What it breaks is learning, since to first order such a step does not lower the loss: on 400 synthetic cells, 4 clients,
+               8 rounds, test accuracy 14.5 % against 73.5 % undefended, chance 12.5 %.
     """
 
     needs_own: ClassVar[bool] = True

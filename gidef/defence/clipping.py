@@ -21,7 +21,8 @@ class Clip:
     Source:  "flat" and "per-layer" clipping of McMahan et al. 2018, arXiv:1710.06963.
     Deviates: without their noise; flat clipping was tried as a defence by itself by Wei et al. 2020, arXiv:2004.10397.
     Broken by: any match of directions. The cosine distance (Geiping et al. 2020, arXiv:2003.14053) does not see a flat clip at all; one
-               per tensor is simulated exactly by an attacker who adapts, or passed over by cosine_layers.
+               per tensor is simulated exactly by an attacker who adapts, but makes a slower search of it: untrained small net, batch 1, 4
+               synthetic cells of 28 px, bound 0.1: 13.5 dB after 200 iterations, 18.4 after 600, where the naive attack stays at 13.
     Trap:    an attack that matches part of the tensors simulates a flat clip by the norm of that part, which a cosine does not see.
     """
 

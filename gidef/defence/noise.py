@@ -22,7 +22,8 @@ class AddNoise:
     Source:  Zhu et al. 2019, arXiv:1906.08935, section 5.1: absolute, std 1e-4 to 1e-1, of which 1e-2 and more stop DLG.
     Deviates: relative by default. No privacy accounting: nothing bounds the update's sensitivity.
     Broken by: matching with a prior (A3, A8) while n is small beside u, and averaging over rounds (A9), which takes n down by √rounds.
-               Its likeliest candidate is that of the plain distance, so adapting adds nothing.
+               Its likeliest candidate is that of the plain distance, so adapting adds nothing. Untrained small net, batch 1, 4 synthetic cells
+               of 28 px, 200 iterations, one draw: 21.9 dB at std 0.1, 19.1 at 0.3, 12.3 at 1.
     """
 
     std: float = 0.1

@@ -22,7 +22,8 @@ class Quantise:
     Source:  QSGD, Alistarh et al. 2017, arXiv:1610.02132, eq. (4) with "l2"; "max" is the variant of their experiments, which keeps more.
     Deviates: a tensor is a bucket; they cut it into buckets of 512 and the like.
     Broken by: plain matching from some 4 bits on, and with fewer by averaging over rounds (A9), since E Q(u) = u. An attacker who adapts
-               matches that mean: straight through, the identity.
+               matches that mean: straight through, the identity. Untrained small net, batch 1, 4 synthetic cells of 28 px, 200 iterations: 19.7 dB
+               at 4 bits, 15.6 at 3, 10.6 at 2.
     """
 
     bits: int = 4

@@ -9,8 +9,9 @@ from torch import Generator, Tensor
 
 from gidef.types import Tensors
 
-WIDTH = 0.3
-"""w of the stand-in's slope, in units of mean |u|."""
+WIDTH = 3.0
+"""w of the stand-in's slope, in units of mean |u|. In the setting measured below: 0.1 13.9 dB, 0.3 17.3, 1 20.0, 3 22.3, 6 22.5, 20 15.7; the
+tangent's value instead of the sign's, w = 1: 14.8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class SignOnly:
              2019, arXiv:1901.09847, scaled sign).
     Deviates: without error feedback, and averaged by the server instead of a majority vote.
     Broken by: an attacker who simulates the signs with a slope: straight through (BPDA, Athalye et al. 2018, arXiv:1802.00420). The
-               stand-in has the sign's value, exactly, and the slope of mean |u| · tanh(u / (w · mean |u|)).
+               stand-in has the sign's value, exactly, and the slope of mean |u| · tanh(u / (w · mean |u|)). Untrained small net, batch 1, 4
+               synthetic cells of 28 px, 300 iterations: 22.3 dB, naive 11.8, undefended 25.3.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:

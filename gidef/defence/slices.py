@@ -30,7 +30,7 @@ class NoisySlices:
              denoising. Slices end at single entries, where the code's do at multiples of the greatest common divisor of the tensors' sizes.
              Sensitivities are the client's own, not a public root set's. relative by default.
     Broken by: matching with a prior (A3, A8), as other noise is: the quiet slices leave as they are, and over rounds (A9) every slice is
-               quiet at times.
+               quiet at times. Untrained small net, batch 1, 4 synthetic cells of 28 px, 200 iterations, one draw: 21.9 dB at std 0.1, 13.9 at 1.
     """
 
     needs_own: ClassVar[bool] = True

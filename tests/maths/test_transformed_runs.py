@@ -9,18 +9,21 @@ import torch
 import torch.nn.functional as F
 
 from gidef import attack as attacks
-from gidef import build, methods, observe
+from gidef import build, cells, fits, methods, observe
 from gidef.config import (
     Censor,
     Clipping,
     Data,
+    EotMatching,
     Evaluation,
     GradDefense,
     GradientNoise,
     JointMatching,
+    LearnedInversion,
     LearnedPerturbation,
     LocalTraining,
     Model,
+    MultiRound,
     NaiveMatching,
     Pruning,
     Quantisation,
@@ -92,10 +95,19 @@ def test_a_round_is_trained_and_attacked(name, kind, trained):
     assert name in BEHIND or any(not torch.equal(sent[key], plain[key]) for key in plain)
     run = evaluated(run, release=kind, local_steps=1 if kind == "gradient" else 2)
     victims = released(run, one)
-    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), SkipLayers(iterations=3)):
+    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), *([SkipLayers(iterations=3)] if name == "soteria" else [])):
         plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
         for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
             assert found.status == "ok" and found.images.isfinite().all() and found.losses.isfinite().all(), found.error
+
+
+@pytest.mark.parametrize("attack", [EotMatching(iterations=2, samples=2), MultiRound(iterations=2, rounds=2)], ids=["eot", "rounds"])
+def test_the_mean_over_noise_and_several_rounds_are_attacked_through_every_change(attack, trained):
+    run, one = trained("learned + all")
+    snapshot = one.snapshots["final"]
+    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    plan = methods.plan(methods.make_case(run, one, snapshot, attack, releases, seed=0))
+    assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -137,8 +149,49 @@ def test_images_at_hand_are_the_clients_own(trained):
         participation._share = share
     [own] = seen
     images = client.images.float() / 255
-    assert own.lr is None and 0 < len(own.images) <= 16 and len({tuple(image.flatten().tolist()) for image in own.images}) == len(own.images)
+    assert own.lr is None and 0 < len(own.images) <= 8 and len({tuple(image.flatten().tolist()) for image in own.images}) == len(own.images)
     for image, label in zip(own.images, own.labels, strict=True):
         rows = (images == image).flatten(1).all(1).nonzero().flatten()
         assert len(rows) and int(label) in client.labels[rows].tolist()
     assert all(torch.equal(own.params[name], tensor) for name, tensor in one.training.server.params.items())
+
+
+@pytest.mark.parametrize("name", ["sign", "soteria", "gaussian", "undefended"])
+def test_who_plays_the_client_on_public_images_sees_updates_as_they_leave(name, trained):
+    run, one = trained(name)
+    victims, snapshot = released(run, one), one.snapshots["final"]
+    plain = observe.observed_simulator(run, one, snapshot, terms="client")()
+    simulate = observe.changed(run, one, plain, seed=0)
+    assert (simulate is plain) == (name == "undefended")
+    place = (snapshot.params, {}, victims.images[0], F.one_hot(victims.labels[0], 8).float(), None)
+    first, second = simulate(*place), simulate(*place)
+    for key, tensor in victims.updates[0].items():
+        if name == "gaussian":
+            assert not torch.equal(first[key], second[key])
+        else:
+            torch.testing.assert_close(first[key], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_learned_inversion_is_trained_on_changed_updates(trained, tmp_path, monkeypatch):
+    run, one = trained("sign")
+    run = evaluated(dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(
+        run.recipe, attacks={"a7": LearnedInversion(steps=2, gradients=30)}))), batch_size=1)  # fmt: skip
+    dataset = run.setting.dataset
+    public = dataclasses.replace(dataset, val=dataset.train)  # twenty images at least
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, dataset=public))
+    [cell] = cells.make_cells(run, {("sign", 0): one}, tmp_path)
+    cell.releases, seen, fit = [released(run, one)], [], fits.fit_inverter
+    cell.folder.mkdir(parents=True, exist_ok=True)
+
+    def watched(inverter, simulate, *rest, **options):
+        def noted(*place):
+            seen.append(simulate(*place))
+            return seen[-1]
+
+        return fit(inverter, noted, *rest, **options)
+
+    monkeypatch.setattr(fits, "fit_inverter", watched)
+    fits.inverter_task(run, cell).do(0, lambda units: None)
+    assert len(seen) >= 30 and all(len(set(update["backbone.head.weight"].abs().flatten().tolist()) - {0.0}) == 1 for update in seen)
+    for found in fits.learned(run, cell, tmp_path):
+        assert found.status == "ok" and found.images.isfinite().all()
