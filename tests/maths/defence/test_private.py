@@ -60,12 +60,12 @@ def begun(model, client, *, clip, noise=0.0, batch_size=8, seed=0, round=0):
     """A player in its round."""
     player = PrivatePlayer(model, clip=clip, noise_multiplier=noise)
     player.begin(client, seed=seed, round=round, progress=0.0, first=True)
-    player.batches(client, batch_size=batch_size, epochs=1, seed=seed, round=round)
+    player.draw_batches(client, batch_size=batch_size, epochs=1, seed=seed, round=round)
     return player
 
 
 def grads(player, images, labels):
-    loss = player.backward(images, labels, rows=torch.arange(len(images)), epoch=0)
+    loss = player.fill_gradients(images, labels, rows=torch.arange(len(images)), epoch=0)
     return loss, {name: p.grad.clone() for name, p in player.model.named_parameters()}
 
 
@@ -196,7 +196,7 @@ def test_no_noise_and_no_clip_is_plain_training_on_the_same_samples():
     class Summed:
         """Cross-entropy summed over a Poisson batch, over the expected size."""
 
-        kept, model, batches = None, make_model(), staticmethod(poisson_batches)
+        kept, model, draw_batches = None, make_model(), staticmethod(poisson_batches)
 
         def loss(self, images, labels, *, rows, epoch):
             return F.cross_entropy(self.model(images), labels, reduction="sum") / 4
@@ -402,19 +402,19 @@ def trained(run):
 def test_the_planned_schedule_is_the_one_that_the_clients_step_through(run, trained, monkeypatch):
     """Opacus' accountants, one per client, are stepped with what the players do, and say the ε that was planned."""
     counts = {}
-    steps, begins = PrivatePlayer.backward, PrivatePlayer.begin
+    steps, begins = PrivatePlayer.fill_gradients, PrivatePlayer.begin
 
     def begin(self, client, **rest):
         self.client = client
         begins(self, client, **rest)
 
-    def backward(self, *batch, **rest):
+    def fill_gradients(self, *batch, **rest):
         theirs = counts.setdefault(self.client.id, create_accountant("prv"))
         theirs.step(noise_multiplier=self._mechanism.noise_multiplier, sample_rate=min(1.0, 6 / self.client.num_examples))
         return steps(self, *batch, **rest)
 
     monkeypatch.setattr(PrivatePlayer, "begin", begin)
-    monkeypatch.setattr(PrivatePlayer, "backward", backward)
+    monkeypatch.setattr(PrivatePlayer, "fill_gradients", fill_gradients)
     found = trained("image")
     assert len({theirs.history[0][2] for theirs in counts.values()}) > 1  # clients took part more or less often
     spent = found.training.defence.budget
