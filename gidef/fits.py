@@ -194,10 +194,14 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
         simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
         inverter, public, before = _inverter(run, cell), run.setting.dataset.val, 0
+
+        def released(*given: object) -> Tensors:
+            return defence.share(simulate(*given), generator=drawn)
+
         fit = fit_inverter(
-            inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
+            inverter, released, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="vmap" if defence.budget is None else "loop",  # the noise of steps is drawn one after another
+            mode="vmap" if defence.budget is None and not defence.transforms else "loop",  # noise is drawn for one after another
         )  # fmt: skip
         for step in fit:
             report(step - before)

@@ -18,7 +18,22 @@ from opacus.grad_sample import GradSampleModule
 
 from gidef import build, observe
 from gidef.clients.local import LocalSettings, train_locally
-from gidef.config import DPSGD, Data, Evaluation, JointMatching, LocalTraining, Model, NaiveMatching, Pruning, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    DPSGD,
+    Data,
+    Evaluation,
+    ImprintServer,
+    JointMatching,
+    LearnedInversion,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    Pruning,
+    Recipe,
+    Rounds,
+    Speed,
+    Undefended,
+)
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.defence import ClipAndNoise, Defence, PrivateDefence
 from gidef.defence.accounting import Schedule, budget, epsilon, noise_for
@@ -483,11 +498,13 @@ def test_releases_are_noisy_and_repeat_with_their_seed(run, trained, how):
 
 def test_one_run_from_recipe_to_table_says_epsilon_and_delta_in_every_row(tmp_path):
     chosen = {name: DEFENCES[name] for name in ("undefended", "image", "clipped")}
-    few = {"naive": NaiveMatching(iterations=2)}
+    few = {"naive": NaiveMatching(iterations=2), "imprint": ImprintServer(bins=16), "learned": LearnedInversion(steps=2, gradients=24)}
     recipe = dataclasses.replace(RECIPE, defences=chosen, attacks=few, rounds=Rounds(count=1), clients=LocalTraining(batch_size=20), out=str(tmp_path / "run"))
     content = run_recipe(recipe, "private")
     saved = results.load(tmp_path / "run" / "results.json")
-    assert len(saved["rows"]) == len(content["rows"]) == 3
+    assert len(saved["rows"]) == len(content["rows"]) == 9
+    exact = {row["defence"]: row["psnr_db"]["mean"] for row in saved["rows"] if row["attack"] == "imprint"}
+    assert exact["undefended"] > 60 and exact["clipped"] > 60 and exact["image"] < 20  # a malicious server meets the noise as well
     for row in saved["rows"]:
         assert {"epsilon", "delta"} <= row.keys()
         if row["defence"] == "image":
