@@ -25,9 +25,9 @@ class Player(Protocol):
             int64 (B,), rows int64 (B,): the examples' positions in the client's data, epoch: from 0.
 
     Two more may be there, and then take the place of what this page has.
-    batches:  as `batches`; a batch may be empty.
-    backward: of `loss` and its backward pass: leaves in every parameter's `grad` what the client's optimiser is to step by, and returns the
-              loss. Called without autocast.
+    draw_batches:   as `batches`; a batch may be empty.
+    fill_gradients: of `loss` and its backward pass: leaves in every parameter's `grad` what the client's optimiser is to step by, and returns
+                    the loss. Called without autocast.
     """
 
     model: nn.Module
@@ -133,13 +133,13 @@ def train_locally(
 
     optimiser.zero_grad(set_to_none=True)
     per_epoch = -(-client.num_examples // settings.batch_size)
-    drawn, backward = getattr(player, "batches", batches), getattr(player, "backward", None)
-    for epoch, rows in drawn(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
+    draw_batches, fill_gradients = getattr(player, "draw_batches", batches), getattr(player, "fill_gradients", None)
+    for epoch, rows in draw_batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
         rows = rows.to(client.images.device)
         images = client.images[rows].to(device, torch.float32).div_(255)
         labels = client.labels[rows].to(device)
-        if backward is not None:
-            loss = backward(images, labels, rows=rows, epoch=epoch)
+        if fill_gradients is not None:
+            loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:
             # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):

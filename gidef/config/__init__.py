@@ -394,7 +394,7 @@ def problems(recipe: Recipe) -> list[str]:
         if not parts:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
-        if sum(not getattr(part, "changes_update", False) for part in parts) > 1 and not _uncertain(parts):
+        if sum(not getattr(part, "changes_update", False) for part in parts) > 1 and not _coupled(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
@@ -443,7 +443,7 @@ def problems(recipe: Recipe) -> list[str]:
     return found
 
 
-def _uncertain(parts: tuple[Any, ...]) -> list[str]:
+def _coupled(parts: tuple[Any, ...]) -> list[str]:
     """Defences beside a DPSGD of images whose loss is no mean over images: no image has a gradient of its own that could be clipped."""
     if not any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
         return []
@@ -469,7 +469,7 @@ def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list
         found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
     if clients.precision == "bfloat16":
         found.append(f"{name}: clients.precision=bfloat16 rounds the norms that bound each image's part by up to 0.4 %: set it to float32.")
-    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _uncertain(parts)]
+    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _coupled(parts)]
     return found
 
 

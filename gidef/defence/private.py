@@ -79,7 +79,7 @@ class PrivatePlayer(Plain):
         device = next(iter(self._parameters.values())).device
         self._noise_generator = generator(seed, "step-noise", round, client.id, device=device)
 
-    def batches(self, client: Client, *, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[tuple[int, Tensor]]:
+    def draw_batches(self, client: Client, *, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[tuple[int, Tensor]]:
         """`poisson_batches`, and from now on gradients are divided by their expected size."""
         from opacus.optimizers import DPOptimizer
 
@@ -90,7 +90,7 @@ class PrivatePlayer(Plain):
         )  # fmt: skip
         return poisson_batches(client, batch_size=batch_size, epochs=epochs, seed=seed, round=round)
 
-    def backward(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+    def fill_gradients(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         """Leave the clipped, noised and divided sum in the parameters' `grad`; returns the mean loss, 0 for an empty batch."""
         mechanism, total = self._mechanism, torch.zeros((), device=images.device)
         mechanism.zero_grad(set_to_none=True)
