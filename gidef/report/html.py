@@ -248,9 +248,9 @@ def _victims(number: int, page: Page, victims: list[Victim], several: bool) -> H
         details.append(_detail(key, victim, small))
     said = "Point at a victim, or move to it with Tab, to see what every attack made of it, and its dots in the plot below. "
     said += "Pictures are of the first seed" + ("." if len(pictured) == len(victims) else f"; pictures of the first {len(pictured)} victims are embedded.")
-    panel = tag("div", details, class_="details")
+    panel = tag("div", tag("ul", chosen, class_="faces"), tag("div", details, class_="details"), class_="beside")
     strips = _strips(number, page, victims)
-    return tag("div", _run_head(page, several), tag("p", said), tag("ul", chosen, class_="faces"), panel, strips, class_="victims")
+    return tag("div", _run_head(page, several), tag("p", said), panel, strips, class_="victims")
 
 
 def _detail(key: str, victim: Victim, small: bool) -> Html:

@@ -44,18 +44,22 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
     at_x, xticks = _axis(xs, left, _WIDTH - right, share=0.12)
     at_y, yticks = _axis(ys, height - bottom, top)
     marks = [_ticks(xticks, yticks, at_x, at_y, left, _WIDTH - right, height - bottom, xlabel, ylabel)]
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(at_x(point.x) - 7, at_y(point.y) - 7, at_x(point.x) + 7, at_y(point.y) + 7) for point in points]
+    for point in points:
+        x, y = at_x(point.x), at_y(point.y)
+        taken += [(x - 2, at_y(point.y_ends[1]), x + 2, at_y(point.y_ends[0]))] if point.y_ends else []
+        taken += [(at_x(point.x_ends[0]), y - 2, at_x(point.x_ends[1]), y + 2)] if point.x_ends else []
     for text, value in levels:
-        y = at_y(value)
+        y, width = at_y(value), _LETTER * len(text)
         marks.append(tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"))
-        box = _free(taken, [(left + 4, y - 15), (left + 4, y + 2), (_WIDTH / 2, y - 15), (_WIDTH / 2, y + 2)], _LETTER * len(text), 13)
+        steps = [left + 4 + number / 8 * (_WIDTH - right - width - left - 4) for number in range(9)]
+        box = _free(taken, [(x, y + rise) for x in steps for rise in (-15, 2)], width, 13)
         marks.append(_text(box[0], box[1] + 11, text, class_="quiet"))
         taken += [box, (left, y - 1, _WIDTH - right, y + 1)]
     for line in dict.fromkeys(point.line for point in points if point.line):
         chain = sorted((point for point in points if point.line == line), key=lambda point: point.x)
         where = " ".join(f"{at_x(point.x):.1f},{at_y(point.y):.1f}" for point in chain)
         marks.append(tag("polyline", points=where, fill="none", stroke=colour(chain[0].family), stroke_width=1.5, stroke_dasharray=dashes(chain[0].family)))
-    taken += [(at_x(point.x) - 7, at_y(point.y) - 7, at_x(point.x) + 7, at_y(point.y) + 7) for point in points]
     for point in points:
         x, y = at_x(point.x), at_y(point.y)
         bars = [((x, at_y(point.y_ends[0])), (x, at_y(point.y_ends[1])))] if point.y_ends else []

@@ -455,17 +455,21 @@ def test_axes_cover_any_values_with_a_few_round_ticks(values):
     assert at(max(values) + 1e-12 * abs(max(values))) >= at(min(values))
 
 
-def test_names_of_crowded_points_do_not_cover_each_other():
-    points = [svg.Point(label=f"defence {number}", x=80 + 0.01 * number, y=19.1 + 0.02 * number) for number in range(6)]
-    tree = read(svg.scatter(points, [("the class mean of a run with a long name", 19.0)], name="x", xlabel="y", ylabel="z"))
+@pytest.mark.parametrize("seed", range(40))
+def test_names_of_crowded_points_cover_neither_each_other_nor_bars_and_levels(seed):
+    draw = np.random.default_rng(seed)
+    points = [
+        svg.Point(label=f"defence {number}", x=x, y=y, x_ends=(x - 0.4, x + 0.4), y_ends=(y - 0.9, y + 0.9)) for number, (x, y) in enumerate(draw.uniform(0, 8, (5, 2)))
+    ]
+    tree = read(svg.scatter(points, [("the class mean of this run", 4.0), ("chance", 3.0)], name="x", xlabel="y", ylabel="z"))
     texts = [text for group in tree.all("g") for text in group.all("text")] + list(tree.all("text", class_="quiet"))
-    boxes = [(float(text.attributes["x"]), float(text.attributes["y"]), 6.4 * len(text.text)) for text in texts]
-    for number, (x, y, width) in enumerate(boxes):
-        assert x >= 0 and x + width <= 640
-        for other_x, other_y, other_width in boxes[:number]:
-            assert abs(y - other_y) >= 12 or x >= other_x + other_width or other_x >= x + width
-    level = float(tree.one("line", class_="level").attributes["y1"])
-    assert all(not y - 9 < level < y for _, y, _ in boxes), "nor does the class mean's line strike one out"
+    boxes = [(float(text.attributes["x"]), float(text.attributes["y"]) - 10, float(text.attributes["x"]) + 6.4 * len(text.text), float(text.attributes["y"])) for text in texts]
+    lines = [[float(line.attributes[name]) for name in ("x1", "y1", "x2", "y2")] for kind in ("bar", "level") for line in tree.all("line", class_=kind)]
+    assert len(boxes) == 7 and len(lines) == 12
+    others = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in lines]
+    for number, box in enumerate(boxes):
+        assert box[0] >= 0 and box[2] <= 640
+        assert not [other for other in boxes[:number] + others if min(box[2], other[2]) > max(box[0], other[0]) and min(box[3], other[3]) >= max(box[1], other[1])]
 
 
 def test_the_packages_data_holds_style_and_script():
