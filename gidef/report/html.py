@@ -132,15 +132,22 @@ def _stamp(page: Page, several: bool) -> Html:
     counts = ", ".join(f"{value} {key}" for key, value in data.get("counts", {}).items())
     seeds = ", ".join(map(str, page.results["seeds"]))
     made_up = tag("strong", "SYNTHETIC data. ") if data["synthetic"] else None
-    return tag("p", made_up, tag("b", page.name), f": {data.get('title') or data['name']} ({counts}); seeds {seeds}" if several else f": images {counts}; seeds {seeds}")
+    images = f"{data.get('title') or data['name']} ({counts})" if several else f"images {counts}"
+    return tag("p", made_up, tag("b", page.name), f": {images}; seeds {seeds}")
 
 
 def _run_head(page: Page, several: bool) -> Html | None:
     return tag("h3", page.name) if several else None
 
 
+def _shown(name: str, drawn: Html, kind: str = "scroll", **attributes: Any) -> Html:
+    """A figure with its caption, in a box that scrolls where it is too wide."""
+    return tag("figure", tag("figcaption", name), tag("div", drawn, class_=kind, **attributes))
+
+
 def _verdict(page: Page, several: bool) -> Html:
-    said = [tag("li", text, class_="warning" if text.startswith(("Warning", "SYNTHETIC", "A demonstration")) else None) for text in page.results.get("verdict", [])]
+    loud = ("Warning", "SYNTHETIC", "A demonstration")
+    said = [tag("li", text, class_="warning" if text.startswith(loud) else None) for text in page.results.get("verdict", [])]
     return join(_run_head(page, several), tag("ul", said, class_="verdict") if said else tag("p", "No verdict was recorded."))
 
 
@@ -174,7 +181,8 @@ def _table(pages: Sequence[Page]) -> Html:
     )  # fmt: skip
     said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient scores on the same victims. '
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
-    return join(tag("p", said), [_judge(page, several) for page in pages], filters, tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table"))
+    box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
+    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box)
 
 
 def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool) -> Html:
@@ -203,13 +211,13 @@ def _measure(value: Any, key: str) -> Html:
     scale, digits = _UNITS[key]
     ends = interval_of(value)
     interval = tag("span", "[" + ", ".join(f"{scale * end:.{digits}f}" for end in ends) + "]", class_="interval") if ends else None
-    return _number(mean_of(value), scale, digits, key, interval, *(ends or (None, None)))
+    return _number(mean_of(value), scale, digits, key, [" ", interval] if ends else None, ends)
 
 
-def _number(value: float | None, scale: float, digits: int, key: str, more: Html | None = None, low: float | None = None, high: float | None = None) -> Html:
+def _number(value: float | None, scale: float, digits: int, key: str, more: Any = None, ends: tuple[float, float] | None = None) -> Html:
     shown = "–" if value is None else f"{scale * value:.{digits}f}"
-    unrounded = {f"data_{name}": None if number is None else repr(number) for name, number in (("value", value), ("low", low), ("high", high))}
-    return tag("td", shown, " " if more else None, more, class_="number", data_key=key, **unrounded)
+    low, high = map(repr, ends) if ends else (None, None)
+    return tag("td", shown, more, class_="number", data_key=key, data_value=None if value is None else repr(value), data_low=low, data_high=high)
 
 
 def _judge(page: Page, several: bool) -> Html | None:
@@ -227,8 +235,8 @@ def _pictures(page: Page, several: bool) -> Html | None:
     shown = []
     for path, data in page.pictures.items():
         if Path(path).stem not in ("learning", "partition"):
-            words = Path(path).stem.replace("-", " ")
-            shown.append(tag("figure", tag("figcaption", words), tag("div", tag("img", src=png_uri(data), alt=f"{words}, {page.name}"), class_="scroll sheet", tabindex=0)))
+            words = Path(path).stem.replace("-", " ").replace("psnr", "PSNR")
+            shown.append(_shown(words, tag("img", src=png_uri(data), alt=f"{words}, {page.name}"), "scroll sheet", tabindex=0))
     return join(_run_head(page, several), shown) if shown else None
 
 
@@ -244,13 +252,14 @@ def _victims(number: int, page: Page, victims: list[Victim], several: bool) -> H
         best = victim.strongest(apart)
         strong = f"{best.psnr_db:.1f} dB" if best else "–"
         face = _image(victim.private, "") if small else None
-        chosen.append(tag("li", tag("a", face, tag("span", victim.label), tag("span", f"up to {strong}", class_="interval"), href=f"#{key}", data_victim=key)))
+        inner = [face, tag("span", victim.label), tag("span", f"up to {strong}", class_="interval")]
+        chosen.append(tag("li", tag("a", inner, href=f"#{key}", data_victim=key)))
         details.append(_detail(key, victim, small))
     said = "Point at a victim, or move to it with Tab, to see what every attack made of it, and its dots in the plot below. "
     said += "Pictures are of the first seed" + ("." if len(pictured) == len(victims) else f"; pictures of the first {len(pictured)} victims are embedded.")
-    panel = tag("div", details, class_="details")
+    panel = tag("div", tag("ul", chosen, class_="faces"), tag("div", details, class_="details"), class_="beside")
     strips = _strips(number, page, victims)
-    return tag("div", _run_head(page, several), tag("p", said), tag("ul", chosen, class_="faces"), panel, strips, class_="victims")
+    return tag("div", _run_head(page, several), tag("p", said), panel, strips, class_="victims")
 
 
 def _detail(key: str, victim: Victim, small: bool) -> Html:
@@ -259,15 +268,15 @@ def _detail(key: str, victim: Victim, small: bool) -> Html:
     guesses += [_figure(image if small else None, f"no gradient: {name}", text) for name, image, text in victim.guesses]
     groups = [tag("div", guesses, class_="group")] if small and victim.private is not None else []
     for where in dict.fromkeys((seen.checkpoint, seen.defence) for seen in victim.seen):
-        figures = []
+        figures, failed = [], []
         for seen in victim.seen:
             if (seen.checkpoint, seen.defence) == where:
+                failed += [tag("p", f"{seen.attack} {seen.failure}", class_="failure")] if seen.failure else []
                 more = [f"SSIM {seen.ssim:.2f}"] if seen.ssim is not None else []
                 more += [f"seeds {min(seen.seeds):.1f} to {max(seen.seeds):.1f} dB"] if len(seen.seeds) > 1 else []
                 more += ["failed"] if seen.failure else []
                 value = "no PSNR" if seen.psnr_db is None else f"{seen.psnr_db:.1f} dB"
                 figures.append(_figure(seen.image if small else None, seen.attack, value, more, seen.psnr_db))
-        failed = [tag("p", f"{seen.attack} {seen.failure}", class_="failure") for seen in victim.seen if (seen.checkpoint, seen.defence) == where and seen.failure]
         groups.append(tag("div", tag("h5", f"{where[1]}, {where[0]} checkpoint"), tag("div", figures, class_="group"), failed))
     return tag("article", tag("h4", f"{victim.label}{owner}"), groups, id=key, class_="detail")
 
@@ -291,11 +300,16 @@ def _strips(number: int, page: Page, victims: list[Victim]) -> Html | None:
                 rows.setdefault((seen.checkpoint, seen.defence, seen.attack), []).append((f"v{number}-{victim.number}", victim.label, seen.psnr_db))
     if not rows:
         return None
-    order, class_mean = _defences(page), mean_of(bound_named(page.results, "class mean").get("psnr_db"))
+    order = _defences(page)
     lines = [(f"{defence}, {attack}, {checkpoint}", order.get(defence, 0), dots) for (checkpoint, defence, attack), dots in rows.items()]
     name = "PSNR of every victim under every attack"
-    drawn = svg.strips(lines, name=name, xlabel=f"PSNR (dB), from {_MOST_DB} dB on at the edge", most=_MOST_DB, level=None if class_mean is None else ("class mean", class_mean))
-    return tag("figure", tag("figcaption", name), tag("div", drawn, class_="scroll"))
+    xlabel = f"PSNR (dB), from {_MOST_DB} dB on at the edge"
+    return _shown(name, svg.strips(lines, name=name, xlabel=xlabel, most=_MOST_DB, level=_class_mean(page)))
+
+
+def _class_mean(page: Page) -> tuple[str, float] | None:
+    value = mean_of(bound_named(page.results, "class mean").get("psnr_db"))
+    return None if value is None else ("class mean", value)
 
 
 # --- training and origin -----------------------------------------------------------------------------------------------------
@@ -311,32 +325,36 @@ def _defences(page: Page) -> dict[str, int]:
 def _clients(page: Page, several: bool) -> Html | None:
     """Per client: how well its images are classified, and how well its attacked images are reconstructed."""
     order, parts = _defences(page), []
-    accuracy = [
-        (f"{run['defence']}, seed {run.get('seed', '–')}", order[run["defence"]], [(f"c{client}", f"client {client}", 100 * value) for client, value in enumerate(run["client_accuracies"])])
-        for run in page.results["training"]
-        if run.get("client_accuracies")
-    ]  # fmt: skip
+    accuracy = []
+    for run in page.results["training"]:
+        dots = [(f"c{client}", f"client {client}", 100 * value) for client, value in enumerate(run.get("client_accuracies") or [])]
+        accuracy += [(f"{run['defence']}, seed {run.get('seed', '–')}", order[run["defence"]], dots)] if dots else []
     if accuracy:
         name = "Test accuracy of every client"
-        parts.append(tag("figure", tag("figcaption", name), tag("div", svg.strips(accuracy, name=name, xlabel="accuracy (%)"), class_="scroll")))
-    leaks: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+        parts.append(_shown(name, svg.strips(accuracy, name=name, xlabel="accuracy (%)")))
+    leaks = []
     for checkpoint, defence in dict.fromkeys((row["checkpoint"], row["defence"]) for row in page.results["rows"]):
         row = strongest([row for row in page.results["rows"] if (row["checkpoint"], row["defence"]) == (checkpoint, defence)])
-        for line in page.lines if row else ():
-            named = (line.get("defence"), line.get("checkpoint"), line.get("attack"))
-            if line["kind"] == "attack" and named == (defence, checkpoint, row["attack"]) and line.get("client") is not None and line.get("psnr_db") is not None:
-                leaks.setdefault((defence, row["attack"], checkpoint), {}).setdefault(line["client"], []).append(line["psnr_db"])
+        found = _per_client(page.lines, defence, row["attack"], checkpoint) if row else {}
+        dots = [(f"c{client}", f"client {client}, {len(values)} reconstruction(s)", sum(values) / len(values)) for client, values in found.items()]
+        leaks += [(f"{defence}, {row['attack']}, {checkpoint}", order[defence], dots)] if dots else []
     if leaks:
-        lines = [
-            (", ".join(where), order[where[0]], [(f"c{client}", f"client {client}, {len(values)} image(s)", sum(values) / len(values)) for client, values in sorted(found.items())])
-            for where, found in leaks.items()
-        ]  # fmt: skip
-        name = "PSNR of the strongest attack on every client's attacked images"
-        parts.append(tag("figure", tag("figcaption", name), tag("div", svg.strips(lines, name=name, xlabel="mean PSNR (dB)"), class_="scroll")))
+        name = "Mean PSNR of every client's attacked images, under the strongest attack"
+        parts.append(_shown(name, svg.strips(leaks, name=name, xlabel="mean PSNR (dB)", level=_class_mean(page))))
     bars = next((data for path, data in page.pictures.items() if Path(path).stem == "partition"), None)
     if bars:
-        parts.append(tag("figure", tag("figcaption", "Training images per client"), tag("div", tag("img", src=png_uri(bars), alt="training images per client and class"), class_="scroll sheet")))
+        parts.append(_shown("Training images per client", tag("img", src=png_uri(bars), alt="training images per client and class"), "scroll sheet"))
     return join(_run_head(page, several), tag("div", parts, class_="figures")) if parts else None
+
+
+def _per_client(lines: Sequence[Line], defence: str, attack: str, checkpoint: str) -> dict[int, list[float]]:
+    """PSNR of each reconstruction, over victims and seeds, by client."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        named = tuple(line.get(key) for key in ("kind", "defence", "attack", "checkpoint"))
+        if named == ("attack", defence, attack, checkpoint) and line.get("client") is not None and line.get("psnr_db") is not None:
+            found.setdefault(line["client"], []).append(line["psnr_db"])
+    return dict(sorted(found.items()))
 
 
 def _learning(page: Page, several: bool) -> Html | None:
@@ -351,39 +369,45 @@ def _learning(page: Page, several: bool) -> Html | None:
     if not series:
         return None
     chance = (page.results.get("judge") or {}).get("chance")
+    level = None if chance is None else ("chance", 100 * chance)
     name = "Validation accuracy per round"
-    drawn = svg.curves(series, styles, name=name, xlabel="round", ylabel="validation accuracy (%)", level=None if chance is None else ("chance", 100 * chance))
-    return join(_run_head(page, several), tag("figure", tag("figcaption", name), tag("div", drawn, class_="scroll")))
+    drawn = svg.curves(series, styles, name=name, xlabel="round", ylabel="validation accuracy (%)", level=level)
+    return join(_run_head(page, several), _shown(name, drawn))
 
 
-_COSTS = (("rounds", "rounds", 1, 0), ("seconds", "training s", 1, 1), ("seconds_per_round", "s per round", 1, 2), ("bytes_per_round", "MB per round", 1e-6, 2),
-          ("parameters_shared", "parameters shared", 1, 0))  # fmt: skip
+_COSTS = (
+    ("rounds", "rounds", 1, 0), ("seconds", "training s", 1, 1), ("seconds_per_round", "s per round", 1, 2), ("bytes_per_round", "MB per round", 1e-6, 2),
+    ("parameters_shared", "parameters shared", 1, 0),
+)  # fmt: skip
 
 
-def _cost(page: Page, several: bool) -> Html:
+def _cost(page: Page, several: bool) -> Html | None:
     """Training: seconds, bytes, and whatever peak of memory was recorded; attacks: seconds each."""
     training, seconds = page.results["training"], page.results.get("seconds") or {}
     peaks = list(dict.fromkeys(key for run in training for key, value in run.items() if "peak" in key and isinstance(value, (int, float))))
     costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)] + [(key, key.replace("_", " "), 1, 2) for key in peaks]
     parts = [tag("p", f"{seconds['total']:.1f} s in all.")] if seconds.get("total") is not None else []
     if training:
-        head = tag("tr", tag("th", "defence", scope="col"), tag("th", "seed", scope="col", class_="number"), [tag("th", name, scope="col", class_="number") for _, name, _, _ in costs])
-        rows = [
-            tag("tr", tag("th", run["defence"], scope="row"), tag("td", run.get("seed", "–"), class_="number"), [_number(run.get(key), scale, digits, key) for key, _, scale, digits in costs])
-            for run in training
-        ]  # fmt: skip
-        parts.append(tag("div", tag("table", tag("thead", head), tag("tbody", rows)), class_="scroll", tabindex=0, role="region", aria_label="Cost of training"))
+        numbers = [[_number(run.get(key), scale, digits, key) for key, _, scale, digits in costs] for run in training]
+        rows = [[tag("td", run.get("seed", "–"), class_="number"), *cells] for run, cells in zip(training, numbers, strict=True)]
+        parts.append(_small_table(["defence", "seed", *(name for _, name, _, _ in costs)], [run["defence"] for run in training], rows))
     if attacks := seconds.get("attack"):
-        head = tag("tr", tag("th", "attack", scope="col"), tag("th", "seconds", scope="col", class_="number"))
-        rows = [tag("tr", tag("th", name, scope="row"), _number(value, 1, 1, "seconds")) for name, value in attacks.items()]
-        table = tag("div", tag("table", tag("thead", head), tag("tbody", rows)), class_="scroll")
+        table = _small_table(["attack", "seconds"], list(attacks), [[_number(value, 1, 1, "seconds")] for value in attacks.values()])
         parts.append(tag("details", tag("summary", f"Seconds of each of {len(attacks)} attacks"), table))
-    return join(_run_head(page, several), parts)
+    return join(_run_head(page, several), parts) if parts else None
+
+
+def _small_table(heads: Sequence[str], names: Sequence[str], rows: Sequence[list[Html]]) -> Html:
+    """Named rows of numbers."""
+    head = tag("tr", [tag("th", text, scope="col", class_="number" if number else None) for number, text in enumerate(heads)])
+    body = [tag("tr", tag("th", name, scope="row"), cells) for name, cells in zip(names, rows, strict=True)]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="scroll", tabindex=0, role="region", aria_label=f"Cost by {heads[0]}")
 
 
 def _origin(page: Page, several: bool) -> Html:
     found, data = page.results, page.results["data"]
-    facts = [("data", data["name"]), ("source", data.get("source")), ("md5", data.get("md5") or "not recorded"), ("synthetic", "yes" if data["synthetic"] else "no")]
+    facts = [("data", data["name"]), ("source", data.get("source")), ("md5", data.get("md5") or "not recorded")]
+    facts += [("synthetic", "yes" if data["synthetic"] else "no")]
     facts += [("seeds", ", ".join(map(str, found["seeds"]))), ("ranks", found.get("world_size")), ("threads", found.get("threads"))]
     facts += [*found.get("hardware", {}).items(), *found["versions"].items()]
     facts += [(f"weights {name} (SHA-256)", mark) for name, mark in found.get("weights_sha256", {}).items()]

@@ -25,7 +25,8 @@ _WIDTH, _LETTER = 640, 6.4  # px: of a plot, and the mean width of a letter at 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A defence in a plot. low, high: ends of intervals.  family: an index for colour and marker, 0 for none at all;  line: points that share it are joined."""
+    """A defence in a plot. x_ends, y_ends: (low, high) of an interval.  family: of colour and marker, 0 for the page's own.  line: points that share it are
+    joined."""
 
     label: str
     x: float
@@ -44,18 +45,23 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
     at_x, xticks = _axis(xs, left, _WIDTH - right, share=0.12)
     at_y, yticks = _axis(ys, height - bottom, top)
     marks = [_ticks(xticks, yticks, at_x, at_y, left, _WIDTH - right, height - bottom, xlabel, ylabel)]
-    taken: list[tuple[float, float, float, float]] = []
+    taken = [(at_x(point.x) - 7, at_y(point.y) - 7, at_x(point.x) + 7, at_y(point.y) + 7) for point in points]
+    for point in points:
+        x, y = at_x(point.x), at_y(point.y)
+        taken += [(x - 2, at_y(point.y_ends[1]), x + 2, at_y(point.y_ends[0]))] if point.y_ends else []
+        taken += [(at_x(point.x_ends[0]), y - 2, at_x(point.x_ends[1]), y + 2)] if point.x_ends else []
     for text, value in levels:
-        y = at_y(value)
+        y, width = at_y(value), _LETTER * len(text)
         marks.append(tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"))
-        box = _free(taken, [(left + 4, y - 15), (left + 4, y + 2), (_WIDTH / 2, y - 15), (_WIDTH / 2, y + 2)], _LETTER * len(text), 13)
+        steps = [left + 4 + number / 8 * (_WIDTH - right - width - left - 4) for number in range(9)]
+        box = _free(taken, [(x, y + rise) for x in steps for rise in (-15, 2)], width, 13)
         marks.append(_text(box[0], box[1] + 11, text, class_="quiet"))
         taken += [box, (left, y - 1, _WIDTH - right, y + 1)]
     for line in dict.fromkeys(point.line for point in points if point.line):
         chain = sorted((point for point in points if point.line == line), key=lambda point: point.x)
         where = " ".join(f"{at_x(point.x):.1f},{at_y(point.y):.1f}" for point in chain)
-        marks.append(tag("polyline", points=where, fill="none", stroke=colour(chain[0].family), stroke_width=1.5, stroke_dasharray=dashes(chain[0].family)))
-    taken += [(at_x(point.x) - 7, at_y(point.y) - 7, at_x(point.x) + 7, at_y(point.y) + 7) for point in points]
+        style = {"stroke": colour(chain[0].family), "stroke_width": 1.5, "stroke_dasharray": dashes(chain[0].family)}
+        marks.append(tag("polyline", points=where, fill="none", **style))
     for point in points:
         x, y = at_x(point.x), at_y(point.y)
         bars = [((x, at_y(point.y_ends[0])), (x, at_y(point.y_ends[1])))] if point.y_ends else []
@@ -64,7 +70,8 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
         shown = f"{point.label}: {ylabel} {point.y:.2f}{_between(point.y_ends)}, {xlabel} {point.x:.2f}{_between(point.x_ends)}"
         drawn.append(tag("path", d=_marker(point.family), transform=f"translate({x:.1f},{y:.1f})"))
         text, width = _short(point.label), _LETTER * len(_short(point.label))
-        spots = [(x + side, y + rise) for rise in (-7, -22, 8, -37, 23, -52, 38) for side in (10, -10 - width, -width / 2) if side != -width / 2 or abs(rise) > 7]
+        beside = [(x + 10, y - 7), (x - 10 - width, y - 7)]
+        spots = beside + [(x + side, y + rise) for rise in (-22, 8, -37, 23, -52, 38) for side in (10, -10 - width, -width / 2)]
         inside = [spot for spot in spots if left <= spot[0] <= _WIDTH - width and top - 8 <= spot[1] <= height - bottom - 13]
         box = _free(taken, inside or [(max(left, _WIDTH - width), y - 22)], width, 13)
         taken.append(box)
@@ -118,11 +125,10 @@ def strips(rows: Sequence[tuple[str, int, Sequence[tuple[str, str, float]]]], *,
     for number, (label, family, dots) in enumerate(rows):
         y = top + step * (number + 0.5)
         drawn = [_text(left - 10, y + 4, _short(label), text_anchor="end"), tag("line", x1=left, x2=_WIDTH - 16, y1=y, y2=y, class_="rule")]
-        drawn += [
-            tag("path", tag("title", f"{label}: {what}, {value:.1f}"), d=_marker(family), transform=f"translate({at_x(min(value, most)):.1f},{y}) scale(.8)", class_="dot",
-                data_victim=key, data_value=repr(value))
-            for key, what, value in dots
-        ]  # fmt: skip
+        for key, what, value in dots:
+            place = f"translate({at_x(min(value, most)):.1f},{y}) scale(.8)"
+            told = tag("title", f"{label}: {what}, {value:.1f}")
+            drawn.append(tag("path", told, d=_marker(family), transform=place, class_="dot", data_victim=key, data_value=repr(value)))
         if dots:
             x = at_x(min(most, sum(value for _, _, value in dots) / len(dots)))
             drawn.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=y - 9, y2=y + 9, class_="mean"))
@@ -154,24 +160,29 @@ def _axis(values: Sequence[float], start: float, end: float, *, share: float = 0
     return (lambda value: start + (value - low) / (high - low) * (end - start)), ticks
 
 
-def _ticks(xticks: list[float], yticks: list[float], at_x: Any, at_y: Any, left: float, right: float, floor: float, xlabel: str, ylabel: str) -> list[Html]:
+def _ticks(xticks: list[float], yticks: list[float], at_x: Any, at_y: Any, left: float, right: float, floor: float, xlabel: str, ylabel: str) -> list[Any]:
+    """The floor, ticks below it and lines across, with their numbers, and the names of the axes."""
     marks = [tag("line", x1=left, x2=right, y1=floor, y2=floor, class_="axis")]
     for value in xticks:
-        x = at_x(value)
-        marks += [tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=floor, y2=floor + 5, class_="axis"), _text(x, floor + 18, f"{value:.6g}", text_anchor="middle")]
+        x = f"{at_x(value):.1f}"
+        marks += [tag("line", x1=x, x2=x, y1=floor, y2=floor + 5, class_="axis"), _text(at_x(value), floor + 18, f"{value:.6g}", text_anchor="middle")]
     for value in yticks:
-        y = at_y(value)
-        marks += [tag("line", x1=left, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="rule"), _text(left - 8, y + 4, f"{value:.6g}", text_anchor="end")]
+        y = f"{at_y(value):.1f}"
+        marks += [tag("line", x1=left, x2=right, y1=y, y2=y, class_="rule"), _text(left - 8, at_y(value) + 4, f"{value:.6g}", text_anchor="end")]
     marks.append(_text((left + right) / 2, floor + 36, xlabel, text_anchor="middle", class_="name"))
     if ylabel:
         marks.append(_text(0, 0, ylabel, text_anchor="middle", class_="name", transform=f"translate(14,{floor / 2:.1f}) rotate(-90)"))
     return marks
 
 
-def _free(taken: list[tuple[float, float, float, float]], spots: Sequence[tuple[float, float]], width: float, height: float) -> tuple[float, float, float, float]:
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in px."""
+
+
+def _free(taken: Sequence[Box], spots: Sequence[tuple[float, float]], width: float, height: float) -> Box:
     """The first spot whose box covers nothing, else the one that covers least."""
 
-    def covered(box: tuple[float, float, float, float]) -> float:
+    def covered(box: Box) -> float:
         return sum(max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
 
     return min(((x, y, x + width, y + height) for x, y in spots), key=covered)

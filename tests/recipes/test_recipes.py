@@ -52,7 +52,7 @@ def test_the_tiny_run_says_what_was_protected_and_shows_it(tiny):
     for picture in found["pictures"]:
         assert (folder / picture).stat().st_size > 1000
         assert picture in done.stdout
-    for name in ("table.csv", "table.md", "table.tex", "log.txt", "recipe.json", "models/learned-0.safetensors"):
+    for name in ("table.csv", "table.md", "table.tex", "report.html", "log.txt", "recipe.json", "models/learned-0.safetensors"):
         assert (folder / name).exists()
 
 
