@@ -172,6 +172,19 @@ def record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:
 # --- pictures ------------------------------------------------------------------------------------------------------------
 
 
+UNFAIR = (config.PostHocDecoder, config.ImprintServer, config.ZeroedLevel)
+"""Attackers with more than the run's adversary has; whose image they get tells of nobody's leakage."""
+
+
+def _most_leaked_first(leaks: list[Tensor], count: int) -> Tensor:
+    """Order of victims by the best attack on each (dB), and by all attacks' mean where that is equal."""
+    if not leaks:
+        return torch.arange(count)
+    values = torch.stack(leaks)
+    by_mean = values.mean(0).argsort(descending=True, stable=True)
+    return by_mean[values.max(0).values[by_mean].argsort(descending=True, stable=True)]
+
+
 def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Path) -> list[str]:
     """Per checkpoint a contact sheet (private | bounds | each defence under each attack), most leaked victim first; the attackers' losses and
     the evaluator's PSNR on the way."""
@@ -181,8 +194,7 @@ def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Pa
         columns = [cell for cell in here if cell.twin is None]
         victims = columns[0].victims
         rows = victims.rows.flatten()
-        leaks = [scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, config.PostHocDecoder)]
-        order = torch.stack(leaks or [torch.zeros(len(rows))]).max(0).values.argsort(descending=True, stable=True)
+        order = _most_leaked_first([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, UNFAIR)], len(rows))
         truth = victims.images.flatten(0, 1).cpu()
         names, labels = run.setting.dataset.class_names, victims.labels.flatten().tolist()
         sheet: list[tuple[str, Tensor]] = [("private", truth[order])]
