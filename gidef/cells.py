@@ -113,7 +113,8 @@ def keeps_decoder(run: Run, one: Trained) -> bool:
 
 def _applies(run: Run, one: Trained, attack: Any) -> bool:
     noisy = one.training.defence.noise_shape is not None
-    if isinstance(attack, NEEDS_NOISE) and not noisy:
+    averages = isinstance(attack, config.MultiRound) and one.training.defence.budget is not None  # every release has fresh noise, if not on the latent
+    if isinstance(attack, NEEDS_NOISE) and not noisy and not averages:
         return False
     if isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known":
         return one.training.defence.decoder is not None
