@@ -48,6 +48,7 @@ def test_the_small_form_is_smaller(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MAIN + SWEEPS)
 def test_the_small_form_runs_to_its_end(name, tmp_path):
     data = os.environ.get("GIDEF_DATA")
@@ -55,7 +56,7 @@ def test_the_small_form_runs_to_its_end(name, tmp_path):
         pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
     more = {"GIDEF_DATA": data} if data else {}
     arguments = [] if data or name == "architectures" else ["--data.name", "synthetic"]
-    run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=900, **more)
+    run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=1800, **more)
     folders = [path.parent for path in (tmp_path / "out").rglob("results.json")]
     assert folders and (tmp_path / "out" / "report.html").stat().st_size > 10_000
     for folder in folders:
