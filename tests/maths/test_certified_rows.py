@@ -1,0 +1,85 @@
+"""What a row of the table says of the bits that a noisy latent lets through: small synthetic cells, the small net, one round of training."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gidef import build, config, findings, observe
+from gidef.cells import make_cells
+from gidef.config import (
+    CapacityNoise,
+    Data,
+    Evaluation,
+    IsotropicNoise,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    MultiRound,
+    NaiveMatching,
+    Recipe,
+    Rounds,
+    Speed,
+)
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.defence.capacity import capacity_bits
+from gidef.parallel import World
+from gidef.report import Console
+from gidef.training import Run, train
+
+DEFENCES = {
+    "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
+    "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
+}  # fmt: skip
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=32, val=16, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def row_of(tmp_path_factory):
+    """row_of(policy, defence, attack) → (fields, words, what was trained, its run)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def one(policy, name, attack=None):
+        recipe = Recipe(
+            data=Data(name=f"{__file__}:few_cells", num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=Rounds(count=1),
+            clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
+            evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)), attacks={"a": attack or NaiveMatching()},
+        )  # fmt: skip
+        setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+        run = Run(setting, World(), tmp_path_factory.mktemp(f"{policy}-{name}"), Console(rank=1), None, "mark")
+        trained = train(run, name, DEFENCES[name], 0)
+        [cell] = make_cells(run, {(name, 0): trained}, run.folder)
+        cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
+        return *findings._certificate(run, [cell]), cell
+
+    yield one
+    torch.set_num_threads(before)
+
+
+def test_the_bits_are_the_capacity_of_the_least_noisy_client(row_of):
+    told, words, cell = row_of("head", "capacity")
+    levels = [private["perturbation.level"] for private in cell.victims.private]
+    bits = max(float(capacity_bits(F.softplus(level).clamp_min(0.1).double())) for level in levels)
+    assert told["certified_bits"] == pytest.approx(bits, abs=1e-4) and told["lifetime_bits"] is None
+    assert f"at most {bits:.1f} bits of an image a release" in words and "among 32" in words
+
+
+def test_a_level_that_is_fixed_is_certified_too_and_releases_add_up(row_of):
+    told, words, _ = row_of("head", "isotropic", MultiRound(rounds=3))
+    expected = 4 * float(torch.log2(torch.tensor(1.25)))
+    assert told["certified_bits"] == pytest.approx(expected, abs=1e-5) and told["releases"] == 3
+    assert f"{3 * expected:.1f} bits of an image in 3 releases together" in words
+
+
+def test_frozen_noise_before_a_frozen_front_is_one_release(row_of):
+    told, words, _ = row_of("head", "once")
+    assert told["lifetime_bits"] == told["certified_bits"] and "in all rounds together" in words
+
+
+def test_where_there_is_no_bound_none_is_given(row_of):
+    told, words, _ = row_of("head", "conditional")
+    assert told["certified_bits"] is None and "depends on the image" in told["uncertified"] and words == "no certificate"
+    assert row_of("full", "capacity")[:2] == ({}, "") and row_of("head", "none")[:2] == ({}, "")
