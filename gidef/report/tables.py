@@ -17,9 +17,8 @@ from gidef.report.results import MEASURED, interval_of, mean_of
 
 _HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "oracle dB", "victims", "note")
 _FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "eps\ndelta", "oracle\ndB", "victims")
-_PRIVACY, _ORACLE = 8, 9
-"""Places of the columns that appear only where a training was differentially private, and where an attack had several starts: the PSNR of
-the start that the truth would have chosen."""
+"""Some columns appear only where they say something: eps where a training was differentially private, oracle where an attack had several starts, the
+PSNR of the one that the truth would have chosen."""
 _FEWER_INTERVALS = (MEASURED, MEASURED[1:], MEASURED[2:], ("psnr_db",))
 _SCALE_DIGITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 1), "psnr_db": (1, 1), "ssim": (1, 2)}
 _STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
@@ -181,9 +180,8 @@ def _threats(results: dict[str, Any]) -> list[str]:
 
 def _shown(headers: tuple[str, ...], rows: list[_Line], notes: list[str]) -> list[int]:
     """Columns that have something to show."""
-    hidden = {_ORACLE} if not any(row.oracle for row in rows) else set()
-    hidden |= {_PRIVACY} if not any(row.privacy for row in rows) else set()
-    return [index for index, header in enumerate(headers) if index not in hidden and (header != "note" or notes)]
+    there = {"oracle": any(row.oracle for row in rows), "eps": any(row.privacy for row in rows), "note": bool(notes)}
+    return [index for index, header in enumerate(headers) if there.get(header.split()[0].rstrip(","), True)]
 
 
 def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:

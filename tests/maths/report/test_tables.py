@@ -107,3 +107,14 @@ def test_the_oracle_s_choice_stands_in_a_column_of_its_own_and_threat_models_are
     assert "9.9" in line and "9.9" not in next(line for line in text.splitlines() if line.strip().startswith("plain"))
     assert "malicious server" in text and "honest but curious server, 1 local step" in text
     assert "malicious server" in tables.csv(results).splitlines()[3]
+
+
+def test_columns_that_nothing_fills_are_left_out_however_wide_the_page(results):
+    from gidef.report.tables import text
+
+    for width in (80, 100, 120, 200):
+        shown = text(results, width)
+        assert "eps" not in shown and "delta" not in shown and "PSNR" in shown
+        private = [{**row, "epsilon": 3.0, "delta": 1e-5} for row in results["rows"]]
+        shown = text({**results, "rows": private}, width)
+        assert "eps" in shown and "3.00" in shown
