@@ -310,6 +310,19 @@ def test_broken_updates_fail_alone_with_mid_grey_images():
     assert found[1].images.dtype == torch.float32 and found[1].loss < 1e-8
 
 
+def test_updates_that_tell_no_labels_fail_alone_where_none_are_granted():
+    model = split(dtype=torch.float32)
+    good, *_ = observe(model)
+    pruned = {name: torch.zeros_like(t) if name.startswith("backbone.head.") else t for name, t in good.update.items()}
+    updates = ({name: torch.zeros_like(t) for name, t in good.update.items()}, good.update, pruned)
+    hidden = [dataclasses.replace(good, update=update, labels=None) for update in updates]
+    decoder = decoder_for(model.latent_shape, 1, SHAPE, size="loop").eval()
+    found = result(invert_latent(hidden, Predictor(model), decoder, seed=0, iterations=5))
+    assert [one.status for one in found] == ["failed", "ok", "failed"] and "labels" in found[2].error and (found[2].images == 0.5).all()
+    matched = result(match_latent(hidden, Predictor(model), seed=0, iterations=5))
+    assert matched.loss.isfinite().tolist() == [False, True, False]
+
+
 def test_observations_that_do_not_fit_are_refused():
     model = split()
     predictor, (good, _, _), (pair, _, _) = Predictor(model), observe(model), observe(model, 2)
