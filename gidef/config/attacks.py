@@ -134,7 +134,7 @@ class JointMatching(NaiveMatching):
 
 @_config
 class DecoderAware(JointMatching):
-    """A6: A3 that also stays close to the decoder's output D(z̃(x)), and starts there. Under share policy `all` the decoder is the server's."""
+    """A6: A3 that also stays close to what the decoder makes of the candidate, D(z̃(x)). Under share policy `all` the decoder is the server's."""
 
     closeness: float = 1e-2
     """Weight of the mean square distance to D(z̃(x))."""
