@@ -150,6 +150,10 @@ def latent_basis(update: Tensors, reader: Reader, latent_shape: tuple[int, ...],
     return basis.unflatten(1, latent_shape).to(update[reader.weight].dtype)
 
 
+UNMIXED = 16
+"""Largest batch that `read_latent` unmixes: a start costs as B³, 0.8 s at 4 images, 50 s at 16."""
+
+
 class Matched(NamedTuple):
     """latents: (O, B, *latent), of the best start by the attacker's own loss.  loss: (O,), of it, ∞ where every start failed.
     losses: (O, starts), the lowest of each.  curve: (O, points), of the best start.  restart: int64 (O,), which it is.  labels: int64 (O, B)."""
@@ -316,7 +320,8 @@ def read_latent(
     further than `enough` from the observed gradient, by free matching (`match_latent`), whose result `unmix` polishes: a latent's scale hardly
     shows before a norm layer. The smaller cosine distance counts.
 
-    Args:    observations, predictor, seed, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one image.
+    Args:    observations, predictor, seed, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one image, and for more than 4 so
+             few that they cost no more than at 4, or one. Above `UNMIXED` images there is free matching alone.
     Returns: Matched, on the CPU, float64; loss and losses are cosine distances; the curve is a single point, the loss, where `unmix` alone
              gave it. Updates that are zero or not finite have an infinite loss.
     """
@@ -329,9 +334,9 @@ def read_latent(
         if not told[index] or not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
             continue
         bases = (latent_basis(observation.update, reader, shape, size) for reader in predictor.readers)
-        basis = next((one for one in bases if one is not None), None)
+        basis = next((one for one in bases if one is not None), None) if size <= UNMIXED else None
         if basis is not None:
-            tries = starts if size > 1 else min(starts, 2)
+            tries = _tries(starts, size)
             running = unmix(observation, predictor, basis, labels[index], seed=seed, stream=index, starts=tries, device=device)
             (latents[index], *_), done = yield from _counted(running, done)
             loss[index] = _fit(observation, predictor, latents[index].to(device), labels[index])
@@ -343,10 +348,12 @@ def read_latent(
         free, done = yield from _counted(running, done)
         losses, curve = losses.repeat(1, free.losses.shape[1]), curve.repeat(1, free.curve.shape[1])
         for place, index in enumerate(left):
-            observation, near = observations[index], {"starts": 1, "first_step": 0.1, "device": device}
-            running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
-            (polished, *_), done = yield from _counted(running, done)
-            for found in (free.latents[place].double(), polished.cpu()):
+            observation, near, tried = observations[index], {"starts": 1, "first_step": 0.1, "device": device}, [free.latents[place].double()]
+            if size <= UNMIXED:
+                running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
+                (polished, *_), done = yield from _counted(running, done)
+                tried.append(polished.cpu())
+            for found in tried:
                 fit = _fit(observation, predictor, found.to(device), labels[index])
                 if fit < loss[index]:
                     latents[index], loss[index], restart[index] = found, fit, free.restart[place]
@@ -418,6 +425,11 @@ def decode(latents: Tensor, decoder: nn.Module, *, at_once: int = 64) -> Tensor:
     some = next(decoder.parameters())
     parts = [decoder(part.to(some)).clamp(0, 1).float().cpu() for part in latents.flatten(0, 1).split(at_once)]
     return torch.cat(parts).unflatten(0, latents.shape[:2])
+
+
+def _tries(starts: int, size: int) -> int:
+    """Starts of `unmix` for a batch of this size."""
+    return min(starts, 2) if size == 1 else max(1, int(starts * min(1.0, (4 / size) ** 3)))
 
 
 def invert_latent(observations: Sequence[Observation], predictor: Predictor, decoder: nn.Module, *, seed: int, **settings: Any) -> Iterator[int]:
