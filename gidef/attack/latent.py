@@ -150,8 +150,8 @@ def latent_basis(update: Tensors, reader: Reader, latent_shape: tuple[int, ...],
     return basis.unflatten(1, latent_shape).to(update[reader.weight].dtype)
 
 
-UNMIXED = 16
-"""Largest batch that `read_latent` unmixes: a start costs as B³, 0.8 s at 4 images, 50 s at 16."""
+UNMIXED = 8
+"""Largest batch that `read_latent` unmixes: a start takes 2B² gradients of B images in each iteration."""
 
 
 class Matched(NamedTuple):
