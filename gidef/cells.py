@@ -90,11 +90,13 @@ def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
 
 def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) -> list[Cell]:
     cells: list[Cell] = []
+    hindered: dict[str, str] = {}
     for (defence, seed), one in trained.items():
         for checkpoint in run.recipe.evaluation.checkpoints:
             here: list[Cell] = []
             for name, (attack, ensemble, control) in chosen_attacks(run.recipe).items():
-                if not _applies(run, one, attack):
+                if hindrance := _hindrance(run, one, attack):
+                    hindered.setdefault(name, hindrance)
                     continue
                 place = folder / run_key(defence, seed) / checkpoint / name
                 cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control)
@@ -103,6 +105,8 @@ def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) 
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
             cells += here
+    for name in sorted((hindered.keys() & run.recipe.attacks.keys()) - {cell.name for cell in cells}):
+        run.console.notice(f"{name} was left out, as it has nothing to attack here: {hindered[name]}.")
     return cells
 
 
@@ -111,20 +115,21 @@ def keeps_decoder(run: Run, one: Trained) -> bool:
     return one.training.defence.decoder is not None and run.recipe.share_policy != "all"
 
 
-def _applies(run: Run, one: Trained, attack: Any) -> bool:
+def _hindrance(run: Run, one: Trained, attack: Any) -> str:
+    """Why an attack has nothing to do; "" if it has."""
     noisy = one.training.defence.noise_shape is not None
     averages = isinstance(attack, config.MultiRound) and one.training.defence.budget is not None  # every release has fresh noise, if not on the latent
     if isinstance(attack, NEEDS_NOISE) and not noisy and not averages:
-        return False
-    if isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known":
-        return one.training.defence.decoder is not None
+        return "it needs a defence with noise on the latent"
+    if (isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known") and one.training.defence.decoder is None:
+        return "it needs a defence with a decoder"
     if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
-        return False  # a level that is no tensor
-    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)):  # they need a front that is shared
-        return run.recipe.share_policy != "head"
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)):
-        return run.recipe.evaluation.release == "gradient"
-    return True
+        return "it needs a noise level that the server sends"
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)) and run.recipe.share_policy == "head":
+        return "it needs a front that is shared, and share_policy is head"
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and run.recipe.evaluation.release != "gradient":
+        return "it reads single gradients, and evaluation.release is delta"
+    return ""
 
 
 def note_of(run: Run, one: Trained, attack: Any) -> str:

@@ -23,7 +23,7 @@ from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.data import Images
 from gidef.fit import fit_decoder, fit_judge
-from gidef.inversions import load_marked
+from gidef.inversions import load_marked, sound
 from gidef.models import decoder_for, make_judge
 from gidef.models.inverter import inverter_for
 from gidef.models.prior import Generator, autoencoder_for, gan_for
@@ -125,13 +125,13 @@ def collect_decoded(run: Run, cell: Cell) -> None:
     """Read what a post-hoc decoder made of the latents."""
     tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", mark(run, cell.twin or cell))
     cell.seconds += meta["seconds"] if cell.twin is None else 0.0
-    if "in_loop" in tensors:
+    if "in_loop" in tensors and tensors["in_loop"].isfinite().all():
         truth = cell.victims.images.flatten(0, 1).cpu()
         cell.in_loop_psnr_db = float(metrics.psnr_db(tensors["in_loop"].flatten(0, 1), truth).mean())
-    cell.reconstructions = [
+    cell.reconstructions = sound([
         Reconstruction(images=batch, labels=labels.cpu(), loss=0.0, losses=torch.zeros(1))
         for batch, labels in zip(tensors["images"], cell.victims.labels, strict=True)
-    ]
+    ])
 
 
 def surrogate_path(run: Run, cell: Cell) -> Path:

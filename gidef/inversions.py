@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import time
@@ -22,7 +23,7 @@ from gidef.checkpoint import load_file, save_file
 from gidef.errors import InputError
 from gidef.report.files import write_atomically
 from gidef.training import Run
-from gidef.types import Tensors
+from gidef.types import Reconstruction, Tensors
 
 SHORT_S = 10.0
 """An attack that is over sooner than this is not calibrated: it runs eight at once as one program."""
@@ -159,6 +160,12 @@ def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tup
     if meta["mark"] != own:
         raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
     return tensors, meta
+
+
+def sound(found: list[Reconstruction]) -> list[Reconstruction]:
+    """The same, with failures, mid-grey, in place of images that are not finite, as a network gives them whose training diverged."""
+    said = {"status": "failed", "error": "what was reconstructed is not finite", "loss": torch.inf}
+    return [one if one.images.isfinite().all() else dataclasses.replace(one, images=torch.full_like(one.images, 0.5), **said) for one in found]
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------------

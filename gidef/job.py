@@ -316,7 +316,8 @@ def attack_again(arguments: argparse.Namespace) -> None:
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
-        record = Record(out / "record.jsonl") if world.rank == 0 else None
+        # attacks of an earlier life are written again, from their saved results
+        record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
         with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
@@ -338,7 +339,7 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     offered = {**config.PRESETS, **recipe.attacks}  # the recipe's own settings win over a preset of the same name
     if unknown := [name for name in arguments.attack or () if name not in offered]:
         raise InputError(f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}.")
-    attacks = {name: _asked(offered[name], arguments) for name in arguments.attack or recipe.attacks}
+    attacks = {name: _asked(name, offered[name], arguments) for name in arguments.attack or recipe.attacks}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
         "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
@@ -355,16 +356,18 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     )  # fmt: skip
 
 
-def _asked(attack: Any, arguments: argparse.Namespace) -> Any:
+def _asked(name: str, attack: Any, arguments: argparse.Namespace) -> Any:
     """An attack with the command's budget and knowledge, as far as it has such fields."""
-    fixed = [f"--{name}" for name in ("iterations", "restarts", "steps") if getattr(arguments, name) is not None]
+    fixed = [f"--{flag}" for flag in ("iterations", "restarts", "steps") if getattr(arguments, flag) is not None]
     if isinstance(attack, config.Standard) and fixed:
         raise InputError(f"the budgets of an ensemble are fixed, so that its name says what was done: leave out {', '.join(fixed)}, or choose quick.")
     hints = {spec.name: str(spec.type) for spec in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else {}
-    asked = {name: getattr(arguments, name) for name in ("iterations", "restarts", "labels") if getattr(arguments, name) is not None}
-    fitting = {name: value for name, value in asked.items() if name in hints and (name != "labels" or f"'{value}'" in hints[name])}
+    asked = {field: getattr(arguments, field) for field in ("iterations", "restarts", "labels") if getattr(arguments, field) is not None}
+    if "labels" in asked and "labels" in hints and not config.fits(asked["labels"], type(attack), "labels"):
+        raise InputError(f"--labels {asked['labels']}: the attack {name} takes known or recovered labels; give one of them, or attack without it.")
+    fitting = {field: value for field, value in asked.items() if field in hints}
     if arguments.steps is not None:
-        fitting |= {name: min(arguments.steps, getattr(attack, name)) for name in TRAINING if name in hints}
+        fitting |= {field: min(arguments.steps, getattr(attack, field)) for field in TRAINING if field in hints}
     return dataclasses.replace(attack, **fitting)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gidef.attack.labels import recover_labels
+from gidef.attack.labels import LabelsHidden, recover_labels
 from gidef.attack.matching import Matching, Simulate, tables
 from gidef.attack.optimisers import rows
 from gidef.attack.program import pick
@@ -25,12 +25,13 @@ Chunk = tuple[tuple[int, int], ...]
 
 Dims = dict[str, int | None]
 
-OK, ZERO, NOT_FINITE, LOST, BROKEN = range(5)
+OK, ZERO, NOT_FINITE, LOST, BROKEN, UNTOLD = range(6)
 REASONS = {
     ZERO: "the observed update is zero: it holds nothing to match",
     NOT_FINITE: "the observed update is not finite",
     LOST: "the attacker's loss became infinite or NaN at iteration {}",
     BROKEN: "the attack's program raised an error",
+    UNTOLD: "the labels cannot be recovered: the last layer's update is zero",
 }
 
 
@@ -93,7 +94,7 @@ def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simu
     if len(sizes := {observation.num_examples for observation in observations}) > 1:
         raise InputError(f"the observations of one attack differ in num_examples, {sorted(sizes)}: attack them in separate calls.")
     chosen = [observations[index] for index, _ in chunk]
-    labels = labels_of(chosen, matching).to(cast["device"])
+    labels, untold = (tensor.to(cast["device"]) for tensor in labels_of(chosen, matching))
     targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
     params, over_params = gather([o.params for o in chosen], cast)
     known, over_known = gather([o.known for o in chosen], cast)
@@ -105,6 +106,7 @@ def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simu
     with torch.no_grad():
         check_fit(simulate(*_arguments(pick(variables, 0, 0), pick(given, dims, 0), matching)), observations)
     target, over_target, scale, failure = normalised([o.update for o in chosen], cast)
+    failure = torch.where(untold & (failure == OK), UNTOLD, failure)
     knobs, rates = tables(matching, [start for _, start in chunk], list(variables), cast)
     return Batch(chunk, labels, given, target, scale, (dims, over_target), knobs, rates, seed), variables, failure
 
@@ -115,26 +117,28 @@ def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], match
     return params, {**known, **{name: variables[name] for name in matching.searched}}, images, targets, variables.get("noise")
 
 
-def labels_of(observations: Sequence[Observation], matching: Matching) -> Tensor:
-    """int64 (K, B): granted, or recovered, once per observation. Of an update that holds nothing they are zeros: its attack fails anyway."""
-    found: dict[int, Tensor] = {}
+def labels_of(observations: Sequence[Observation], matching: Matching) -> tuple[Tensor, Tensor]:
+    """int64 (K, B): granted, or recovered, once per observation; and bool (K,): they were to be recovered and could not. They are zeros then."""
+    found: dict[int, tuple[Tensor, bool]] = {}
     for observation in observations:
         if id(observation) not in found:
             found[id(observation)] = _labels_of(observation, matching)
-    return torch.stack([found[id(observation)] for observation in observations])
+    labels, untold = zip(*(found[id(observation)] for observation in observations), strict=True)
+    return torch.stack(labels), torch.tensor(untold)
 
 
-def _labels_of(observation: Observation, matching: Matching) -> Tensor:
+def _labels_of(observation: Observation, matching: Matching) -> tuple[Tensor, bool]:
     labels, size, classes = observation.labels, observation.num_examples, matching.num_classes
     if labels is None and matching.search_labels:
-        return torch.zeros(size, dtype=torch.int64)  # unknowns of the attack; the likeliest ones are returned
+        return torch.zeros(size, dtype=torch.int64), False  # unknowns of the attack; the likeliest ones are returned
     if labels is None:
-        norm = sum(tensor.double().square().sum() for tensor in observation.update.values())
-        usable = bool(norm.isfinite()) and bool(norm > 0)
-        return recover_labels(observation, classes).cpu() if usable else torch.zeros(size, dtype=torch.int64)
+        try:
+            return recover_labels(observation, classes).cpu(), False
+        except LabelsHidden:
+            return torch.zeros(size, dtype=torch.int64), True
     if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
-    return labels.long().cpu()
+    return labels.long().cpu(), False
 
 
 def gather(each: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Dims]:

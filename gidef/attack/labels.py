@@ -29,6 +29,10 @@ DISTRUST = (0.3, 1.0)  # else: error of the class probabilities, over the spread
 UNEXPLAINED = 0.2  # the second one where more than this share of the bias's squared gradient stays unexplained
 
 
+class LabelsHidden(InputError):
+    """The last layer's update is zero or not finite, as after heavy pruning: this one observation tells no labels."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalSteps:
     """What the attacker was told of the local training behind a delta: SGD with batches of equal size.
@@ -168,7 +172,8 @@ def recover_labels(
              mean_probabilities: p̄ (K,), the model's mean prediction, for "bias"; None takes the uniform one of an untrained model. (2, K) for a
              delta: of the first and of the last model.  local: the SGD behind a delta.  smoothing: α of the client's label smoothing.
     Returns: int64 (B,), sorted; repeated labels and B > K are fine but for "yin" and "fit". The order within the batch cannot be known.
-    Raises:  InputError if there is no such layer, its update is zero or not finite, or the method does not apply to what is known.
+    Raises:  InputError if there is no such layer, or the method does not apply to what is known; LabelsHidden, one of them, if the layer's
+             update is zero or not finite.
     Source:  idlg: Zhao et al. 2020, arXiv:2001.02610. yin: Yin et al. 2021, arXiv:2104.07586, section 3.1. llg: Wainakh et al. 2021,
              arXiv:2105.09369. bias: Geng et al. 2021, arXiv:2110.09074. ilrg: Ma et al. 2023, ICLR, "Instance-wise batch label restoration via
              gradients in federated learning". Deltas: Geng et al. and Dimitrov et al. 2022, arXiv:2206.12395, interpolate in the same way.
@@ -290,10 +295,10 @@ def _last_layer(observation: Observation, num_classes: int, weight: str | None, 
     factor = 1.0 if observation.kind == "gradient" else -1.0 / float(counts.sum())
     change = {name: update[name].detach().double().cpu() for name in (weight, bias) if name is not None}
     if not all(tensor.isfinite().all() for tensor in change.values()):
-        raise InputError("labels cannot be recovered: the last layer's update is not finite.")
+        raise LabelsHidden("labels cannot be recovered: the last layer's update is not finite.")
     change = {name: tensor for name, tensor in change.items() if (tensor != 0).any()}  # a pruned bias tells less than the weights do
     if not change:
-        raise InputError("labels cannot be recovered: the last layer's update is zero. Grant the labels, or leave this observation out.")
+        raise LabelsHidden("labels cannot be recovered: the last layer's update is zero. Grant the labels, or leave this observation out.")
     rows, scores = (factor * change[name] if name in change else None for name in (weight, bias))
     weights = biases = None
     own_bias = bias if bias is not None else (weight.rpartition(".")[0] + ".bias" if "." in weight else "bias")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gidef.attack.batch import NOT_FINITE, OK, ZERO, Batch, Chunk, first_variables, labels_of
+from gidef.attack.batch import NOT_FINITE, OK, UNTOLD, ZERO, Batch, Chunk, first_variables, labels_of
 from gidef.attack.engine import ChunkRun, Progress, first_state
 from gidef.attack.matching import DISTANCES, Matching, tables
 from gidef.attack.program import one_attack
@@ -69,7 +69,7 @@ def invert_large(
     parameters = _loaded(model, observation)
     like = next(iter(parameters.values()))
     cast = {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
-    labels = labels_of([observation] * len(chunk), matching).to(like.device)
+    labels, untold = (tensor.to(like.device) for tensor in labels_of([observation] * len(chunk), matching))
     targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
     variables = first_variables(chunk, labels.shape[1], matching, seed, cast)
     passes = _Passes(model, parameters, observation, matching, loss)
@@ -79,8 +79,9 @@ def invert_large(
         chunk=chunk, labels=labels, given=({}, {}, targets), target={}, scale=scale, dims=(({}, {}, 0), {}), knobs=knobs, rates=rates, seed=seed
     )  # fmt: skip
     run = ChunkRun(matching, _nothing, passes, "loop", "float32", every, 1)
+    failure = torch.where(untold & (passes.failure == OK), UNTOLD, passes.failure.expand(len(chunk)))
     with _lent(model), passes.gates.installed(), _checkpointed(model) if checkpointing else contextlib.nullcontext():
-        yield from run.go(batch, first_state(variables, passes.failure.expand(len(chunk)).contiguous(), matching))
+        yield from run.go(batch, first_state(variables, failure, matching))
     return run.result(batch)
 
 

@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
 from gidef.attack.kinks import CurvedKinks
-from gidef.attack.labels import recover_labels
+from gidef.attack.labels import LabelsHidden, recover_labels
 from gidef.attack.learned import DrawNoise, public_images
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
@@ -150,6 +150,10 @@ def latent_basis(update: Tensors, reader: Reader, latent_shape: tuple[int, ...],
     return basis.unflatten(1, latent_shape).to(update[reader.weight].dtype)
 
 
+UNMIXED = 8
+"""Largest batch that `read_latent` unmixes: a start takes 2B² gradients of B images in each iteration."""
+
+
 class Matched(NamedTuple):
     """latents: (O, B, *latent), of the best start by the attacker's own loss.  loss: (O,), of it, ∞ where every start failed.
     losses: (O, starts), the lowest of each.  curve: (O, points), of the best start.  restart: int64 (O,), which it is.  labels: int64 (O, B)."""
@@ -261,7 +265,7 @@ def match_latent(
         raise InputError('a delta has an unknown step size: match it by distance="cosine".')
     size = _check(observations, predictor)
     cast, names, shape = {"device": torch.device(device), "dtype": dtype}, predictor.names, predictor.latent_shape
-    labels = torch.stack([_labels(observation, predictor.num_classes) for observation in observations])
+    labels, told = _labels(observations, predictor.num_classes)
     predictor.to(**cast)
     attacks = [(index, restart) for index in range(len(observations)) for restart in range(restarts)]
 
@@ -276,6 +280,7 @@ def match_latent(
         rows = torch.tensor([index for index, _ in chunk])
         params, dims = _gathered([observations[index].params for index, _ in chunk], names, cast)
         target, scale, alive = _targets([observations[index] for index, _ in chunk], names, cast)
+        alive = alive & told[rows].to(alive.device)
         z = start_scale * torch.stack([torch.randn((size, *shape), generator=generator(seed, "latent", *attack)) for attack in chunk]).to(**cast)
         wanted = F.one_hot(labels[rows], predictor.num_classes).to(**cast)
         evaluate = _over(grad_and_value(objective), len(chunk), mode, (0, dims, 0, 0, 0, None))
@@ -315,22 +320,23 @@ def read_latent(
     further than `enough` from the observed gradient, by free matching (`match_latent`), whose result `unmix` polishes: a latent's scale hardly
     shows before a norm layer. The smaller cosine distance counts.
 
-    Args:    observations, predictor, seed, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one image.
+    Args:    observations, predictor, seed, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one image, and for more than 4 so
+             few that they cost no more than at 4, or one. Above `UNMIXED` images there is free matching alone.
     Returns: Matched, on the CPU, float64; loss and losses are cosine distances; the curve is a single point, the loss, where `unmix` alone
              gave it. Updates that are zero or not finite have an infinite loss.
     """
     size, shape = _check(observations, predictor), predictor.latent_shape
-    labels = torch.stack([_labels(observation, predictor.num_classes) for observation in observations])
+    labels, told = _labels(observations, predictor.num_classes)
     latents = torch.zeros(len(observations), size, *shape, dtype=torch.float64)
     loss = torch.full((len(observations),), torch.inf, dtype=torch.float64)
     left, done, device = [], 0, settings.get("device", "cpu")
     for index, observation in enumerate(observations):
-        if not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
+        if not told[index] or not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
             continue
         bases = (latent_basis(observation.update, reader, shape, size) for reader in predictor.readers)
-        basis = next((one for one in bases if one is not None), None)
+        basis = next((one for one in bases if one is not None), None) if size <= UNMIXED else None
         if basis is not None:
-            tries = starts if size > 1 else min(starts, 2)
+            tries = _tries(starts, size)
             running = unmix(observation, predictor, basis, labels[index], seed=seed, stream=index, starts=tries, device=device)
             (latents[index], *_), done = yield from _counted(running, done)
             loss[index] = _fit(observation, predictor, latents[index].to(device), labels[index])
@@ -342,10 +348,12 @@ def read_latent(
         free, done = yield from _counted(running, done)
         losses, curve = losses.repeat(1, free.losses.shape[1]), curve.repeat(1, free.curve.shape[1])
         for place, index in enumerate(left):
-            observation, near = observations[index], {"starts": 1, "first_step": 0.1, "device": device}
-            running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
-            (polished, *_), done = yield from _counted(running, done)
-            for found in (free.latents[place].double(), polished.cpu()):
+            observation, near, tried = observations[index], {"starts": 1, "first_step": 0.1, "device": device}, [free.latents[place].double()]
+            if size <= UNMIXED:
+                running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
+                (polished, *_), done = yield from _counted(running, done)
+                tried.append(polished.cpu())
+            for found in tried:
                 fit = _fit(observation, predictor, found.to(device), labels[index])
                 if fit < loss[index]:
                     latents[index], loss[index], restart[index] = found, fit, free.restart[place]
@@ -419,11 +427,16 @@ def decode(latents: Tensor, decoder: nn.Module, *, at_once: int = 64) -> Tensor:
     return torch.cat(parts).unflatten(0, latents.shape[:2])
 
 
+def _tries(starts: int, size: int) -> int:
+    """Starts of `unmix` for a batch of this size."""
+    return min(starts, 2) if size == 1 else max(1, int(starts * min(1.0, (4 / size) ** 3)))
+
+
 def invert_latent(observations: Sequence[Observation], predictor: Predictor, decoder: nn.Module, *, seed: int, **settings: Any) -> Iterator[int]:
     """A5: `read_latent`, then `decode`; yields the iterations done.
 
     Args:    as `read_latent`.  decoder: (N, *latent) → images, trained on z̃ of public images, in eval mode.
-    Returns: one Reconstruction per observation. An update that is zero or not finite is a failure, with mid-grey images.
+    Returns: one Reconstruction per observation. An update that is zero or not finite, or tells no labels where none are granted, is a failure, with mid-grey images.
     """
     matched = yield from read_latent(observations, predictor, seed=seed, **settings)
     images, found = decode(matched.latents, decoder), []
@@ -438,7 +451,7 @@ def invert_latent(observations: Sequence[Observation], predictor: Predictor, dec
                 restart=int(matched.restart[index]),
                 restart_losses=matched.losses[index].float(),
                 status="failed" if failed else "ok",
-                error="no latent was found: the observed update is zero or not finite, or the loss became so" if failed else "",
+                error="no latent was found: the observed update is zero or not finite, tells no labels, or the loss became infinite" if failed else "",
             )
         )
     return found
@@ -496,11 +509,20 @@ def _counted(running: Iterator[int], before: int) -> Iterator[int]:
         yield done
 
 
-def _labels(observation: Observation, classes: int) -> Tensor:
-    """int64 (B,): granted, or recovered."""
+def _labels(observations: Sequence[Observation], classes: int) -> tuple[Tensor, Tensor]:
+    """int64 (O, B): granted, or recovered; and bool (O,): whether an update told them. They are zeros where it did not."""
+    labels = torch.stack([_labels_of(observation, classes) for observation in observations])
+    return labels.clamp_min(0), (labels >= 0).all(1)
+
+
+def _labels_of(observation: Observation, classes: int) -> Tensor:
+    """int64 (B,), −1 where the update tells none."""
     labels, size = observation.labels, observation.num_examples
     if labels is None:
-        labels = recover_labels(observation, classes)
+        try:
+            labels = recover_labels(observation, classes)
+        except LabelsHidden:
+            labels = torch.full((size,), -1)
     elif labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
     return labels.long().cpu()

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.func import vmap
 
-from gidef.attack.labels import classifier_names, recover_labels
+from gidef.attack.labels import LabelsHidden, classifier_names, recover_labels
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
 from gidef.models.inverter import Inverter
@@ -240,7 +240,7 @@ def invert_learned(observations: Sequence[Observation], inverter: Inverter, *, s
 
     Args:    observations: released as the inverter's training simulated.  sketch_seed: as in the fit.
     Returns: one Reconstruction each; labels granted or recovered; loss: the inverter's on held-out public images, the same for all.
-             An update that is zero or not finite is a failure, with mid-grey images.
+             An update that is zero or not finite, or tells no labels where none are granted, is a failure, with mid-grey images.
     Raises:  InputError if a batch size, names or shapes are others than the inverter was trained for, or labels can neither be had
              nor recovered.
     """
@@ -261,7 +261,12 @@ def invert_learned(observations: Sequence[Observation], inverter: Inverter, *, s
             reason = "the observed update is zero: it holds nothing to invert" if finite else "the observed update is not finite"
             found.append(Reconstruction(images, labels.cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=reason))
             continue
-        labels = (recover_labels(observation, classes) if observation.labels is None else observation.labels).long().cpu()
+        try:
+            labels = (recover_labels(observation, classes) if observation.labels is None else observation.labels).long().cpu()
+        except LabelsHidden as error:
+            images, labels = torch.full((size, *inverter.image_shape), 0.5), torch.zeros(size, dtype=torch.int64)
+            found.append(Reconstruction(images, labels, math.inf, torch.tensor([math.inf]), status="failed", error=str(error)))
+            continue
         if labels.shape != (size,) or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise InputError(f"granted labels {labels.tolist()} do not fit {size} images of {classes} classes: give one class index per image.")
         given = _seen(observation.update, labels.to(next(iter(observation.update.values())).device), inverter, sketch_seed).to(device, torch.float32)

@@ -508,6 +508,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def fits(value: Any, cls: type, name: str) -> bool:
+    """Whether a value is of the type of a dataclass's field."""
+    return _fits(value, typing.get_type_hints(cls)[name])
+
+
 def _words(hint: Any) -> str:
     """A field's type for people."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)

@@ -96,9 +96,14 @@ class GradInversion(NaiveMatching):
     Its BatchNorm prior needs BatchNorm: see gidef.attack.priors.bn_statistics for nets that have it.
     """
 
+    iterations: int = 20_000
     restarts: int = 4
     distance: Literal["cosine", "l2", "cosine_layers"] = "l2"
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "cosine"
+    warmup: int = 50
+    tv: float = 1e-4
     tv_boost: float = 1.0
+    kink_width: tuple[float, float] | None = None
     pixel_norm: float = 1e-6
     """Weight of the images' mean square."""
     group: float = 1e-2
@@ -134,7 +139,7 @@ class JointMatching(NaiveMatching):
 
 @_config
 class DecoderAware(JointMatching):
-    """A6: A3 that also stays close to the decoder's output D(z̃(x)), and starts there. Under share policy `all` the decoder is the server's."""
+    """A6: A3 that also stays close to what the decoder makes of the candidate, D(z̃(x)). Under share policy `all` the decoder is the server's."""
 
     closeness: float = 1e-2
     """Weight of the mean square distance to D(z̃(x))."""

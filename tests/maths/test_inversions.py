@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from gidef import build, config, inversions, parity
+from gidef import applications, build, config, fits, inversions, parity
 from gidef.attack import Calibration
 from gidef.cells import make_cells
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
@@ -18,12 +18,13 @@ from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
 from gidef.training import Run, train
+from gidef.types import Reconstruction
 
 NAIVE = config.NaiveMatching(iterations=4, restarts=2)
 
 
 def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=64, val=16, test=16, size=16)
+    return synthetic_blood_cells(train=64, val=24, test=16, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,71 @@ def test_attacks_whose_program_raises_are_rows_with_their_error_and_the_others_g
     failed = [attempt for attempt in cell.attempts if attempt["status"] == "failed"]
     assert [(one["observation"], one["start"], one["iterations"]) for one in failed] == [(1, 0, 0), (1, 1, 0)]
     assert len(cell.attempts) == 8 and any("no derivative" in text for text in heard.notices)
+
+
+def test_an_attack_without_matching_that_raises_is_a_row_with_its_error(trained, tmp_path, monkeypatch):
+    run, found = trained
+
+    def breaks(*arguments, **options):
+        raise ArithmeticError("the matrix is singular\nand a long story")
+
+    monkeypatch.setattr(applications, "analytic", breaks)
+    heard = Heard()
+    run = with_speed(run, heard, attacks={"analytic": config.Analytic()})
+    [cell] = cells_of(run, found, tmp_path)
+    for task in applications.tasks(run, [cell], tmp_path):
+        task.do(0, lambda units: None)
+    applications.collect(run, cell)
+    assert [one.status for one in cell.reconstructions] == ["failed"] * 4 and all((one.images == 0.5).all() for one in cell.reconstructions)
+    assert {one["error"] for one in cell.attempts} == {"ArithmeticError: the matrix is singular"} and any("singular" in text for text in heard.notices)
+
+
+def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path):
+    """A4, A5 and A7: the victims' images and the training set are overwritten after the release, and no reconstruction changes in any bit."""
+    run, found = trained
+    attacks = {
+        "analytic": config.Analytic(labels="recovered"), "latent": config.LatentDecoding(iterations=2, steps=2, labels="recovered"),
+        "learned": config.LearnedInversion(steps=2, gradients=8, labels="recovered"),
+    }  # fmt: skip
+    run, train_images, images = with_speed(run, attacks=attacks), run.setting.dataset.train.images, []
+    kept = train_images.clone()
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        cells = cells_of(run, found, folder, "learned")
+        if images:
+            train_images.copy_(kept.flip(0))
+            for cell in cells:
+                cell.victims.images.copy_(1 - cell.victims.images)
+                cell.victims.labels.copy_((cell.victims.labels + 1) % 8)
+        try:
+            for tasks in (fits.tasks(run, cells, folder), fits.later_tasks(run, cells), applications.tasks(run, cells, folder)):
+                for task in tasks:
+                    task.do(0, lambda units: None)
+        finally:
+            train_images.copy_(kept)
+        for cell in cells:
+            applications.collect(run, cell)
+        images.append({cell.name: torch.stack([one.images for one in cell.reconstructions]) for cell in cells})
+    assert images[0].keys() == attacks.keys() and not torch.equal(images[0]["learned"][0], images[0]["learned"][1])
+    for name, before in images[0].items():
+        assert torch.equal(before, images[1][name]), name
+
+
+def test_images_that_are_not_finite_are_failures_that_can_be_scored():
+    images = torch.rand(1, 3, 4, 4)
+    found = [Reconstruction(images=one, labels=torch.zeros(1, dtype=torch.int64), loss=0.0, losses=torch.zeros(1)) for one in (images, images * torch.nan)]
+    good, bad = inversions.sound(found)
+    assert good is found[0] and bad.status == "failed" and bad.error and bad.loss == torch.inf and (bad.images == 0.5).all()
+
+
+def test_an_attack_that_fits_no_defence_is_left_out_with_the_reason(trained, tmp_path):
+    run, found = trained
+    heard, attacks = Heard(), {"naive": NAIVE, "latent": config.LatentDecoding(), "zeroed": config.ZeroedLevel(iterations=1)}
+    run = with_speed(run, heard, attacks=attacks)
+    cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
+    assert {cell.name for cell in cells} == {"naive"} and [text.partition(" ")[0] for text in heard.notices] == ["latent", "zeroed"]
+    assert all("noise" in text for text in heard.notices)
+    heard.notices.clear()
+    assert {cell.name for cell in make_cells(run, found, tmp_path)} == set(attacks) and heard.notices == []
 
 
 def test_bad_input_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):

@@ -109,6 +109,11 @@ def test_attack_and_report_take_up_a_finished_run(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = results(out)["rows"]
     assert {(row["attack"], row["victims"], row["iterations"]) for row in rows} == {("naive", 4, 3)}
+    lines = len((out / "record.jsonl").read_text().splitlines())
+    (out / "results.json").unlink()  # as if it had been killed right before its last step
+    done = subprocess.run([*base, *asked], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and results(out)["rows"][0]["psnr_db"] == rows[0]["psnr_db"], done.stderr
+    assert len((out / "record.jsonl").read_text().splitlines()) == lines
     refused = subprocess.run([*base, *asked[:-3], "--out", str(tmp_path / "no")], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2 and "--allow-code" in refused.stderr
     picture = folder / "pictures" / "reconstructions-final.png"

@@ -89,4 +89,6 @@ def test_an_unknown_attack_is_one_error_that_names_the_presets(finished, tmp_pat
     done = attack(finished, tmp_path / "out", "--attack", "telepathy", check=False)
     fixed = attack(finished, tmp_path / "out", "--attack", "standard", "--iterations", "5", check=False)
     assert fixed.returncode == 2 and "budgets of an ensemble are fixed" in fixed.stderr and not (tmp_path / "out").exists()
+    counts = attack(finished, tmp_path / "out", "--attack", "naive", "analytic", "--labels", "counts", check=False)
+    assert counts.returncode == 2 and "the attack analytic takes known or recovered labels" in counts.stderr
     assert done.returncode == 2 and "telepathy" in done.stderr and "gradinversion" in done.stderr and "Traceback" not in done.stderr

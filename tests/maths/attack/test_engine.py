@@ -119,6 +119,16 @@ def test_an_update_that_holds_nothing_fails_alone_although_its_labels_cannot_be_
     assert [one.status for one in found] == ["failed", "ok", "ok"]
 
 
+def test_a_last_layer_that_was_pruned_away_hides_the_labels_and_fails_its_attack_alone(case):
+    observations, simulate, settings, _ = case
+    pruned = {name: torch.zeros_like(t) if name.startswith("predictor.3.") else t for name, t in observations[0].update.items()}
+    hidden = [dataclasses.replace(o, labels=None) for o in observations]
+    found = run([dataclasses.replace(hidden[0], update=pruned), *hidden[1:]], lambda: simulate, settings, at_once=6, **DOUBLE)
+    assert [one.status for one in found] == ["failed", "ok", "ok"] and "labels cannot be recovered" in found[0].error and (found[0].images == 0.5).all()
+    (granted,) = run([dataclasses.replace(observations[0], update=pruned)], lambda: simulate, settings, at_once=6, **DOUBLE)
+    assert granted.status == "ok"
+
+
 def test_identical_images_in_a_batch_are_one_answer_twice(tiny):
     """With labels alike too, the update is that of one image, and any pair of images with that mean gradient will do."""
     model = tiny.Net(activation=torch.nn.Tanh)

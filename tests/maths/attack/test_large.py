@@ -11,6 +11,7 @@ from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 from gidef.attack import Searched, drain, joint, naive, run_chunk, select
+from gidef.attack.batch import UNTOLD
 from gidef.attack.large import _dot, _Passes, invert_large, on_module
 from gidef.attack.matching import distance
 from gidef.errors import InputError
@@ -348,6 +349,14 @@ def test_an_update_without_anything_to_match_fails_without_a_pass(tiny, smooth, 
     assert found.keys() == reference.keys()
     for name in ("failure", "failed_at", "images", "labels", "loss", "fit"):
         torch.testing.assert_close(found[name], reference[name])
+
+
+def test_a_last_layer_that_tells_no_labels_fails_as_in_the_vectorised_program(tiny, smooth):
+    model, observation = smooth
+    pruned = {name: torch.zeros_like(t) if name.startswith("predictor.3.") else t for name, t in observation.update.items()}
+    hidden, settings = dataclasses.replace(observation, update=pruned, labels=None), naive(iterations=2, **tiny.settings)
+    found, reference = large(hidden, model, settings), double_backward(hidden, model, settings)
+    assert found["failure"].tolist() == reference["failure"].tolist() == [UNTOLD]
 
 
 def test_a_loss_that_becomes_nan_fails_and_leaves_the_parameters(tiny, smooth):

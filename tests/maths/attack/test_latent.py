@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
+from gidef.attack import latent
 from gidef.attack.latent import (
     Predictor,
     Reader,
@@ -308,6 +309,32 @@ def test_broken_updates_fail_alone_with_mid_grey_images():
         assert (one.images == 0.5).all() and one.loss == torch.inf
     torch.testing.assert_close(found[1].images, decoder(latents).detach(), rtol=1e-3, atol=1e-4)
     assert found[1].images.dtype == torch.float32 and found[1].loss < 1e-8
+
+
+def test_large_batches_are_matched_in_bounded_time(monkeypatch):
+    """A start of `unmix` costs as B³: fewer of them above 4 images, none above UNMIXED, where the free matching counts as it is."""
+    assert [latent._tries(32, size) for size in (1, 2, 4, 8)] == [2, 32, 32, 4]
+    model = split(dtype=torch.float32)
+    size = latent.UNMIXED + 1
+    seen, *_ = observe(model, size, labels=[number % CLASSES for number in range(size)])
+    monkeypatch.setattr(latent, "unmix", lambda *_, **__: pytest.fail("unmixed"))
+    read = result(latent.read_latent([seen], Predictor(model), seed=0, iterations=3, restarts=2))
+    matched = result(match_latent([seen], Predictor(model), seed=0, iterations=3, restarts=2))
+    torch.testing.assert_close(read.latents, matched.latents.double())
+    assert read.loss.isfinite().all() and read.losses.shape == (1, 2)
+
+
+def test_updates_that_tell_no_labels_fail_alone_where_none_are_granted():
+    model = split(dtype=torch.float32)
+    good, *_ = observe(model)
+    pruned = {name: torch.zeros_like(t) if name.startswith("backbone.head.") else t for name, t in good.update.items()}
+    updates = ({name: torch.zeros_like(t) for name, t in good.update.items()}, good.update, pruned)
+    hidden = [dataclasses.replace(good, update=update, labels=None) for update in updates]
+    decoder = decoder_for(model.latent_shape, 1, SHAPE, size="loop").eval()
+    found = result(invert_latent(hidden, Predictor(model), decoder, seed=0, iterations=5))
+    assert [one.status for one in found] == ["failed", "ok", "failed"] and "labels" in found[2].error and (found[2].images == 0.5).all()
+    matched = result(match_latent(hidden, Predictor(model), seed=0, iterations=5))
+    assert matched.loss.isfinite().tolist() == [False, True, False]
 
 
 def test_observations_that_do_not_fit_are_refused():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from gidef.attack.labels import LabelsHidden
 from gidef.attack.learned import _set_loss, _shares, fit_inverter, image_loss, invert_learned, seen, seen_length, sketch
 from gidef.data import synthetic_blood_cells
 from gidef.errors import InputError
@@ -281,6 +282,18 @@ def test_a_broken_update_fails_alone_with_its_reason_and_mid_grey_images(cells, 
     found = invert_learned([Observation(params, nothing, 1, labels=good.labels), good, Observation(params, broken, 1)], inverter)
     assert [one.status for one in found] == ["failed", "ok", "failed"] and "zero" in found[0].error and "not finite" in found[2].error
     assert (found[0].images == 0.5).all() and found[0].loss == math.inf and torch.equal(found[1].images, invert_learned([good], inverter)[0].images)
+
+
+def test_an_update_that_tells_no_labels_fails_alone_where_none_are_granted(cells, ready, monkeypatch):
+    inverter, simulate, params = ready
+    good = observe(simulate, params, cells.train.images[:1], cells.train.labels[:1])
+
+    def recover(observation, classes):
+        raise LabelsHidden("labels cannot be recovered")
+
+    monkeypatch.setattr("gidef.attack.learned.recover_labels", recover)
+    found = invert_learned([Observation(params, good.update, 1), good], inverter)
+    assert [one.status for one in found] == ["failed", "ok"] and "labels" in found[0].error and (found[0].images == 0.5).all()
 
 
 def test_observations_that_do_not_fit_the_inverter_are_refused(cells, ready):

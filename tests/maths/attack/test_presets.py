@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gidef import config
 from gidef.attack import deep_leakage, gradinversion, improved_deep_leakage, inverting_gradients, modern_inverting_gradients, run
 from gidef.attack.client import gradient_of, observed
 from gidef.attack.priors import bn_statistics
@@ -51,6 +52,21 @@ def test_gradinversion_agrees_on_a_consensus_and_finds_the_images(tiny, case):
     assert errors(pulled, truth).mean() < 0.03
     spread = [sum(float(one.restart_images.std(0).mean()) for one in found) for found in (pulled, alone)]
     assert spread[0] < spread[1], spread
+
+
+def test_a_published_attack_has_the_same_settings_as_a_dataclass_and_as_a_function(tiny):
+    """And none of what makes this engine's own attacks stronger."""
+    made = {
+        config.InvertingGradients: inverting_gradients(**tiny.settings), config.ModernInvertingGradients: modern_inverting_gradients(**tiny.settings),
+        config.DeepLeakage: deep_leakage(**tiny.settings), config.GradInversion: gradinversion(**tiny.settings),
+    }  # fmt: skip
+    for kind, settings in made.items():
+        for name in ("iterations", "restarts", "distance", "lr", "decay", "warmup", "tv", "tv_boost", "kink_width"):
+            assert getattr(kind(), name) == getattr(settings, name), (kind, name)
+        assert settings.kink_width is None and settings.tv_boost == 1.0
+    settings = made[config.GradInversion]  # as published
+    assert (settings.iterations, settings.lr, settings.decay, settings.warmup, settings.tv) == (20_000, 0.1, "cosine", 50, 1e-4)
+    assert settings.priors[0][0] == 1e-6 and settings.coupling is not None
 
 
 @pytest.mark.parametrize("make", [inverting_gradients, modern_inverting_gradients])
