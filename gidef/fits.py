@@ -198,7 +198,7 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         fit = fit_inverter(
             inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="vmap" if defence.budget is None and not defence.transforms else "loop",  # what steps and changes draw is drawn one after another
+            mode="vmap" if defence.budget is None and not defence.transforms and not defence.encoders else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
         for step in fit:
             report(step - before)
