@@ -42,7 +42,8 @@ class Conceal:
     Labels:  "known" grants the private images' classes, nothing of the concealing ones. Attacks that adapt search the concealing images and
              their soft labels beside the candidate.
     Broken by: by its own aim the released direction stays near the true gradient, which A0 matches all the same; and an attacker who searches
-             the concealing images as well has a model without misfit. Neither has been measured here at the published settings.
+             the concealing images as well has a model without misfit. Measured as for MixUp, at 20 iterations instead of the published 1,000: A0
+             17.1 dB, A3 24.8.
     """
 
     num_classes: int

@@ -27,6 +27,8 @@ class Mix:
              picture shows the partner, another of the client's patients, whom that score does not count.
     Labels:  "known" grants the victim's class, not λ and not the partner's class. Attacks that adapt search the soft labels from there.
     Broken by: gradient matching, which recovers the mixture (Huang et al. 2021); at α ≤ 1 one of the two images is often plain to see in it.
+             Measured on 4 synthetic cells of 16 × 16 after one round at α = 1, 400 iterations: A0, which takes the class for the label, 17.9 dB
+             against the mixtures; A3, which searches the labels, 32.3 against them and 22.3 against the private images (undefended 37.3).
     """
 
     num_classes: int

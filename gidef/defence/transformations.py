@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from gidef.types import Client, Tensors
 Policy = tuple[tuple[tuple[str, int], ...], ...]
 """Alternatives, each a sequence of (transformation, level)."""
 LEVELS = 10
+DIRECTED = ("shearX", "shearY", "translateX", "translateY", "color", "contrast", "sharpness", "brightness")
+"""Transformations that draw a sign."""
+FLAT = ("posterize", "equalize")
+MOST_DRAWS = 32
+"""Above this number of sequences that a policy may draw, an attack searches none of them, and recovers the transformed image."""
 
 
 def _blend(base: Tensor, images: Tensor, factor: Tensor) -> Tensor:
@@ -155,10 +161,12 @@ class Transformed:
     Source:  Gao et al. 2021, arXiv:2011.12505 ("hybrid" policies), transformations and levels as in the authors' code.
     Deviates: no search for a policy; no crop and flip before it; all that moves pixels is bilinear, where the source has the nearest pixel or
              bicubic; images are not rounded to 8 bits on the way.
-    Scores:  an attack recovers the transformed image, and is scored against the victim's image. A shift by some pixels ruins PSNR and hides nothing
-             from a reader: look at the judge's accuracy and at the pictures.
+    Scores:  attacks are scored against the victim's image, not the transformed one. One that overlooks the policy recovers the latter: a shift by
+             some pixels ruins its PSNR and hides nothing from a reader, so look at the judge's accuracy and at the pictures.
     Broken by: Balunović et al. 2022, arXiv:2111.04706, section 5: the same matching recovers the transformed image, above all early in
-             training. An attacker who also undoes the policy, which it knows, is not among the attacks here.
+             training. Attacks that adapt (A3 and others) search the draw, and so undo the policy, up to what a shift moved out of sight. Measured
+             on 4 synthetic cells of 16 × 16 after one round of the default policy, 400 iterations: A0 8.8 dB against the private images, 36.0
+             against the transformed ones; A3 23.6 dB against the private ones (undefended 37.3).
     """
 
     policy: Policy = ()
@@ -183,9 +191,26 @@ class Transformed:
             found[rows.to(images.device)] = some
         return found, labels
 
+    def draws(self) -> list[list[tuple[str, int, int]]]:
+        """Every sequence of (transformation, level, sign) that an image may go through."""
+        found = []
+        for alternative in self.policy:
+            signs = itertools.product(*((-1, 1) if name in DIRECTED else (1,) for name, _ in alternative))
+            found += [[(name, level, sign) for (name, level), sign in zip(alternative, some, strict=True)] for some in signs]
+        return found
+
     def unknowns(self, image_shape: tuple[int, ...], size: int) -> dict[str, Unknown]:
-        return {}
+        count = len(self.draws())
+        return {"draw": Unknown((size, count))} if 0 < count <= MOST_DRAWS else {}
 
     def imitate(self, images: Tensor, labels: Tensor, found: Tensors) -> tuple[Tensor, Tensor]:
-        """The candidate stands for the transformed image itself."""
-        return images, labels
+        """The candidate goes through every sequence that the policy may draw, and their results are mixed by weights that are searched: the client's
+        own is one of them. Rounding and equalising, which have no slope, are left out."""
+        every = []
+        for draw in self.draws():
+            moved = images
+            for name, level, sign in draw:
+                apply, amounts = TRANSFORMATIONS[name]
+                moved = moved if name in FLAT else apply(moved, amounts[level], images.new_full((len(images), 1, 1, 1), sign))
+            every.append(moved)
+        return torch.einsum("bd,dbchw->bchw", found["draw"].softmax(-1), torch.stack(every)), labels

@@ -203,6 +203,20 @@ def test_the_pages_names_and_policies_are_those_of_the_transformations():
     np.testing.assert_allclose(TRANSFORMATIONS["translateX"][1], np.linspace(0, 150 / 331, 10))
 
 
+def test_an_attacker_searches_among_all_sequences_that_a_policy_draws():
+    encoder = Transformed(ATS(policy=("rotate 4, shearX 5", "color 9, solarize 4, translateY 2")).parsed())
+    draws = encoder.draws()
+    assert [len(draw) for draw in draws] == [2, 2, 3, 3, 3, 3] and len({tuple(draw) for draw in draws}) == 6
+    images = torch.rand(40, 3, 9, 9, generator=generator(0))
+    found, _ = encoder.encode(images, torch.arange(40), client=None, generator=generator(1, "draws"))
+    each = torch.stack([encoder.imitate(images, None, {"draw": 1e3 * F.one_hot(torch.full((40,), k), 6)})[0] for k in range(6)])
+    assert ((each - found).abs().amax((2, 3, 4)) < 1e-5).sum(0).eq(1).all()  # each image went through exactly one of them
+    even, _ = encoder.imitate(images, None, {"draw": torch.zeros(40, 6)})
+    np.testing.assert_allclose(even.numpy(), each.numpy().mean(0), atol=1e-6)
+    assert encoder.unknowns((3, 9, 9), 40)["draw"].shape == (40, 6)
+    assert Transformed((tuple(("shearX", 1) for _ in range(6)),)).unknowns((3, 9, 9), 40) == {}  # 64 of them
+
+
 # --- concealing images -------------------------------------------------------------------------------------------------
 
 K, D = 4, (1, 3, 3)
