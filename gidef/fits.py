@@ -106,7 +106,11 @@ def decoder_task(run: Run, cell: Cell) -> Task:
         in_loop = copy.deepcopy(training.defence.decoder)
         images, guesses = [], []
         with torch.no_grad():
-            for batch, private in zip(cell.victims.images, cell.victims.private, strict=True):
+            victims = cell.victims
+            for batch, labels, owner, private in zip(victims.images, victims.labels, victims.owners, victims.private, strict=True):
+                batch, _ = observe.trained_on(
+                    run, cell.trained, cell.snapshot, batch, labels, owner=owner, private=private, batch=len(images), seed=cell.seed
+                )  # fmt: skip
                 held = {**private, **cell.snapshot.params}
                 load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
                 noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images), device=run.world.device))

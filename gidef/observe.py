@@ -100,21 +100,30 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
                 stream = ("victim-noise", snapshot.name, batch, *([repeat] if repeat else []))
                 noise = defence.draw_noise(count, generator=generator(seed, *stream))
             noise = noise.view(shape).to(device)
-        targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
         again = [repeat] if repeat else []
         steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
-        held = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
-        draw = generator(seed, "victim-encode", snapshot.name, batch, *again)
-        inputs, targets = defence.encode(images[batch], targets, client=setting.clients[owner], generator=draw, model=model, params=held)
+        inputs, targets = trained_on(run, trained, snapshot, images[batch], labels[batch], owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
         update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
-        own = _at_hand(run, model, held, inputs, targets.argmax(1))
+        own = _at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
         updates.append(update)
     return Victims(rows, owners, images, labels, noises, privates, updates)
+
+
+def trained_on(
+    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int, seed: int, repeat: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What a victim's client computes its update of: its batch and the classes as probabilities, encoded where the defence encodes."""
+    defence, targets = trained.training.defence, F.one_hot(labels, run.setting.dataset.num_classes).to(images.dtype)
+    if not defence.encoders:
+        return images, targets
+    held = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
+    draw = generator(seed, "victim-encode", snapshot.name, batch, *([repeat] if repeat else []))
+    return defence.encode(images, targets, client=run.setting.clients[owner], generator=draw, model=copy.deepcopy(defence.model), params=held)
 
 
 def _at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
+from gidef import applications, build, cells, fits, methods, observe
 from gidef import attack as attacks
-from gidef import build, cells, fits, methods, observe
 from gidef.config import (
     ATS,
     DCS,
@@ -20,6 +20,7 @@ from gidef.config import (
     EotMatching,
     Evaluation,
     GenerativePrior,
+    ImprintServer,
     InstaHide,
     JointMatching,
     LearnedInversion,
@@ -37,6 +38,7 @@ from gidef.config import (
 )
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.defence.encode import ENCODED
+from gidef.errors import InputError
 from gidef.parallel import World
 from gidef.report import Console
 from gidef.rng import generator
@@ -87,7 +89,7 @@ def released(run, one, **more):
 
 
 def trained_on(run, one, victims, batch):
-    """What the victims' client trained on instead of a batch."""
+    """What the victims' client trained on instead of a batch, by the law of the draws that the docs state."""
     snapshot, defence = one.snapshots["final"], one.training.defence
     return defence.encode(
         victims.images[batch], F.one_hot(victims.labels[batch], 8).float(), client=run.setting.clients[victims.owners[batch]],
@@ -234,6 +236,49 @@ def test_the_joint_attack_is_work_of_its_own_where_it_searches_the_draw(trained,
         naive, joint = cells.make_cells(run, {(name, 0): one}, tmp_path)
         assert (joint.twin is naive) == (name in NOTHING), name
         assert "scored against the private ones" in joint.note
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    changes_data = True
+
+    def encode(self, images, labels, *, client, generator):
+        return images / 2, labels
+
+    def unknowns(self, image_shape, size):
+        return {}
+
+    def imitate(self, images, labels, found):
+        raise AssertionError("nothing is searched")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    changes_data = True
+
+
+def test_a_defence_of_data_of_ones_own_is_taken_as_it_is_or_refused(trained):
+    run, _ = trained("undefended")
+    defence = build.make_defence((Half(), Undefended()), run.recipe, run.setting.dataset, seed=0)
+    images, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
+    found = defence.encode(images, labels, client=run.setting.clients[0], generator=generator(0), model=defence.model, params={})
+    assert torch.equal(found[0], images / 2) and found[1] is labels
+    with pytest.raises(InputError, match="Unfinished has changes_data, but no encode, unknowns, imitate"):
+        build.make_defence(Unfinished(), run.recipe, run.setting.dataset, seed=0)
+
+
+def test_the_bins_of_a_malicious_server_catch_what_was_trained_on(trained, tmp_path):
+    found = {}
+    for name in ("undefended", "instahide"):
+        run, one = trained(name)
+        run = evaluated(run, batch_size=1)
+        cell = cells.Cell(name, 0, "final", "imprint", ImprintServer(bins=16), one, one.snapshots["final"], tmp_path)
+        cell.releases = [released(run, one)]
+        images = torch.cat([one.images for one in applications._imprinted(run, cell, tmp_path)])
+        shown = torch.cat([trained_on(run, one, cell.victims, batch)[0] for batch in range(4)])
+        found[name] = [float((images - other).abs().amax()) for other in (shown, cell.victims.images.flatten(0, 1))]
+    assert max(found["undefended"]) < 1e-2
+    assert found["instahide"][0] < 1e-2 < 0.1 < found["instahide"][1]
 
 
 def test_a_model_of_a_defence_of_data_is_read_back(trained):
