@@ -150,9 +150,10 @@ def transformed(name, level, image, sign):
 @pytest.mark.parametrize("name", PIXELWISE)
 def test_what_changes_values_is_pillows(name, sign):
     for level in (0, 3, 7, 9):
-        image = photograph(level)
+        image = photograph(level, (3, 40, 40))  # with more pixels than values, or equalising does nothing
         found, amount = transformed(name, level, image, sign)
         expected = np.asarray(PIXELWISE[name](Image.fromarray(image), amount, sign)).astype(float)
+        assert name in ("posterize", "autocontrast") or level == 0 or np.abs(expected - image).max() > 3
         exact = name in ("invert", "equalize", "posterize", "solarize")
         assert np.abs(found - expected).max() < (1e-3 if exact else 2.01), (name, level)  # Pillow rounds grey values and means
         assert exact or np.abs(found - expected).mean() < 0.8
