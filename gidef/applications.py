@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
@@ -107,8 +106,10 @@ def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
     sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
     simulate, defence = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")(), cell.trained.training.defence
     victims, found = cell.victims, []
-    for images, labels, noise, private in zip(victims.images, victims.labels, victims.noise, victims.private, strict=True):
-        targets = F.one_hot(labels, dataset.num_classes).to(images.dtype)
+    for images, labels, owner, noise, private in zip(victims.images, victims.labels, victims.owners, victims.noise, victims.private, strict=True):
+        images, targets = observe.trained_on(
+            run, cell.trained, cell.snapshot, images, labels, owner=owner, private=private, batch=len(found), seed=cell.seed
+        )  # fmt: skip
         params = {name: tensor for name, tensor in cell.snapshot.params.items() if not name.startswith(DECODER)}
         known = {**private, **cell.snapshot.params}
 

@@ -26,7 +26,11 @@ from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.censor import Orthogonal
 from gidef.defence.clipping import Clip
+from gidef.defence.concealing import Conceal
+from gidef.defence.encode import Encoder
+from gidef.defence.instahide import Hide
 from gidef.defence.isotropic import isotropic_noise
+from gidef.defence.mixup import Mix
 from gidef.defence.noise import AddNoise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
@@ -35,6 +39,7 @@ from gidef.defence.share import Transform
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
+from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
@@ -161,11 +166,29 @@ def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *
     """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`. spends: see `privacy_budget`;
     a private defence without it can be looked at, not trained."""
     parts = chosen if isinstance(chosen, tuple) else (chosen,)
-    trained = [part for part in parts if not getattr(part, "changes_update", False)]
+    trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
     defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed, spends=spends)
     defence.transforms = tuple(_make_transform(part, recipe, spends) for part in parts if getattr(part, "changes_update", False))
+    defence.encoders = tuple(_make_encoder(part, dataset.num_classes) for part in parts if getattr(part, "changes_data", False))
     defence.budget = spends
     return defence
+
+
+def _make_encoder(chosen: Any, num_classes: int) -> Encoder:
+    match chosen:
+        case config.MixUp():
+            return Mix(num_classes, mixing=chosen.mixing)
+        case config.InstaHide():
+            return Hide(num_classes, mixed=chosen.mixed, largest=chosen.largest, signs=chosen.signs)
+        case config.ATS():
+            return Transformed(chosen.parsed())
+        case config.DCS():
+            own = {spec.name: getattr(chosen, spec.name) for spec in dataclasses.fields(chosen)}
+            return Conceal(num_classes, **own)
+    missing = [name for name in ("encode", "unknowns", "imitate") if not callable(getattr(chosen, name, None))]
+    if missing:
+        raise InputError(f"{type(chosen).__name__} has changes_data, but no {', '.join(missing)}: see gidef.defence.encode.")
+    return chosen
 
 
 def _make_transform(chosen: Any, recipe: config.Recipe, spends: Budget | None) -> Transform:
@@ -360,7 +383,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
     participation = Participation(
-        [defence.player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
+        [defence.encoded_player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",

@@ -12,6 +12,7 @@ from typing import Any
 
 from gidef import config, observe
 from gidef.attack import Calibration
+from gidef.defence.encode import searched_of
 from gidef.training import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
@@ -143,6 +144,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         if keeps_decoder(run, one):
             words = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}
             said.append(words[attack.decoder])
+    if one.training.defence.encoders:
+        said.append("the client trains on encoded images; scored against the private ones")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":
@@ -163,7 +166,7 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
         return True
     # under `head` the joint attack alone is given the private front
     defence = one.training.defence
-    if defence.noise_shape is not None or defence.transforms or defence.budget is not None or (defence.own_terms and run.recipe.evaluation.released_loss == "client") or run.recipe.share_policy == "head":
+    if defence.noise_shape is not None or defence.transforms or searched_of(defence.encoders, run.setting.dataset.image_shape, 1) or defence.budget is not None or (defence.own_terms and run.recipe.evaluation.released_loss == "client") or run.recipe.share_policy == "head":
         return False
     if type(attack) is not config.JointMatching or type(other.attack) is not config.NaiveMatching:
         return False

@@ -106,7 +106,11 @@ def decoder_task(run: Run, cell: Cell) -> Task:
         in_loop = copy.deepcopy(training.defence.decoder)
         images, guesses = [], []
         with torch.no_grad():
-            for batch, private in zip(cell.victims.images, cell.victims.private, strict=True):
+            victims = cell.victims
+            for batch, labels, owner, private in zip(victims.images, victims.labels, victims.owners, victims.private, strict=True):
+                batch, _ = observe.trained_on(
+                    run, cell.trained, cell.snapshot, batch, labels, owner=owner, private=private, batch=len(images), seed=cell.seed
+                )  # fmt: skip
                 held = {**private, **cell.snapshot.params}
                 load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
                 noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images), device=run.world.device))
@@ -198,7 +202,7 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         fit = fit_inverter(
             inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="vmap" if defence.budget is None and not defence.transforms else "loop",  # what steps and changes draw is drawn one after another
+            mode="vmap" if defence.budget is None and not defence.transforms and not defence.encoders else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
         for step in fit:
             report(step - before)

@@ -23,6 +23,7 @@ from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.priors import decoder_aware
 from gidef.attack.simulate import DRAWS
 from gidef.clients.participate import DECODER
+from gidef.defence.encode import searched_of
 from gidef.rng import generator
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
@@ -65,6 +66,8 @@ class Case:
     decoder: nn.Module | None
     seed: int
     fitted: Mapping[str, Any] = field(default_factory=dict)
+    searched: Mapping[str, Searched] = field(default_factory=dict)
+    """Of what the client did to its images and labels, where the attack adapts; `simulator` looks for them in `known`."""
 
     @property
     def observations(self) -> list[Observation]:
@@ -77,7 +80,7 @@ class Case:
         own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
         if getattr(self.attack, "soft_sign", False):
             own["signed"] = "soft"
-        common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS}
+        common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched}
         return {**common, **own, **changes}
 
     def matching(self, **changes: Any) -> Matching:
@@ -91,6 +94,7 @@ def make_case(
     defence, fitted, recipe = trained.training.defence, dict(fitted or {}), run.recipe
     seen = [observe.observations(run, trained, snapshot, attack, release, surrogate=fitted.get("surrogate")) for release in releases]
     model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
+    unknowns = searched_of(defence.encoders, run.setting.dataset.image_shape, recipe.evaluation.batch_size) if observe.adapts(attack) else {}
     return Case(
         attack=attack, rounds=seen, simulator=observe.observed_simulator(
             run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
@@ -98,6 +102,7 @@ def make_case(
         gradient=defence.simulator(terms="utility", progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
+        searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
     )  # fmt: skip
 
 

@@ -15,10 +15,11 @@ from torch import Generator, Tensor, nn
 from gidef import config
 from gidef.attack import local_sgd, recover_labels
 from gidef.clients.participate import DECODER
+from gidef.defence.encode import imitating
 from gidef.defence.share import imitated, revealed
 from gidef.rng import generator, stream_seed
 from gidef.training import Run, Snapshot, Trained
-from gidef.types import Observation, Own, Tensors
+from gidef.types import Client, Observation, Own, Tensors
 
 Simulate = Callable[..., Tensors]
 
@@ -43,16 +44,16 @@ class Victims:
 def observed_simulator(
     run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False, drawn: Generator | None = None
 ) -> Callable[[], Simulate]:
-    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves. drawn: as the
+    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves, and those of what is trained on. drawn: as the
     client itself computes it, before these changes, with the noise of its steps from this generator where they have any."""
     evaluation, defence = run.recipe.evaluation, trained.training.defence
     make = defence.simulator(terms=terms, progress=snapshot.progress)
     if adaptive or drawn is not None:
         make = defence.stepped(make, generator=drawn)
     unrolled = make if evaluation.release == "gradient" else lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
-    if not adaptive or not defence.transforms:
+    if not adaptive:
         return unrolled
-    return lambda: imitated(unrolled(), defence.transforms)
+    return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
 
 
 def noise_shape(run: Run, trained: Trained) -> tuple[int, ...] | None:
@@ -69,6 +70,9 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     """Let the victims' clients compute what they would send, at a checkpoint, with fresh noise from (seed, checkpoint, batch, repeat).
 
     repeat: number of a release of the same batch at the same weights, for attacks over several rounds.
+
+    Where the defence encodes what is trained on, partners come from the batch's client, draws from (seed, checkpoint, batch, repeat); `images`
+    stay the private ones, against which attacks are scored.
 
     A batch belongs to the client that holds its first image: that client's decoder and front are used. Images, and so rows, are
     sorted by owner before they are cut into batches; with more images per batch than victims per client, a batch mixes clients.
@@ -96,18 +100,30 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
                 stream = ("victim-noise", snapshot.name, batch, *([repeat] if repeat else []))
                 noise = defence.draw_noise(count, generator=generator(seed, *stream))
             noise = noise.view(shape).to(device)
-        targets = F.one_hot(labels[batch], setting.dataset.num_classes).to(images.dtype)
         again = [repeat] if repeat else []
         steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
-        update = simulate(snapshot.params, private, images[batch], targets, noise)
+        inputs, targets = trained_on(run, trained, snapshot, images[batch], labels[batch], owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
+        update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
-        own = _at_hand(run, model, {**private, **snapshot.params}, images[batch], labels[batch])
+        own = _at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
         updates.append(update)
     return Victims(rows, owners, images, labels, noises, privates, updates)
+
+
+def trained_on(
+    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int, seed: int, repeat: int = 0
+) -> tuple[Tensor, Tensor]:
+    """What a victim's client computes its update of: its batch and the classes as probabilities, encoded where the defence encodes."""
+    defence, targets = trained.training.defence, F.one_hot(labels, run.setting.dataset.num_classes).to(images.dtype)
+    if not defence.encoders:
+        return images, targets
+    held = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
+    draw = generator(seed, "victim-encode", snapshot.name, batch, *([repeat] if repeat else []))
+    return defence.encode(images, targets, client=run.setting.clients[owner], generator=draw, model=copy.deepcopy(defence.model), params=held)
 
 
 def _at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:
@@ -117,17 +133,21 @@ def _at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, label
 
 
 def changed(run: Run, trained: Trained, simulate: Simulate, *, seed: int) -> Simulate:
-    """The simulator of an attacker who plays the client on public images: updates as they would leave, their changes drawn one after another.
+    """The simulator of an attacker who plays the client on public images: updates as they would leave, their changes drawn one after another,
+    and those of the images, with public ones for partners.
 
     Not differentiable, nor fit for vmap; the simulator itself where nothing changes.
     """
-    defence = trained.training.defence
-    if not defence.transforms:
+    defence, public = trained.training.defence, run.setting.dataset.val
+    if not defence.transforms and not defence.encoders:
         return simulate
-    model, draws = copy.deepcopy(defence.model), generator(seed, "attacker's share")
+    model, draws, mixes = copy.deepcopy(defence.model), generator(seed, "attacker's share"), generator(seed, "attacker's encode")
+    pool = Client(-1, public.images, public.labels)
 
     def released(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
-        own = _at_hand(run, model, {**known, **params}, images, labels.argmax(1))
+        held = {name: tensor for name, tensor in {**known, **params}.items() if not name.startswith(DECODER)}
+        images, labels = defence.encode(images, labels, client=pool, generator=mixes, model=model, params=held)
+        own = _at_hand(run, model, held, images, labels.argmax(1))
         return defence.share(simulate(params, known, images, labels, noise), generator=draws, own=own)
 
     return released
@@ -195,7 +215,8 @@ def adapts(attack: Any) -> bool:
 
 
 def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:
-    """What the threat model grants; of counts, the order within the batch stays unknown."""
+    """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch
+    stays unknown."""
     if attack.labels == "counts":
         return labels.sort().values
     return labels if attack.labels == "known" or isinstance(attack, config.SkipLayers) else None

@@ -42,7 +42,9 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     standard,
 )
 from gidef.config.defences import (  # noqa: F401  (the page of defences)
+    ATS,
     CVB,
+    DCS,
     DEFENCES,
     DPSGD,
     BiDO,
@@ -51,9 +53,11 @@ from gidef.config.defences import (  # noqa: F401  (the page of defences)
     Clipping,
     GradDefense,
     GradientNoise,
+    InstaHide,
     IsotropicNoise,
     LearnedPerturbation,
     Matched,
+    MixUp,
     Precode,
     Pruning,
     Quantisation,
@@ -347,6 +351,7 @@ _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
 _LESS_THAN |= {"delta": 1}
+_AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
 def problems(recipe: Recipe) -> list[str]:
@@ -394,8 +399,9 @@ def problems(recipe: Recipe) -> list[str]:
         if not parts:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
-        if sum(not getattr(part, "changes_update", False) for part in parts) > 1 and not _coupled(parts):
-            found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates. Keep one of them.")
+        found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
+        if sum(not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False) for part in parts) > 1 and not _coupled(parts):
+            found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
                 if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
@@ -449,6 +455,27 @@ def _coupled(parts: tuple[Any, ...]) -> list[str]:
         return []
     coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
     return [type(part).__name__ for part in coupled]
+
+
+def _data_problems(parts: tuple[Any, ...]) -> list[str]:
+    """What is wrong with the defences of data among a combination, without its name."""
+    found, data = [], [part for part in parts if getattr(part, "changes_data", False)]
+    for part in data:
+        if isinstance(part, InstaHide) and part.mixed > 1 and part.largest * part.mixed < 1.25:
+            found.append(f"largest={part.largest} leaves next to no coefficients of {part.mixed} images: give at least {1.25 / part.mixed:.3g}.")
+        if isinstance(part, ATS):
+            try:
+                part.parsed()
+            except ValueError as error:
+                found.append(str(error))
+        if isinstance(part, DCS) and part.blend > 1:
+            found.append(f"blend={part.blend}: expected a share in [0, 1].")
+    if data and any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+        found.append(f"{type(data[0]).__name__} changes the images of a batch that DPSGD counts one by one: take level=client, or leave one out.")
+    apart = [part for part in parts if not getattr(part, "changes_update", False) and part not in data and not isinstance(part, Undefended)]
+    if any(isinstance(part, DCS) for part in data) and apart:
+        found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
 
 
 def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list[str]:

@@ -1,4 +1,5 @@
-"""The defences that a recipe may choose. Those with `changes_update` act on what leaves, and combine with any other in a tuple."""
+"""The defences that a recipe may choose. Those with `changes_update` act on what leaves, those with `changes_data` on what is trained on; both combine
+with any other in a tuple."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -211,6 +212,87 @@ class GradDefense:
     """Slices that get noise, at most `slices`."""
 
 
+# --- of data: what a client trains on -----------------------------------------------------------------------------------
+
+
+@_config
+class MixUp:
+    """Every image is mixed with another of its client, labels alike (Zhang et al. 2018)."""
+
+    changes_data: ClassVar[bool] = True
+    mixing: float = 1.0
+    """alpha of Beta(alpha, alpha), from which the shares come; 0 mixes nothing."""
+
+
+@_config
+class InstaHide:
+    """Every image is mixed with others of its client, and every entry of the mixture gets a random sign (Huang et al. 2020)."""
+
+    changes_data: ClassVar[bool] = True
+    mixed: int = 4
+    """k, images in a mixture; 1 mixes nothing."""
+    largest: float = 0.65
+    """Bound of a mixture's coefficients; at least 1.25 / mixed."""
+    signs: bool = True
+    """Of the image scaled to [-1, 1]."""
+
+
+@_config
+class ATS:
+    """Every image goes through one of some sequences of transformations (Gao et al. 2021)."""
+
+    changes_data: ClassVar[bool] = True
+    policy: tuple[str, ...] = ("cifar100-resnet20",)
+    """Alternatives: names of published policies, or transformations with levels 0 to 9, e.g. "translateX 9, contrast 6, translateY 2"; () changes
+    nothing. There are shearX, shearY, translateX, translateY, rotate, color, posterize, solarize, contrast, sharpness, brightness, autocontrast,
+    equalize and invert."""
+
+    def parsed(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """Alternatives, each a sequence of (transformation, level).  Raises: ValueError for one that is none."""
+        texts = [text for entry in self.policy for text in ATS_POLICIES.get(entry, (entry,))]
+        found = []
+        for text in texts:
+            steps = [step.split() for step in text.split(",")]
+            if not all(len(step) == 2 and step[0] in ATS_TRANSFORMATIONS and step[1] in "0123456789" and len(step[1]) == 1 for step in steps):
+                names = ", ".join(ATS_POLICIES)
+                raise ValueError(f"policy holds {text!r}: expected {names}, or transformations with a level each, like \"rotate 2, contrast 6\".")
+            found.append(tuple((name, int(level)) for name, level in steps))
+        return tuple(found)
+
+
+ATS_TRANSFORMATIONS = (
+    "shearX", "shearY", "translateX", "translateY", "rotate", "color", "posterize", "solarize", "contrast", "sharpness", "brightness",
+    "autocontrast", "equalize", "invert",
+)  # fmt: skip
+ATS_POLICIES = {
+    "cifar100-resnet20": ("translateX 9, contrast 6, translateY 2", "translateY 3, contrast 7, contrast 7"),
+    "cifar100-convnet": ("translateX 5, brightness 5, translateX 9", "translateY 2, sharpness 1, brightness 9"),
+}
+"""3-1-7+43-18-18, of the authors' benchmark, and 21-13-3+7-4-15, as Wu et al. 2024 attack it, in the numbers of the authors' list."""
+
+
+@_config
+class DCS:
+    """Beside every image others are trained on, of nearly the same gradient and unlike to look at (DCS-2, Wu et al. 2024). Every batch costs about
+    3 x iterations more."""
+
+    changes_data: ClassVar[bool] = True
+    concealed: int = 1
+    """Such images per image; 0 is none."""
+    iterations: int = 100
+    """Of their search; published: 1000."""
+    x_weight: float = 0.01
+    """lambda_x, of being unlike."""
+    z_weight: float = 0.01
+    """lambda_z, of logits alike; published: 0.01 on CIFAR-10."""
+    blend: float = 0.7
+    """lambda_y, share of the foreign image and label in the start and the label."""
+    lr: float = 0.1
+    """In units of 0.25 of the pixels' range."""
+    apart: float = 150.0
+    """Mean distance from the private images at which the search ends, in the same units."""
+
+
 # --- of gradients with a certificate: differential privacy --------------------------------------------------------------
 
 
@@ -293,3 +375,4 @@ def _fields(part: Any) -> set[str]:
 
 
 DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)
+DEFENCES += (MixUp, InstaHide, ATS, DCS)

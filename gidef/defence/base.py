@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef.defence.accounting import Budget
+from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.share import Transform, apply_all
 from gidef.models import SplitModel
 from gidef.types import Client, Own, Tensors
@@ -35,10 +36,12 @@ class Defence:
     decoder:     what the client trains and keeps beside it, or None.
     noise_shape: of one image's noise, or None if the training has none.
     transforms:  what happens to an update before it leaves, in order (see defence.share).
+    encoders:    what happens to images and labels before they are trained on, in order (see defence.encode).
     budget:      the (ε, δ) of the training, None where it is not differentially private.
     """
 
     transforms: tuple[Transform, ...] = ()
+    encoders: tuple[Encoder, ...] = ()
     own_terms: bool = False
     """Whether the client's loss has terms beside cross-entropy although there is no noise."""
     budget: Budget | None = None
@@ -64,6 +67,14 @@ class Defence:
     def player(self) -> Plain:
         """A fresh player with copies of its own, for one worker (see clients.local.Player)."""
         return Plain(copy.deepcopy(self.model))
+
+    def encoded_player(self) -> Plain | EncodedPlayer:
+        """`player`, on encoded batches where there are encoders."""
+        return EncodedPlayer(self.player(), self.encode) if self.encoders else self.player()
+
+    def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator, model: nn.Module, params: Tensors) -> tuple[Tensor, Tensor]:
+        """What the client trains on instead of a batch (see defence.encode). model, params: its network, and all of its weights now."""
+        return encode_all(self.encoders, images, labels, client=client, generator=generator, model=model, params=params)
 
     def draw_noise(self, count: int, *, generator: Generator) -> Tensor | None:
         """Noise as a client draws it for `count` images, or None."""

@@ -12,7 +12,9 @@ import pytest
 
 from gidef import config, importing
 from gidef.config import (
+    ATS,
     CVB,
+    DCS,
     DPSGD,
     PRESETS,
     BiDO,
@@ -31,12 +33,14 @@ from gidef.config import (
     GradientNoise,
     GradInversion,
     Iid,
+    InstaHide,
     InvertingGradients,
     IsotropicNoise,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
     Matched,
+    MixUp,
     Model,
     MultiRound,
     NaiveMatching,
@@ -116,6 +120,8 @@ def recipes():
     changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
     yield Recipe(defences={"of updates": changed, "inside": (Censor(draws=3), Soteria(share=0.5, layer="backbone.head"), GradDefense(slices=4, noisy=2))})
     yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
+    of_data = (MixUp(mixing=0.5), ATS(policy=("cifar100-convnet", "rotate 2, invert 0")), InstaHide(mixed=2, largest=0.7, signs=False), DPSGD(level="client"))
+    yield Recipe(defences={"m": of_data, "c": (DCS(concealed=2, iterations=5, x_weight=0.1, z_weight=0.1, blend=1.0, lr=0.2, apart=9.0), Sign())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -162,6 +168,12 @@ IMPOSSIBLE = [
     (Recipe(defences={"x": IsotropicNoise(std=-0.1)}), "defences.x.std=-0.1", "at least 0"),
     (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
+    (Recipe(defences={"x": MixUp(mixing=-1.0)}), "defences.x.mixing=-1.0", "at least 0"),
+    (Recipe(defences={"x": InstaHide(largest=0.25)}), "defences.x: largest=0.25", "at least 0.312"),
+    (Recipe(defences={"x": ATS(policy=("rotate 11",))}), "defences.x: policy holds 'rotate 11'", "a level each"),
+    (Recipe(defences={"x": DCS(blend=1.1)}), "defences.x: blend=1.1", "[0, 1]"),
+    (Recipe(defences={"x": (DCS(), LearnedPerturbation())}), "defences.x: DCS adds images", "leave one out"),
+    (Recipe(defences={"x": (MixUp(), DPSGD())}), "defences.x: MixUp changes the images", "level=client"),
     (Recipe(defences={"both": (Undefended(), Undefended())}), "defences.both", "Keep one"),
     (Recipe(defences={"d": DPSGD(noise_multiplier=1.0)}), "defences.d: noise_multiplier=1.0 and target_epsilon=8.0", "exactly one"),
     (Recipe(defences={"d": DPSGD(target_epsilon=None)}), "defences.d: noise_multiplier=None and target_epsilon=None", "exactly one"),

@@ -1,0 +1,295 @@
+"""Every defence of data in a run: small synthetic cells, one round of training, what it released, short attacks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad
+
+from gidef import applications, build, cells, fits, methods, observe
+from gidef import attack as attacks
+from gidef.config import (
+    ATS,
+    DCS,
+    BiDO,
+    Data,
+    DeepLeakage,
+    EotMatching,
+    Evaluation,
+    GenerativePrior,
+    ImprintServer,
+    InstaHide,
+    JointMatching,
+    LearnedInversion,
+    LearnedPerturbation,
+    LocalTraining,
+    MixUp,
+    Model,
+    MultiRound,
+    NaiveMatching,
+    Pruning,
+    Recipe,
+    Rounds,
+    Speed,
+    Undefended,
+)
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.defence.encode import ENCODED
+from gidef.errors import InputError
+from gidef.parallel import World
+from gidef.report import Console
+from gidef.rng import generator
+from gidef.training import Run, train
+
+ALONE = {"mixup": MixUp(), "instahide": InstaHide(), "ats": ATS(), "dcs": DCS(iterations=4)}
+NOTHING = {"mixup 0": MixUp(mixing=0.0), "instahide 0": InstaHide(mixed=1, signs=False), "ats 0": ATS(policy=()), "dcs 0": DCS(concealed=0)}
+TOGETHER = {
+    "all": (ATS(policy=("rotate 3", "color 9")), MixUp(mixing=0.5), InstaHide(mixed=2), LearnedPerturbation(ramp=0.0), Pruning(share=0.5)),
+    "bido": (MixUp(), BiDO()),
+}  # fmt: skip
+DEFENCES = {"undefended": Undefended(), **ALONE, **NOTHING, **TOGETHER}
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=48, val=24, test=16, size=16)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    before, found = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    recipe = Recipe(
+        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+        clients=LocalTraining(batch_size=8), defences=DEFENCES, speed=Speed(device="cpu", workers=2),
+        evaluation=Evaluation(num_victims=4, num_tuning=0, batch_size=2, checkpoints=("final",)),
+        attacks={"naive": NaiveMatching(), "joint": JointMatching()},
+    )  # fmt: skip
+    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
+    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
+
+    def one(name):
+        if name not in found:
+            found[name] = train(run, name, DEFENCES[name], 0)
+        return run, found[name]
+
+    yield one
+    torch.set_num_threads(before)
+
+
+def evaluated(run: Run, **changes) -> Run:
+    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+
+
+def released(run, one, **more):
+    return observe.release(run, one, one.snapshots["final"], seed=0, **more)
+
+
+def trained_on(run, one, victims, batch):
+    """What the victims' client trained on instead of a batch, by the law of the draws that the docs state."""
+    snapshot, defence = one.snapshots["final"], one.training.defence
+    return defence.encode(
+        victims.images[batch], F.one_hot(victims.labels[batch], 8).float(), client=run.setting.clients[victims.owners[batch]],
+        generator=generator(0, "victim-encode", "final", batch), model=defence.model, params=snapshot.params,
+    )  # fmt: skip
+
+
+def the_draws(encoder, images, moved):
+    """Weights, as an attacker may search them, of the sequence that each image went through."""
+    count = len(encoder.draws())
+    each = [encoder.imitate(images, None, {"draw": 1e3 * F.one_hot(torch.full((len(images),), place), count)})[0] for place in range(count)]
+    errors = torch.stack([(one - moved).abs().amax((1, 2, 3)) for one in each], dim=1)
+    assert errors.amin(1).max() < 1e-5
+    return 1e3 * F.one_hot(errors.argmin(1), count).float()
+
+
+def apart(left, right) -> float:
+    return (sum(float((left[name] - right[name]).square().sum()) for name in right) / sum(float(t.square().sum()) for t in right.values())) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["gradient", "delta"])
+@pytest.mark.parametrize("name", [*ALONE, *TOGETHER])
+def test_a_round_is_trained_and_attacked(name, kind, trained):
+    run, one = trained(name)
+    bare, client = trained("undefended")[1], run.setting.clients[0]
+    sent, again, plain = (o.training.participation.train(o.training.server, client, worker=worker).delta for o, worker in ((one, 0), (one, 1), (bare, 0)))
+    assert name == "all" or all(torch.equal(tensor, again[key]) for key, tensor in sent.items())  # whatever worker it is; a kept decoder has moved
+    assert all(tensor.isfinite().all() for tensor in sent.values()) and any(not torch.equal(sent[key], plain[key]) for key in plain)
+    run = evaluated(run, release=kind, local_steps=1 if kind == "gradient" else 2)
+    victims = released(run, one)
+    for attack in (NaiveMatching(iterations=3), JointMatching(iterations=3), JointMatching(iterations=3, labels="recovered")):
+        case = methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0)
+        assert bool(case.searched) == (isinstance(attack, JointMatching))
+        for batch, observation in enumerate(case.observations):
+            assert observation.num_examples == 2 and not any(key.startswith(ENCODED) for key in observation.known)
+            assert observation.labels is None if attack.labels == "recovered" else torch.equal(observation.labels, victims.labels[batch])
+        plan = methods.plan(case)
+        for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+            assert found.status == "ok" and found.images.isfinite().all() and found.losses.isfinite().all(), found.error
+            assert found.images.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_at_strength_zero_training_and_release_are_the_undefended_ones_bit_for_bit(name, trained):
+    (run, one), (_, bare) = trained(name), trained("undefended")
+    for key, tensor in bare.snapshots["final"].params.items():
+        assert torch.equal(one.snapshots["final"].params[key], tensor), key
+    for mine, theirs in zip(released(run, one).updates, released(run, bare).updates, strict=True):
+        assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
+    case = methods.make_case(run, one, one.snapshots["final"], JointMatching(), [released(run, one)], seed=0)
+    assert case.searched == {}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_is_released_is_the_gradient_of_what_was_trained_on_and_scored_against_the_private_images(name, trained):
+    run, one = trained(name)
+    victims, model = released(run, one), one.training.defence.model
+    private = run.setting.dataset.train.images[victims.rows].float() / 255
+    assert torch.equal(victims.images, private)
+    for batch, update in enumerate(victims.updates):
+        images, labels = trained_on(run, one, victims, batch)
+        expected = grad(lambda w, x=images, y=labels: -(y * functional_call(model, w, (x,)).log_softmax(1)).sum(1).mean())(one.snapshots["final"].params)
+        assert apart(update, expected) < 1e-5
+        raw = grad(lambda w, x=private[batch], y=victims.labels[batch]: F.cross_entropy(functional_call(model, w, (x,)), y))(one.snapshots["final"].params)
+        assert apart(update, raw) > 0.01
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_an_attacker_who_adapts_can_match_exactly_and_one_who_does_not_cannot(name, trained):
+    run, one = trained(name)
+    victims, snapshot = released(run, one), one.snapshots["final"]
+    images, labels = trained_on(run, one, victims, 0)
+    shown = victims.images[0] if name == "ats" else images[:: len(images) // 2]  # what the candidate can become at best
+    found = {}
+    for attack in (NaiveMatching(), JointMatching()):
+        case = methods.make_case(run, one, snapshot, attack, [victims], seed=0)
+        assert bool(case.searched) == (isinstance(attack, JointMatching))
+        granted = F.one_hot(victims.labels[0], 8).float()
+        draws = {}
+        for key in case.searched:
+            if key.endswith("images"):
+                draws[key] = images[1::2]
+            elif key.endswith("draw"):
+                draws[key] = the_draws(one.training.defence.encoders[0], victims.images[0], images)
+            else:
+                trust = 0.5 if name != "dcs" else 0.3
+                mine = labels if name != "dcs" else labels[1::2]
+                draws[key] = (mine + 1e-12).log() - (trust * granted + (1 - trust) / 8).log()
+        observation = case.observations[0]
+        update = case.simulator()(observation.params, {**observation.known, **draws}, shown, granted, None)
+        found[type(attack)] = apart(update, observation.update)
+    assert found[JointMatching] < 1e-4
+    assert found[NaiveMatching] > 0.01
+
+
+def test_partners_come_from_the_victims_own_client_alone(trained):
+    run, one = trained("mixup")
+    victims = released(run, one)
+    for batch in range(2):
+        client = run.setting.clients[victims.owners[batch]]
+        images, _ = trained_on(run, one, victims, batch)
+        for image, private in zip(images, victims.images[batch], strict=True):
+            pool = client.images.float() / 255 - private
+            share = ((image - private) * pool).flatten(1).sum(1) / pool.flatten(1).square().sum(1).clamp(min=1e-9)
+            rest = (image - private - share[:, None, None, None] * pool).flatten(1).norm(dim=1)
+            assert rest.min() < 1e-4
+
+
+def test_several_releases_of_a_batch_are_mixed_afresh(trained):
+    for name in ALONE:
+        run, one = trained(name)
+        first, again, other = released(run, one), released(run, one), released(run, one, repeat=1)
+        for a, b, c in zip(first.updates, again.updates, other.updates, strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a), name
+
+
+@pytest.mark.parametrize(
+    "attack", [EotMatching(iterations=2, samples=2), MultiRound(iterations=2, rounds=2), DeepLeakage(iterations=2)], ids=["eot", "rounds", "dlg"]
+)
+def test_other_attacks_run_through_a_whole_tuple(attack, trained):
+    run, one = trained("all")
+    releases = [released(run, one, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, releases, seed=0))
+    assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
+
+
+def test_a_network_is_trained_on_encoded_public_images_with_public_partners(trained, tmp_path):
+    run, one = trained("mixup")
+    attack = LearnedInversion(steps=2, gradients=24)
+    cell = cells.Cell("mixup", 0, "final", "learned", attack, one, one.snapshots["final"], tmp_path)
+    cell.releases = [released(run, one)]
+    seen, encode = [], one.training.defence.encode
+    one.training.defence.encode = lambda images, labels, **more: seen.append(more["client"]) or encode(images, labels, **more)
+    try:
+        fits.inverter_task(run, cell).do(0, lambda units: None)
+    finally:
+        del one.training.defence.encode
+    assert len(seen) >= 24 and all(client.images is run.setting.dataset.val.images for client in seen)
+
+
+def test_the_joint_attack_is_work_of_its_own_where_it_searches_the_draw(trained, tmp_path):
+    for name in (*ALONE, *NOTHING):
+        run, one = trained(name)
+        naive, joint = cells.make_cells(run, {(name, 0): one}, tmp_path)
+        assert (joint.twin is naive) == (name in NOTHING), name
+        assert "scored against the private ones" in joint.note
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    changes_data = True
+
+    def encode(self, images, labels, *, client, generator):
+        return images / 2, labels
+
+    def unknowns(self, image_shape, size):
+        return {}
+
+    def imitate(self, images, labels, found):
+        raise AssertionError("nothing is searched")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unfinished:
+    changes_data = True
+
+
+def test_a_defence_of_data_of_ones_own_is_taken_as_it_is_or_refused(trained):
+    run, _ = trained("undefended")
+    defence = build.make_defence((Half(), Undefended()), run.recipe, run.setting.dataset, seed=0)
+    images, labels = torch.rand(3, 3, 16, 16), torch.arange(3)
+    found = defence.encode(images, labels, client=run.setting.clients[0], generator=generator(0), model=defence.model, params={})
+    assert torch.equal(found[0], images / 2) and found[1] is labels
+    with pytest.raises(InputError, match="Unfinished has changes_data, but no encode, unknowns, imitate"):
+        build.make_defence(Unfinished(), run.recipe, run.setting.dataset, seed=0)
+
+
+def test_the_bins_of_a_malicious_server_catch_what_was_trained_on(trained, tmp_path):
+    found = {}
+    for name in ("undefended", "instahide"):
+        run, one = trained(name)
+        run = evaluated(run, batch_size=1)
+        cell = cells.Cell(name, 0, "final", "imprint", ImprintServer(bins=16), one, one.snapshots["final"], tmp_path)
+        cell.releases = [released(run, one)]
+        images = torch.cat([one.images for one in applications._imprinted(run, cell, tmp_path)])
+        shown = torch.cat([trained_on(run, one, cell.victims, batch)[0] for batch in range(4)])
+        found[name] = [float((images - other).abs().amax()) for other in (shown, cell.victims.images.flatten(0, 1))]
+    assert max(found["undefended"]) < 1e-2
+    assert found["instahide"][0] < 1e-2 < 0.1 < found["instahide"][1]
+
+
+def test_a_model_of_a_defence_of_data_is_read_back(trained):
+    run, one = trained("mixup")
+    model, _ = build.load_model(run.folder / "models" / "mixup-0.safetensors")
+    assert all(torch.equal(p, one.snapshots["final"].params[name]) for name, p in model.named_parameters())
+
+
+def test_codes_of_a_generator_are_searched_with_the_draw(trained):
+    run, one = trained("mixup")
+    fitted = {"generator": torch.nn.Sequential(torch.nn.Linear(4, 768), torch.nn.Sigmoid(), torch.nn.Unflatten(1, (3, 16, 16)))}
+    attack = GenerativePrior(iterations=4, code=4)
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [released(run, one)], seed=0, fitted=fitted))
+    assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
