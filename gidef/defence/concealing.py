@@ -36,8 +36,10 @@ class Conceal:
     Args:    num_classes: K.  concealed: c ≥ 0; 0 returns what it was given.  iterations: published 1,000, each about three gradients.
              x_weight, z_weight: λ_x, λ_z ≥ 0.  blend: λ_y in [0, 1].  lr: of Adam, in units of 0.25.  apart: in units of 0.25, over an image.
     Source:  Wu et al. 2024 (DCS-2, AAAI), arXiv:2209.05724, by the authors' code (JingWu321/DCS-2).
-    Deviates: the loss is the mean over all images, where the source weights (c = 1) both parts by 1/3, at λ_y = 1 by 1/2; every image is sensitive; the gradient is not projected
-             where it opposes the true one, which a concealing gradient fitted to the true one does not bring about.
+    Deviates: the loss is the mean over all images, where the source weights (c = 1) both parts by 1/3, at λ_y = 1 by 1/2; every image is
+             sensitive; the gradient is not projected
+             where it opposes the true one: in 48 tries on batches of 1 and 8 cells, 0 to 100 iterations, untrained small net, their cosine was
+             0.77 to 0.98.
     Scores:  an attack returns one image per private one, and is scored against that.
     Labels:  "known" grants the private images' classes, nothing of the concealing ones. Attacks that adapt search the concealing images and
              their soft labels beside the candidate.
@@ -111,7 +113,8 @@ class Conceal:
         count = self.concealed * size
         if count == 0:
             return {}
-        return {"images": Unknown((count, *image_shape), lambda shape, draw: 0.5 + 0.2 * torch.randn(shape, generator=draw)), "labels": Unknown((count, self.num_classes))}
+        images = Unknown((count, *image_shape), lambda shape, draw: 0.5 + 0.2 * torch.randn(shape, generator=draw))
+        return {"images": images, "labels": Unknown((count, self.num_classes))}
 
     def imitate(self, images: Tensor, labels: Tensor, found: Tensors) -> tuple[Tensor, Tensor]:
         own = labels.repeat_interleave(self.concealed, dim=0)

@@ -42,7 +42,8 @@ class Encoder(Protocol):
     """One change of what a client trains on.
 
     encode:   (images float32 (B, C, H, W) in [0, 1], labels int64 (B,) or probabilities (B, K)) → images and labels of N ≥ B entries, where what
-              came of an image stands before what came of the next; labels as they were or probabilities. Partners come from `client`, its own data; draws from the generator alone, a CPU's.
+              came of an image stands before what came of the next; labels as they were or probabilities. Partners come from `client`, its own
+              data, not encoded themselves; draws from the generator alone, a CPU's.
               An encoder of strength zero returns what it was given.
     unknowns: what an adaptive attack on B images searches beside them, by name; it knows the encoder, not the draw.
     imitate:  (images, labels (B, K) as the attack has them, the unknowns) → what the client would have trained on; differentiable.
