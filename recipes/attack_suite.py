@@ -2,7 +2,7 @@
 
 Shows:  which attack draws how much from one shared gradient; what each is granted stands in its note.
 Expect: joint matching (A3) far above the naive attack (A0) where there is noise; the priors' own picture in the control.
-Costs:  about an hour on 2 CPU cores (not yet run to its end). Other images: --data.name pneumoniamnist, or cifar10 (GIDEF_DATA holds the files).
+Costs:  about 20 minutes of one CPU core. Other images: --data.name pneumoniamnist, or cifar10 (GIDEF_DATA holds the files).
 """
 
 from gidef.config import (
