@@ -1,5 +1,6 @@
 """`main(RECIPE)` or `sweep(RECIPES)`: the last line of every recipe. Parses and checks before anything heavy is imported or any process group starts."""
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -82,25 +83,19 @@ def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
 
 def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tuple[int, int] | None, list[str]]:
     """Rows to run, the part of how many, and the other arguments."""
-    rows, part, rest = list(recipes), None, []
-    left = iter(range(len(args)))
-    for place in left:
-        if args[place] == "--rows":
-            end = next((i for i in range(place + 1, len(args)) if args[i].startswith("--")), len(args))
-            rows = args[place + 1 : end]
-            if not rows or (unknown := [row for row in rows if row not in recipes]):
-                fail(f"--rows {' '.join(unknown if rows else [])}: choose of {', '.join(recipes)}.")
-            for _ in range(end - place - 1):
-                next(left)
-        elif args[place] == "--part":
-            text = args[next(left)] if place + 1 < len(args) else ""
-            number, _, of = text.partition("/")
-            if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
-                fail(f"--part {text}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
-            part = int(number), int(of)
-        else:
-            rest.append(args[place])
-    return (rows if part is None else rows[part[0] :: part[1]]), part, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="*", default=list(recipes))
+    parser.add_argument("--part", nargs="?", const="")
+    own, rest = parser.parse_known_args(args)
+    unknown = [row for row in own.rows if row not in recipes]
+    if unknown or not own.rows:
+        fail(f"--rows {' '.join(unknown)}: choose of {', '.join(recipes)}.")
+    if own.part is None:
+        return own.rows, None, rest
+    number, _, of = own.part.partition("/")
+    if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
+        fail(f"--part {own.part}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
+    return own.rows[int(number) :: int(of)], (int(number), int(of)), rest
 
 
 def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:

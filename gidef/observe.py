@@ -44,8 +44,11 @@ class Victims:
 def observed_simulator(
     run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False, drawn: Generator | None = None
 ) -> Callable[[], Simulate]:
-    """A factory of simulators of the update: one gradient, or the delta of local steps. adaptive: with the changes before it leaves, and those of what is trained on. drawn: as the
-    client itself computes it, before these changes, with the noise of its steps from this generator where they have any."""
+    """A factory of simulators of the update: one gradient, or the delta of local steps.
+
+    adaptive: with the changes before it leaves, and those of what is trained on.  drawn: as the client itself computes it, before these changes, with
+    the noise of its steps from this generator where they have any.
+    """
     evaluation, defence = run.recipe.evaluation, trained.training.defence
     make = defence.simulator(terms=terms, progress=snapshot.progress)
     if adaptive or drawn is not None:
@@ -171,8 +174,8 @@ def observations(
     """What a matching attack is given of each batch: the update it matches, the weights, and what its threat model grants.
 
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
-    the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack without the decoder matches the predictor alone. The private front under `head` is the common
-    initialisation for the naive attack, and the true one (a bound) for the joint one.
+    the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack
+    without the decoder matches the predictor alone. The private front under `head` is the common initialisation for the naive attack, and the true one (a bound) for the joint one.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
     """

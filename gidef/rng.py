@@ -1,8 +1,10 @@
 """Randomness that never depends on the number of ranks, threads or the order of work."""
 
 import hashlib
+import math
 
 import torch
+from torch import Tensor
 
 
 def stream_seed(seed: int, *stream: int | str) -> int:
@@ -19,3 +21,18 @@ def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu")
     Returns: torch.Generator; equal arguments give equal draws in any process and thread.
     """
     return torch.Generator(device=device).manual_seed(stream_seed(seed, *stream))
+
+
+def unit_noise(
+    shape: tuple[int, ...], *, law: str, generator: torch.Generator, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Independent entries of mean 0 and variance 1.
+
+    Args:    law: "gaussian" or "laplace", of scale 1/√2, hence of equal power.  device: of the generator, which it is unless given.
+    """
+    device = generator.device if device is None else device
+    if law == "gaussian":
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    # a difference of two exponentials is Laplace, and never meets the logarithm of zero as the inverse CDF does
+    two = torch.empty((2, *shape), device=device, dtype=dtype).exponential_(generator=generator)
+    return (two[0] - two[1]) / math.sqrt(2)

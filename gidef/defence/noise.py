@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Generator, Tensor
 
 from gidef.errors import InputError
+from gidef.rng import unit_noise
 from gidef.types import Tensors
 
 
@@ -52,10 +52,7 @@ class AddNoise:
 
 def draw(like: Tensor, *, law: str, generator: Generator) -> Tensor:
     """Independent entries of mean 0 and variance 1, drawn on the generator's device, as a tensor of `like`'s shape, dtype and device."""
-    if law == "gaussian":
-        return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
-    two = torch.empty((2, *like.shape), device=generator.device).exponential_(generator=generator)
-    return ((two[0] - two[1]) / math.sqrt(2)).to(like)
+    return unit_noise(like.shape, law=law, generator=generator).to(like)
 
 
 def percentile(tensor: Tensor) -> Tensor:

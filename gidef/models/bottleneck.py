@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ SMALLEST_STD = 1e-8
 """In the logarithm of the KL term: a server that sends a level of nought gets a finite gradient."""
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Module, ABC):
     """z → μ(z) + σ(z) ⊙ ε → z̃, with ε ~ N(0, I): takes a Perturbation's place in a SplitModel, without a latent norm.
 
         μ = `mean`(z),   σ = softplus(`level`(z)),   z̃ = `back`(μ + σ ⊙ ε)
@@ -36,21 +37,21 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.latent_shape, self.channel_dim = tuple(latent_shape), channel_dim
 
+    @abstractmethod
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """(μ, σ) for z (B, *latent_shape), both (B, *noise_shape)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def restore(self, code: Tensor) -> Tensor:
         """z̃ (B, *latent_shape) from a code (B, *noise_shape)."""
-        raise NotImplementedError
 
     def draw(self, batch: int, *, generator: Generator, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """ε for `batch` images, standard normal (batch, *noise_shape)."""
         return torch.randn((batch, *self.noise_shape), generator=generator, device=generator.device if device is None else device, dtype=dtype)
 
+    @abstractmethod
     def kl(self, mean: Tensor, std: Tensor) -> Tensor:
         """KL(N(μ, σ²) ‖ N(0, 1)), reduced as the source's; scalar."""
-        raise NotImplementedError
 
 
 class LinearBottleneck(Bottleneck):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gidef.errors import InputError
+from gidef.rng import unit_noise
 
 
 def latent_norm(latent: Tensor) -> Tensor:
@@ -105,12 +106,7 @@ class Perturbation(nn.Module):
 
         Laplace noise has scale 1/√2, hence the power of the Gaussian. device: the generator's unless given.
         """
-        shape, device = (batch, *self.latent_shape), generator.device if device is None else device
-        if self.law == "gaussian":
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        # a difference of two exponentials is Laplace, and never meets the logarithm of zero as the inverse CDF does
-        two = torch.empty((2, *shape), device=device, dtype=dtype).exponential_(generator=generator)
-        return (two[0] - two[1]) / math.sqrt(2)
+        return unit_noise((batch, *self.latent_shape), law=self.law, generator=generator, device=device, dtype=dtype)
 
     def kl(self, m: Tensor, std: Tensor) -> Tensor:
         """KL(N(m, σ²) ‖ N(0, 1)) = ½ (σ² + m² − 1) − ln σ, the mean over all entries of m; scalar, nats. std > 0.
