@@ -132,11 +132,16 @@ def test_threads_share_a_queue_without_gap_or_repeat(world: World, monkeypatch: 
     monkeypatch.setattr(queues, "_get_default_store", lambda: store)
     for length in (500, 1, 0, 200):  # in one store, one after another
         queue, taken = Queue(world, length), [[] for _ in range(8)]
+        asked, refused = [], []  # when a number was asked for that came, and when the answer was that none is left
 
-        def take(mine: list[int], queue: Queue = queue) -> None:
+        def take(mine: list[int], queue: Queue = queue, asked: list[float] = asked, refused: list[float] = refused) -> None:
+            start = time.monotonic()
             while (number := queue.take()) is not None:
                 mine.append(number)
+                asked.append(start)
                 time.sleep(0.0001)
+                start = time.monotonic()
+            refused.append(time.monotonic())
 
         threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
         for thread in threads:
@@ -145,7 +150,7 @@ def test_threads_share_a_queue_without_gap_or_repeat(world: World, monkeypatch: 
             thread.join()
         assert sorted(number for mine in taken for number in mine) == list(range(length))
         assert all(mine == sorted(mine) for mine in taken)
-        assert all(taken) or length < 500, "a thread was told too early that nothing is left"
+        assert max(asked, default=0.0) <= min(refused), "a thread was told that nothing is left, and a later one got a number"
         assert queue.take() is queue.take() is None
     assert sorted(store.counts.values()) == ([] if world.size == 1 else [1, 2, 201, 501]), "once past the end, nobody asks again"
 
