@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions that users see: for bad input, and for ranks that are lost."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,14 @@ class InputError(ValueError):
     The message says what was given, what was expected and what to change. The entry points print it
     as one line and exit with status 2; anything else is a defect and keeps its traceback.
     """
+
+
+class RankFailure(RuntimeError):
+    """Another rank failed, or went missing, so this one cannot go on. The message names it.
+
+    ranks: the ones that failed or are missing.  lines: the last lines of what the first of them said.  bad_input: that it was an InputError.
+    """
+
+    def __init__(self, message: str, *, ranks: "tuple[int, ...] | list[int]" = (), lines: "tuple[str, ...] | list[str]" = (), bad_input: bool = False) -> None:
+        super().__init__(message)
+        self.ranks, self.lines, self.bad_input = tuple(ranks), tuple(lines), bad_input

@@ -36,7 +36,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     """
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
-    with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
+    with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
         _settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
         recipe = _continued(recipe, folder, world)
@@ -308,7 +308,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
-    with open_world(new.speed.device, new.speed.timeout_s) as world:
+    with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
         _settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
