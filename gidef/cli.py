@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from gidef.main import fail
+from gidef.main import ending
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -12,14 +12,8 @@ def main(argv: list[str] | None = None) -> None:
     if not hasattr(arguments, "run"):
         _parser().print_help()
         sys.exit(2)
-    try:
+    with ending():
         arguments.run(arguments)
-    except ValueError as error:  # InputError is one; importing it here would import torch's users for --help
-        from gidef.errors import InputError
-
-        if not isinstance(error, InputError):
-            raise
-        fail(str(error), everywhere=True)
 
 
 def _parser() -> argparse.ArgumentParser:
