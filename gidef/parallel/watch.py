@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -287,6 +288,38 @@ class Watch:
 
     def _break(self, error: Exception) -> None:
         self._broken = self._broken or str(error).strip().splitlines()[0][:200]
+
+
+def fresh_name(store: Any, rank: int, size: int, *, timeout_s: float) -> str:
+    """A name that this life's ranks have in common, and no earlier life's: for a store which outlives them, as torchrun's does.
+
+    Every rank says hello with a word of its own; rank 0 answers each hello with the name, again whenever one changes, until all have
+    taken it. So words that dead ranks left do no harm, and no counter is needed that all hosts agree on.
+
+    Raises: RuntimeError with the ranks that did not come within `timeout_s`.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    store.set(f"gidef/hello/{rank}", word)
+    answered: dict[int, str] = {}
+    left = set(range(size)) if rank == 0 else {rank}
+    while left:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no answer from ranks {sorted(left)}" if rank == 0 else "no answer from rank 0")
+        for other in sorted(left):
+            if rank == 0 and store.check([f"gidef/hello/{other}"]):
+                hello = store.get(f"gidef/hello/{other}").decode()
+                if answered.get(other) != hello:
+                    answered[other] = hello
+                    store.set(f"gidef/answer/{other}", f"{hello}:{word}")
+            if other == rank and store.check([f"gidef/answer/{rank}"]):
+                hello, _, name = store.get(f"gidef/answer/{rank}").decode().partition(":")
+                if hello == word:
+                    store.set(f"gidef/taken/{rank}", name)
+                    left.discard(rank)
+            if rank == 0 and store.check([f"gidef/taken/{other}"]) and store.get(f"gidef/taken/{other}").decode() == word:
+                left.discard(other)
+        time.sleep(0.01)
+    return store.get(f"gidef/taken/{rank}").decode()
 
 
 def _place(thread: int | None) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from gidef.errors import InputError, RankFailure
-from gidef.parallel.watch import Watch
+from gidef.parallel.watch import Watch, fresh_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +197,13 @@ def open_world(
         return
     timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.size, timeout=timeout)
-    except dist.DistError as error:
+        if place.init_method == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+            store = dist.PrefixStore(fresh_name(store, place.rank, place.size, timeout_s=timeout_s), store)
+            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.size, timeout=timeout)
+    except RuntimeError as error:
         where = os.environ.get("MASTER_ADDR", place.init_method) if place.init_method == "env://" else place.init_method
         raise RankFailure(f"the {place.size} ranks did not all come together at {where} within {timeout_s:g} s: rank {place.rank} says {error}") from error
     nccl = watch = None
