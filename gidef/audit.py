@@ -7,6 +7,7 @@ files, so that ranks and threads share it out and a stopped run takes it up agai
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,10 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     _work(run, [fits.judge_task(run, fits.judge_path(run, folder)), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
     _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
     _work(run, applications.tasks(run, own, folder), "attacks without matching: step")
-    _work(run, matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder), "attack: iteration")
+    matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
+    began = time.perf_counter()
+    chunks = _work(run, matching, "attack: iteration")
+    run.append("matched", seconds=time.perf_counter() - began, chunk_seconds=chunks)
     if not run.leads:
         return Findings([], [], {}, [], {})
     for cell in cells:
@@ -61,14 +65,21 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     return Findings(rows, scorer.bounds() + findings.control_bound(cells, scored), scorer.judge_record(), drawn, seconds)
 
 
-def _work(run: Run, tasks: list[Task], label: str) -> None:
-    """Do the tasks over ranks and threads with one bar; finished ones (their file is there) are left as they are."""
+def _work(run: Run, tasks: list[Task], label: str) -> list[float]:
+    """Do the tasks over ranks and threads with one bar; finished ones (their file is there) are left as they are. Returns each one's seconds."""
     names = run.world.broadcast_json([task.path.exists() for task in tasks])
     tasks = [task for task, there in zip(tasks, names, strict=True) if not there]
     if not tasks:
-        return
+        return []
     total = sum(task.cost for task in tasks)
     lock, done = threading.Lock(), 0.0
+    seconds: list[float] = []
+
+    def do(task: Task, worker: int) -> None:
+        began = time.perf_counter()
+        task.do(worker, report)
+        seconds.append(time.perf_counter() - began)
+
     share = max(1.0, total / run.world.size)  # this rank's part, for the time left
     with run.console.track(label, int(share)) as bar:
 
@@ -79,8 +90,9 @@ def _work(run: Run, tasks: list[Task], label: str) -> None:
                 bar.update(int(min(done, share)))
 
         run_tasks(
-            run.world, tasks, [task.cost for task in tasks], lambda task, worker: task.do(worker, report),
+            run.world, tasks, [task.cost for task in tasks], do,
             workers=build.num_workers(run.recipe, run.world), threads=run.recipe.speed.threads, name=lambda task: task.name,
             schedule=run.recipe.speed.schedule,
         )  # fmt: skip
+    return [one for part in run.world.all_gather_json(seconds) for one in part]
 

@@ -24,6 +24,7 @@ from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.parallel import World, open_world
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report import consumers as follow
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
@@ -37,6 +38,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     """
     began = time.perf_counter()
     _end_on_sigterm()
+    follow.check(recipe.log)
     with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
         _settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
@@ -65,6 +67,8 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
+            if record is not None:
+                record.feed(follow.consumers(recipe.log, folder, name))
             trained, tuned = tuning.train_all(run)
             found = audit.audit(run, trained, folder=folder / "attacks")
             content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)

@@ -327,6 +327,8 @@ class Recipe:
     """The run's folder; runs/<recipe>/<time> by default."""
     resume: bool = False
     """Continue the run in `out`."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """What follows the record beside the tables: event files for TensorBoard, an offline run of Weights & Biases (extras of these names)."""
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -632,7 +634,7 @@ def _from_json(value: Any, load: Callable[[str], Any] | None) -> Any:
     return value
 
 
-NOT_SCIENCE = ("speed", "out", "resume")
+NOT_SCIENCE = ("speed", "out", "resume", "log")
 """Fields of a recipe that may differ between a run and its resumption."""
 
 

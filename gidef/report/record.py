@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gidef.errors import InputError
+from gidef.report.consumers import Consumer
 from gidef.report.files import plain, write_atomically, writing
 
 Line = dict[str, Any]
@@ -24,7 +25,7 @@ class Record:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self._consumers = Path(path), []
         self._lock = threading.Lock()
         _clean(self.path, keep=None)
         with writing(self.path):
@@ -53,8 +54,21 @@ class Record:
             while line:  # a raw write may stop short of the end on a nearly full disk
                 line = line[self._file.write(line) :]
 
+        for consumer in self._consumers:
+            consumer.take({"kind": kind, **values})
+
+    def feed(self, consumers: Sequence[Consumer]) -> None:
+        """Let consumers follow: they get the lines that are there, and each further one; `close` closes them."""
+        lines = read(self.path)
+        for consumer in consumers:
+            for line in lines:
+                consumer.take(line)
+        self._consumers += consumers
+
     def close(self) -> None:
         self._file.close()
+        for consumer in self._consumers:
+            consumer.close()
 
     def __enter__(self) -> Record:
         return self

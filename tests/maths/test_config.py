@@ -292,13 +292,13 @@ def test_a_defence_of_your_own_has_ranges_of_its_own():
 
 def test_science_ignores_speed_and_place_and_nothing_else():
     base = Recipe()
-    same = replace(base, speed=Speed(workers=9, device="cuda"), out="elsewhere", resume=True)
+    same = replace(base, speed=Speed(workers=9, device="cuda"), out="elsewhere", resume=True, log=("tensorboard",))
     assert science(same) == science(base)
     changes = {
         "data": Data(split_seed=1), "model": Model(norm="keep"), "clients": SGD, "rounds": Rounds(patience=3), "defences": {"u": Undefended()},
         "share_policy": "head", "attacks": {"n": NaiveMatching()}, "evaluation": Evaluation(judge_epochs=1), "seeds": (1,), "only": ("undefended",),
     }  # fmt: skip
-    assert changes.keys() == {spec.name for spec in dataclasses.fields(Recipe)} - {"speed", "out", "resume"}
+    assert changes.keys() == {spec.name for spec in dataclasses.fields(Recipe)} - {"speed", "out", "resume", "log"}
     assert len({science(base), *(science(replace(base, **{name: value})) for name, value in changes.items())}) == len(changes) + 1
 
 
