@@ -58,6 +58,6 @@ def test_the_forecast_of_two_hosts_from_one_is_close_where_the_link_is_slow(tmp_
             guess, real = forecast(ranks=2, network=network, **found), round_s(tmp_path / f"two-{mbit}")
             told.append((mbit, guess.round_s, guess.reduce_s, real, guess.round_s / real - 1))
             print(f"link {mbit or 'free'} Mbit/s: forecast {guess.round_s:.3f} s, of which sum {guess.reduce_s:.3f} s; measured {real:.3f} s; error {100 * told[-1][-1]:+.0f} %")
-    for mbit, guess, reduce, _, error in told:
+    for _, guess, reduce, _, error in told:
         assert reduce < 0.5 * guess or abs(error) < TOLERANCE, told
     assert told[-1][2] > 0.5 * told[-1][1], "the slowest link does not show: lower its bandwidth"
