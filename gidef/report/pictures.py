@@ -188,6 +188,7 @@ def scaling_curves(
         axes.plot(ranks, values, marker="o", markersize=3, label=name, **_line(number))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xticks(list(ranks), [str(one) for one in ranks])
     _legend(axes)
     return _save(figure, path)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.ranks.launch import ROOT, environment
@@ -114,7 +113,7 @@ class Hosts:
         return self.start(
             i, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={restarts}",
             "--rdzv-backend=c10d", f"--rdzv-endpoint={self.name(1)}:{port}", f"--rdzv-id={self.tag}{key}",
-            "--rdzv-conf=join_timeout=120,last_call_timeout=3", *script, log=log,
+            "--rdzv-conf=join_timeout=120,last_call_timeout=15", *script, log=log,
         )  # fmt: skip
 
 
@@ -123,9 +122,3 @@ def until(ready, seconds: float, what: str) -> None:
     while not ready():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def some_hosts(folder: Path, count: int) -> Iterator[Hosts]:
-    with Hosts(folder, count) as hosts:
-        yield hosts

@@ -185,3 +185,28 @@ def test_a_track_without_steps_or_reports_prints_nothing(capsys):
     with Console().track("round", 0):
         pass
     assert capsys.readouterr().out == ""
+
+
+def test_every_rank_has_a_file_of_its_own_with_its_lines_warnings_and_last_error(tmp_path, capsys):
+    own = tmp_path / "logs" / "rank-00003.txt"
+    before = sys.stderr
+    with pytest.raises(KeyError), Console(rank=3, own=own, log=tmp_path / "log.txt") as console:
+        console.say("hello")
+        console.note("for the file alone")
+        with console.track("round", 2) as track:
+            track.update(2, loss=0.5)
+        print("a warning", file=sys.stderr)
+        raise KeyError("no such image")
+    text = own.read_text()
+    for part in ("hello", "for the file alone", "round  2/2   loss 0.500", "a warning", "Traceback (most recent call last)", "KeyError: 'no such image'"):
+        assert part in text
+    assert sys.stderr is before and not (tmp_path / "log.txt").exists()
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "a warning\n"
+
+
+def test_the_file_of_rank_0_holds_what_the_screen_shows_and_a_later_life_adds_to_it(tmp_path, capsys):
+    for word in ("first", "second"):
+        with Console(rank=0, own=tmp_path / "own.txt", force_terminal=False) as console:
+            console.say(word)
+    assert (tmp_path / "own.txt").read_text() == capsys.readouterr().out == "first\nsecond\n"
