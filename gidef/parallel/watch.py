@@ -92,7 +92,7 @@ class Watch:
 
     def explain(self, error: Exception, label: str) -> RankFailure:
         """The failure to raise in place of torch's, after a collective broke: by then somebody knows who is gone."""
-        deadline = time.monotonic() + max(2.0, 3 * self._beat_s)
+        deadline = time.monotonic() + max(3.0, 6 * self._beat_s)
         while self._failure is None and not self._broken and time.monotonic() < deadline:
             time.sleep(0.05)
         known = self._known()

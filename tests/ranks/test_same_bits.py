@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +81,29 @@ def test_sigterm_in_training_evaluation_and_attack_ends_soon_and_loses_nothing_t
     assert "rank 1 of 2 on" in (folder / "logs" / "rank-00001.txt").read_text()
     rounds = [line["round"] for line in record(folder) if line["kind"] == "round"]
     assert rounds == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_by_torchrun_and_the_run_goes_on_without_being_told_where(alone, tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(ROOT / "recipes" / "tiny.py"),
+        "--rounds.count", "3", "--only", "undefended",
+    ]  # fmt: skip
+    agent = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("runs/tiny/*/checkpoints/undefended-0/round-000001.safetensors")):
+            assert agent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        worker = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[-1]
+        os.kill(int(worker), signal.SIGKILL)
+        said = agent.communicate(timeout=240)[0]
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, said
+    (folder,) = (path.parent for path in tmp_path.glob("runs/tiny/*/recipe.json"))
+    assert results(folder)["weights_sha256"] == {"undefended/0": results(alone)["weights_sha256"]["undefended/0"]}
+    assert [line["resumed"] for line in record(folder) if line["kind"] == "start"] == [False, True]
 
 
 def test_ranks_that_do_not_see_the_same_folder_are_named(alone, tmp_path):
