@@ -141,7 +141,7 @@ def _report(out: Path, most: int) -> None:
                 f"{one['attacks_s']:>9.3g}  {one['chunks_useful']:>12.1f}"
             )
         strong = {one["ranks"]: one for one in rows if one["mode"] == "strong"}
-        for what, field, useful in (("training", "round_s", "clients_useful"), ("attacks", "attacks_s", "chunks_useful")):
+        for what, field, useful, longest in (("training", "round_s", "clients_useful", "client"), ("attacks", "attacks_s", "chunks_useful", "chunk of attacks")):
             found = speedups(rows, field)
             shared = [n for n in counts if n in strong and all(n in one for one in found.values())]
             if not found or not shared:
@@ -149,6 +149,6 @@ def _report(out: Path, most: int) -> None:
                 continue
             curves = {f"{mode} scaling": [one[n] for n in shared] for mode, one in found.items()}
             bound = [min(n, strong[n][useful]) for n in shared]
-            scaling_curves(out / f"{what}.png", shared, curves, ideal=shared, bound=bound, title=f"Scaling of {what}")
+            scaling_curves(out / f"{what}.png", shared, curves, ideal=shared, bound=bound, title=f"Scaling of {what}", longest=longest)
             console.say(f"picture  {out / f'{what}.png'}")
         console.say(f"table    {out / 'scaling.csv'}")
