@@ -12,7 +12,7 @@ from gidef.config import Recipe, problems
 from tests.ranks.launch import ROOT, results, run
 
 MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations")
-SWEEPS = ("strength", "architectures", "heterogeneity", "participation", "share_policy", "attackers_and_judges", "modalities")
+SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "attackers_and_judges", "modalities")
 
 
 def declared(name, monkeypatch):
