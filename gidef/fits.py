@@ -250,7 +250,7 @@ def latent_decoder_task(run: Run, cell: Cell) -> Task:
                 before = step
             given = front_latents(shadow, defence.draw_noise)
         decoder, before = _latent_decoder(run, cell), 0
-        for step in fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed):
+        for step in fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed, batch_size=attack.batch_size):
             report(step - before)
             before = step
         save_file(path, dict(decoder.state_dict()), {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
