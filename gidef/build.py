@@ -243,7 +243,8 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
         case config.CapacityNoise():
             model = build_model(cut=chosen.cut, perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
             own = MinimaxSettings(
-                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
+                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen",
+                level_frozen=chosen.level == "fixed",
             )
             return LearnedDefence(model, None, own)
         case config.IsotropicNoise():

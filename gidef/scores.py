@@ -14,6 +14,8 @@ from gidef.training import Run
 from gidef.types import Reconstruction
 
 MEASURES = ("mse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
+ABOVE = "above_class_mean_db"
+"""A victim's PSNR less that of its class mean: paired, so that its interval is that of the difference."""
 POOL = 2000
 """Further images, beside the victims, among which a reconstruction has to be identified (IIP)."""
 
@@ -59,6 +61,8 @@ class Scorer:
                 curves.append(torch.stack([_paired_psnr(images, truth) for images in found.snapshots.float()]))
         images = torch.cat(paired)
         values = self.measure(images, victims.images.flatten(0, 1), victims.labels.flatten())
+        truth, labels = victims.images.flatten(0, 1), victims.labels.flatten()
+        values[ABOVE] = values["psnr_db"] - metrics.psnr_db(self.guess("class mean", truth, labels), truth).double().cpu()
         values["images"] = images.cpu()
         values["recovered"] = torch.tensor(recovered, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
         values["oracle_psnr_db"] = torch.tensor(oracle, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])

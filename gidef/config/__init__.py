@@ -404,8 +404,9 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
-                if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
-                    found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                still = [f"{what}={how}" for what, how in (("front", part.front), ("level", part.level)) if how in ("frozen", "fixed")]
+                if still and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: {' and '.join(still)}, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
                 if not part.std_floor:
                     found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
             if isinstance(part, CVB) and part.kernel % 2 == 0:

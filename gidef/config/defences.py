@@ -121,6 +121,9 @@ class CapacityNoise:
     """sigma_min, enforced by the client whatever the server sends."""
     frozen: bool = False
     """One noise draw per image for ever; with front="frozen" the level stands still as well, and the whole training is one release."""
+    level: Literal["learned", "fixed"] = "learned"
+    """"fixed" keeps std_init. With front="frozen" the bits of all releases of an image then add up to a lifetime bound; a level that learns from
+    the images would tell of them beside the noise."""
     front: Literal["trained", "frozen"] = "trained"
     """Of the private front: trained by the client, or kept as it is, e.g. as model.pretrained has it."""
     cut: str | None = None

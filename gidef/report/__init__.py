@@ -24,8 +24,10 @@
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
-                  certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  lifetime_bits: of the whole training, where
-                  it is one release;  fano: bound on naming the image among all training images;  uncertified: why there is no such bound
+                  above_class_mean_db: PSNR less that of the victim's class mean, paired
+                  certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
+                  all training images by these;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
+                  training;  uncertified_lifetime: why there is none
                   label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row

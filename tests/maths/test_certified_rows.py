@@ -13,11 +13,14 @@ from gidef.config import (
     IsotropicNoise,
     LearnedPerturbation,
     LocalTraining,
+    MixUp,
     Model,
     MultiRound,
     NaiveMatching,
     Recipe,
     Rounds,
+    SingleGradient,
+    Soteria,
     Speed,
 )
 from gidef.data import Dataset, synthetic_blood_cells
@@ -28,6 +31,8 @@ from gidef.training import Run, train
 
 DEFENCES = {
     "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
+    "still": CapacityNoise(front="frozen", level="fixed", std_init=4.0), "moving": CapacityNoise(front="frozen"),
+    "mixed": (CapacityNoise(front="frozen", level="fixed"), MixUp()), "looking": (CapacityNoise(), Soteria()),
     "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
 }  # fmt: skip
 
@@ -42,10 +47,10 @@ def row_of(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def one(policy, name, attack=None):
+    def one(policy, name, attack=None, rounds=None, clients=None):
         recipe = Recipe(
-            data=Data(name=f"{__file__}:few_cells", num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=Rounds(count=1),
-            clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
+            data=Data(name=f"{__file__}:few_cells", num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=rounds or Rounds(count=1),
+            clients=clients or LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
             evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)), attacks={"a": attack or NaiveMatching()},
         )  # fmt: skip
         setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
@@ -83,3 +88,31 @@ def test_where_there_is_no_bound_none_is_given(row_of):
     told, words, _ = row_of("head", "conditional")
     assert told["certified_bits"] is None and "depends on the image" in told["uncertified"] and words == "no certificate"
     assert row_of("full", "capacity")[:2] == ({}, "") and row_of("head", "none")[:2] == ({}, "")
+
+
+def test_fresh_noise_adds_up_over_the_rounds_of_a_client_and_its_epochs(row_of):
+    rounds = Rounds(count=5, cohort_size=1)
+    told, words, cell = row_of("head", "still", None, rounds, LocalTraining(batch_size=8, epochs=3))
+    taken = [[cell.trained.training.draw(number) for number in range(5)].count([client]) for client in range(2)]
+    count = 3 * max(taken[owner] for owner in cell.victims.owners)
+    bits = 4 * float(torch.log2(torch.tensor(1 + 1 / 16)))
+    assert sum(taken) == 5 and told["releases"] == 1 and told["lifetime_releases"] == count
+    assert told["certified_bits"] == pytest.approx(bits, abs=1e-6) and told["lifetime_bits"] == pytest.approx(count * bits, abs=1e-4)
+    assert told["fano"] == pytest.approx((bits + 1) / 5, abs=1e-6) and told["lifetime_fano"] == pytest.approx(min(1.0, (count * bits + 1) / 5), abs=1e-5)
+    assert f"{count * bits:.1f} bits in the {count} releases of the whole training" in words
+
+
+def test_a_single_gradient_a_round_releases_an_image_once_a_round(row_of):
+    told, _, _ = row_of("head", "still", None, Rounds(count=4), SingleGradient(batch_size=8))
+    assert told["lifetime_releases"] == 4
+
+
+@pytest.mark.parametrize(("name", "reason"), [("capacity", "the front trains"), ("isotropic", "the front trains"), ("moving", "the level learns"), ("mixed", "encoded")])
+def test_where_releases_cannot_be_counted_there_is_no_lifetime_bound_and_a_reason(name, reason, row_of):
+    told, words, _ = row_of("head", name)
+    assert told["certified_bits"] > 0 and told["lifetime_bits"] is None and reason in told["uncertified_lifetime"] and "no lifetime bound" in words
+
+
+def test_a_defence_that_looks_at_the_images_when_it_shares_voids_the_certificate(row_of):
+    told, words, _ = row_of("head", "looking")
+    assert told["certified_bits"] is None and "looks at the images" in told["uncertified"] and words == "no certificate"
