@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gidef import build, config, metrics
+from gidef import build, config, metrics, observe
 from gidef.cells import CONTROL, Cell
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
@@ -36,9 +36,11 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels", "searched": "knows no labels"}
     knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
-    said = f"{server} server, {seen} of {evaluation.batch_size}, {knows}, no BatchNorm"
+    count = observe.members(run, cell.trained)
+    seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
+    said = f"{server} server, {seen}, {knows}, no BatchNorm"
     return {
-        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps,
+        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
         "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": "none in the model",
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip

@@ -51,10 +51,10 @@ class Scorer:
         """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels, the PSNR of the
         start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
         paired, oracle, recovered, curves = [], [], [], []
-        for found, truth, labels in zip(reconstructions, victims.images, victims.labels, strict=True):
+        for batch, (found, truth) in enumerate(zip(reconstructions, victims.images, strict=True)):
             images = found.images.to(truth)
             paired.append(images[metrics.pair(images, truth)])
-            recovered.append(metrics.label_recovery(found.labels.cpu(), labels.cpu()))
+            recovered.append(_recovered(found.labels.cpu(), victims, batch))
             starts = found.restart_images if found.restart_images is not None else found.images[None]
             oracle.append(float(torch.stack([_paired_psnr(start, truth) for start in starts]).max()))
             if found.snapshots is not None:
@@ -102,6 +102,12 @@ class Scorer:
             "accuracy_on_truth": truth, "accuracy_on_test": metrics.accuracy(torch.cat(outputs), test.labels.cpu()),
             "chance": 1 / self._run.setting.dataset.num_classes, "pool": len(self._pool),
         }  # fmt: skip
+
+
+def _recovered(found: Tensor, victims: Victims, batch: int) -> float:
+    """Share of the labels that an attacker had right: of everybody's where it recovered the sum of a cohort."""
+    everybody = victims.all_labels(batch) if len(found) > victims.labels.shape[1] else victims.labels[batch]
+    return metrics.label_recovery(found, everybody.cpu())
 
 
 def _paired_psnr(images: Tensor, truth: Tensor) -> Tensor:

@@ -61,9 +61,11 @@ from gidef.config.defences import (  # noqa: F401  (the page of defences)
     Precode,
     Pruning,
     Quantisation,
+    SecureAggregation,
     Sign,
     Soteria,
     Undefended,
+    trains,
 )
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,7 +352,8 @@ _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_wi
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
-_LESS_THAN |= {"delta": 1}
+_LESS_THAN |= {"delta": 1, "dropouts": 1}
+_AT_LEAST |= {"dropouts": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
@@ -400,7 +403,8 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
         found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
-        if sum(not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False) for part in parts) > 1 and not _coupled(parts):
+        found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
+        if sum(map(trains, parts)) > 1 and not _coupled(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
@@ -473,9 +477,27 @@ def _data_problems(parts: tuple[Any, ...]) -> list[str]:
             found.append(f"blend={part.blend}: expected a share in [0, 1].")
     if data and any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
         found.append(f"{type(data[0]).__name__} changes the images of a batch that DPSGD counts one by one: take level=client, or leave one out.")
-    apart = [part for part in parts if not getattr(part, "changes_update", False) and part not in data and not isinstance(part, Undefended)]
+    apart = [part for part in parts if trains(part) and not isinstance(part, Undefended)]
     if any(isinstance(part, DCS) for part in data) and apart:
         found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
+
+
+def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a combination's secure aggregation, without its name."""
+    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.rounds.cohort_size or recipe.data.num_clients
+    if not secure:
+        return []
+    found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
+    if size < 2:
+        found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
+    gone = int(secure[0].dropouts * size)
+    if size - gone < min(size, 2 * size // 3 + 1):
+        found.append(f"dropouts={secure[0].dropouts} leave {size - gone} of {size} clients, fewer than the {2 * size // 3 + 1} that restore a sum: lower it.")
+    if any(getattr(part, "changes_data", False) for part in parts):
+        found.append("attacks on the sums of encoded batches are not simulated: leave SecureAggregation or the defence of data out.")
+    if gone and any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+        found.append(f"dropouts={secure[0].dropouts} take a part of DPSGD's noise along, which epsilon counts: set dropouts=0.")
     return found
 
 
