@@ -20,7 +20,7 @@ from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
-from gidef.scores import ABOVE, MEASURES, Scorer, measured
+from gidef.scores import ABOVE, JUDGED, MEASURES, Scorer, by_judge, measured
 from gidef.training import Run
 
 Scored = dict[int, dict[str, Tensor]]
@@ -61,7 +61,8 @@ def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
 
 
 def _keys(scored: Scored) -> tuple[str, ...]:
-    return (*MEASURES, ABOVE, "recovered", "oracle_psnr_db")
+    judged = [key for key in next(iter(scored.values()), {}) if key.startswith(JUDGED)]
+    return (*MEASURES, ABOVE, *judged, "recovered", "oracle_psnr_db")
 
 
 def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
         "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * first.victims.rows.shape[1],
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
-        **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)},
+        **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
         "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
@@ -177,7 +178,8 @@ def control_bound(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
     if not group:
         return []
     values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
-    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}}]
+    judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
+    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}, **by_judge(judged)}]
 
 
 def record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:

@@ -269,6 +269,16 @@ class Evaluation:
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
     judge_epochs: int = 6
+    judges: tuple[str, ...] = ()
+    """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as
+    NAME or NAME@EPOCHS, e.g. ("judge@2", "resnet18@4"); without epochs those of `judge_epochs`."""
+
+    def judge_named(self, text: str) -> tuple[str, int]:
+        """(network, epochs) of one of `judges`.  Raises: ValueError for epochs that are no positive whole number."""
+        name, at, epochs = text.partition("@")
+        if not name or (at and not (epochs.isdecimal() and int(epochs) > 0)):
+            raise ValueError(f"evaluation.judges holds {text!r}: expected NAME or NAME@EPOCHS, e.g. resnet18@4.")
+        return name, int(epochs) if at else self.judge_epochs
 
 
 @_config
@@ -447,6 +457,13 @@ def problems(recipe: Recipe) -> list[str]:
             f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
             "each local step takes an equal slice of the batch. Change one of them."
         )
+    for text in recipe.evaluation.judges:
+        try:
+            recipe.evaluation.judge_named(text)
+        except ValueError as error:
+            found.append(str(error))
+    if len(set(recipe.evaluation.judges)) != len(recipe.evaluation.judges):
+        found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
     if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:

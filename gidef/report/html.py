@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gidef.report import results, svg, tradeoff
+from gidef.report import results, svg, tables, tradeoff
 from gidef.report.files import plain, write_atomically
 from gidef.report.markup import Html, image_uri, join, json_script, png_uri, tag
 from gidef.report.pictures import drawable
@@ -184,7 +184,7 @@ def _table(pages: Sequence[Page]) -> Html:
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
-    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box)
+    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [_judges(page, several) for page in pages])
 
 
 def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool) -> Html:
@@ -223,6 +223,16 @@ def _number(value: float | None, scale: float, digits: int, key: str, more: Any 
     shown = "–" if value is None else f"{scale * value:.{digits}f}"
     low, high = map(repr, ends) if ends else (None, None)
     return tag("td", shown, more, class_="number", data_key=key, data_value=None if value is None else repr(value), data_low=low, data_high=high)
+
+
+def _judges(page: Page, several: bool) -> Html | None:
+    """Attacker accuracy by each judge, where there are several."""
+    head, *lines = tables.judged_cells(page.results) or [()]
+    if not head:
+        return None
+    titles = tag("tr", [tag("th", text, scope="col", class_=None if place < 3 else "number") for place, text in enumerate(head)])
+    rows = [tag("tr", [tag("td", text, class_=None if place < 3 else "number") for place, text in enumerate(line)]) for line in lines]
+    return _shown(f"Attacker accuracy by judge, %{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
 
 
 def _judge(page: Page, several: bool) -> Html | None:

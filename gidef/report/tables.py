@@ -82,6 +82,42 @@ def training_table(results: dict[str, Any]) -> Table:
     return found
 
 
+def judges_table(results: dict[str, Any]) -> Table | None:
+    """Attacker accuracy by each judge, of every row and bound; None where there is but one judge."""
+    head, *lines = judged_cells(results) or [()]
+    if not head:
+        return None
+    found = _empty(_title(results, "attacker accuracy by judge"), "In %, with 95 % intervals over victims.")
+    for header in head:
+        found.add_column(header, justify="left" if header in head[:3] else "right")
+    for line in lines:
+        found.add_row(*map(Text, line))
+    return found
+
+
+def judge_names(results: dict[str, Any]) -> list[str]:
+    """Of the further judges."""
+    return list((results.get("judge") or {}).get("others") or {})
+
+
+def judged_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Header and lines: rows, bounds, and what the judges make of the true images; nothing without further judges."""
+    names = judge_names(results)
+    if not names:
+        return []
+
+    def shares(entry: dict[str, Any]) -> list[str]:
+        values = [entry.get("attacker_accuracy"), *(entry.get("attacker_accuracy_by", {}).get(name) for name in names)]
+        return [" ".join([_number(mean_of(value), 100, 1), *([f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"] if (ends := interval_of(value)) else [])]) for value in values]
+
+    known = [results["judge"], *results["judge"]["others"].values()]
+    lines = [(row["defence"], row["attack"], row["checkpoint"], *shares(row)) for row in results["rows"]]
+    lines += [(bound["name"], "none", "", *shares(bound)) for bound in results["bounds"]]
+    lines.append(("true images", "none", "", *(_number(one.get("accuracy_on_truth"), 100, 1) for one in known)))
+    lines.append(("test images", "none", "", *(_number(one.get("accuracy_on_test"), 100, 1) for one in known)))
+    return [("defence", "attack", "checkpoint", "judge", *names), *lines]
+
+
 def text(results: dict[str, Any], width: int = 120) -> str:
     """`table` as aligned plain lines without escape codes, at most `width` columns wide."""
     page = io.StringIO()
@@ -92,17 +128,18 @@ def text(results: dict[str, Any], width: int = 120) -> str:
 def csv(results: dict[str, Any]) -> str:
     """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
     names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", *_BITS, "victims", "failed")
+    judges = judge_names(results)
     tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
-    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat"])
+    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
     lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound["name"], **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
         measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, MEASURED)]
         values = [value.get(part) for value in measured for part in _STATISTICS]
         head = [seeds if name == "seed" else row.get(name) for name in names]
-        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row)])
+        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row), *(mean_of(row.get("attacker_accuracy_by", {}).get(name)) for name in judges)])
     return page.getvalue()
 
 
@@ -119,6 +156,9 @@ def markdown(results: dict[str, Any]) -> str:
     rule = "| " + " | ".join("---:" if _is_number(_HEADERS[index]) else "---" for index in shown) + " |"
     cells = [tuple(row[index] for index in shown) for row in (_HEADERS, *(row.wide() for row in rows + bounds))]
     lines = [f"**{_title(results)}**", "", line(cells[0]), rule, *map(line, cells[1:]), ""]
+    by = judged_cells(results)
+    if by:
+        lines += ["**Attacker accuracy by judge, %**", "", line(by[0]), "| --- | --- | --- |" + " ---: |" * (len(by[0]) - 3), *map(line, by[1:]), ""]
     judged = [f"- {_escape(text, special)}" for text in criteria(results)]
     return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes)), *(["", *judged] if judged else [])]).rstrip() + "\n"
 

@@ -11,8 +11,8 @@ import pytest
 from gidef.config import BiDO, Recipe, problems
 from tests.ranks.launch import ROOT, results, run
 
-MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid")
-SWEEPS = ("strength", "architectures", "heterogeneity", "participation", "share_policy", "attackers_and_judges", "modalities")
+MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges")
+SWEEPS = ("strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities")
 
 
 def declared(name, monkeypatch):
