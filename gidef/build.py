@@ -35,6 +35,7 @@ from gidef.defence.noise import AddNoise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
+from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
@@ -166,10 +167,12 @@ def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *
     """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`. spends: see `privacy_budget`;
     a private defence without it can be looked at, not trained."""
     parts = chosen if isinstance(chosen, tuple) else (chosen,)
-    trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
+    trained = [part for part in parts if config.trains(part)]
     defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed, spends=spends)
     defence.transforms = tuple(_make_transform(part, recipe, spends) for part in parts if getattr(part, "changes_update", False))
     defence.encoders = tuple(_make_encoder(part, dataset.num_classes) for part in parts if getattr(part, "changes_data", False))
+    secure = [part for part in parts if isinstance(part, config.SecureAggregation)]
+    defence.secure = SecureCohorts(secure[0].dropouts, seed) if secure else None
     defence.budget = spends
     return defence
 
@@ -243,7 +246,8 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
         case config.CapacityNoise():
             model = build_model(cut=chosen.cut, perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
             own = MinimaxSettings(
-                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
+                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen",
+                level_frozen=chosen.level == "fixed",
             )
             return LearnedDefence(model, None, own)
         case config.IsotropicNoise():
@@ -393,9 +397,24 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
+    draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
+    run = functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort)
+    if defence.secure is not None:
+        draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(
         defence=defence, participation=participation, store=store, shared=shared,
         server=ServerState({name: initial[name] for name in shared}),
-        draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
-        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+        draw=draw, run=run,
     )  # fmt: skip
+
+
+def _draw(number: int, *, num_clients: int, size: int, seed: int) -> list[int]:
+    return draw_cohort(num_clients=num_clients, size=size, seed=seed, round=number)
+
+
+def _run_summed(
+    secure: SecureCohorts, drawn: Callable[[int], list[int]], run: Callable[..., Any], over_cohort: Callable[..., Any], server: ServerState, cohort: list[Client]
+) -> Any:  # fmt: skip
+    """A round of those who stayed of its cohort, whose sum alone the server sees."""
+    sum_of = secure.sum_of(drawn(server.round), [client.id for client in cohort], server.round)
+    return run(server, cohort, over_cohort=functools.partial(over_cohort, sum_of=sum_of))

@@ -18,6 +18,10 @@ from gidef.types import Reconstruction
 
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
+READ_SUMS = (
+    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.PostHocDecoder
+)  # fmt: skip
+"""Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
 
 
@@ -130,6 +134,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a front that is shared, and share_policy is head"
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and run.recipe.evaluation.release != "gradient":
         return "it reads single gradients, and evaluation.release is delta"
+    if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
+        return "it reads one client's update, and the server sees sums of cohorts alone"
     return ""
 
 
@@ -146,6 +152,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
             said.append(words[attack.decoder])
     if one.training.defence.encoders:
         said.append("the client trains on encoded images; scored against the private ones")
+    if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):
+        said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

@@ -24,7 +24,7 @@ from gidef.clients.participate import DECODER
 from gidef.data import Images
 from gidef.fit import fit_decoder, fit_judge
 from gidef.inversions import load_marked, sound
-from gidef.models import decoder_for, make_judge
+from gidef.models import decoder_for, judge_called
 from gidef.models.inverter import inverter_for
 from gidef.models.prior import Generator, autoencoder_for, gan_for
 from gidef.rng import generator, stream_seed
@@ -37,34 +37,40 @@ SURROGATE_STEPS = 600
 # --- the judge -----------------------------------------------------------------------------------------------------------
 
 
-def judge_path(run: Run, folder: Path) -> Path:
-    """Named by what it is trained on."""
+def judge_path(run: Run, folder: Path, which: str | None = None) -> Path:
+    """Named by what it is trained on. which: of `evaluation.judges`; None is the evaluator's own."""
     roles, epochs = run.setting.roles, run.recipe.evaluation.judge_epochs
-    named = hashlib.sha256(f"{run.fingerprint}|{epochs}|{roles.judge.tolist()}".encode()).hexdigest()[:12]
+    which = "" if which is None else "|{}@{}".format(*run.recipe.evaluation.judge_named(which))
+    named = hashlib.sha256(f"{run.fingerprint}|{epochs}|{roles.judge.tolist()}{which}".encode()).hexdigest()[:12]
     return folder / f"judge-{named}.safetensors"
 
 
-def judge_task(run: Run, path: Path) -> Task:
-    setting, recipe = run.setting, run.recipe
-    rows = setting.roles.judge
+def judge_task(run: Run, path: Path, which: str | None = None) -> Task:
+    setting, evaluation = run.setting, run.recipe.evaluation
+    rows, epochs = setting.roles.judge, evaluation.judge_epochs if which is None else evaluation.judge_named(which)[1]
     train = Images(setting.dataset.train.images[rows], setting.dataset.train.labels[rows])
-    steps = recipe.evaluation.judge_epochs * -(-len(train) // 64)
+    steps = epochs * -(-len(train) // 64)
 
     def do(worker: int, report: Callable[[float], None]) -> None:
-        judge = make_judge(setting.dataset.num_classes, setting.dataset.image_shape, seed=0).to(run.world.device)
+        judge = _new_judge(run, which)
         before = 0
-        for step in fit_judge(judge, train, epochs=recipe.evaluation.judge_epochs, seed=0):
+        for step in fit_judge(judge, train, epochs=epochs, seed=0):
             report(step - before)
             before = step
         save_file(path, dict(judge.state_dict()), {"fingerprint": run.fingerprint})
 
-    return Task("judge", steps, path, do)
+    return Task("judge" if which is None else f"judge {which}", steps, path, do)
 
 
-def load_judge(run: Run, path: Path) -> torch.nn.Module:
-    judge = make_judge(run.setting.dataset.num_classes, run.setting.dataset.image_shape, seed=0).to(run.world.device)
+def load_judge(run: Run, path: Path, which: str | None = None) -> torch.nn.Module:
+    judge = _new_judge(run, which)
     judge.load_state_dict(load_file(path, run.world.device)[0])
     return judge.eval()
+
+
+def _new_judge(run: Run, which: str | None) -> torch.nn.Module:
+    dataset, name = run.setting.dataset, "judge" if which is None else run.recipe.evaluation.judge_named(which)[0]
+    return judge_called(name, num_classes=dataset.num_classes, image_shape=dataset.image_shape).to(run.world.device)
 
 
 # --- decoders of the latent ----------------------------------------------------------------------------------------------

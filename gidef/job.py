@@ -21,6 +21,7 @@ import gidef
 from gidef import audit, build, cells, config, findings, importing, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
+from gidef.models import judge_called
 from gidef.parallel import World, open_world
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
@@ -47,6 +48,8 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 build.make_defence(one, recipe, setting.dataset, seed=0)
                 for seed in recipe.seeds:
                     build.privacy_budget(setting, one, seed=seed)
+        for judge in recipe.evaluation.judges:
+            judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         if world.rank == 0:
@@ -257,6 +260,9 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.table(tables.training_table(content))
     console.say("")
     console.table(tables.table(content, width=console.width))
+    if (judges := tables.judges_table(content)) is not None:
+        console.say("")
+        console.table(judges)
     console.heading("What this run shows")
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))

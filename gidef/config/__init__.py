@@ -61,9 +61,11 @@ from gidef.config.defences import (  # noqa: F401  (the page of defences)
     Precode,
     Pruning,
     Quantisation,
+    SecureAggregation,
     Sign,
     Soteria,
     Undefended,
+    trains,
 )
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +269,16 @@ class Evaluation:
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
     judge_epochs: int = 6
+    judges: tuple[str, ...] = ()
+    """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as
+    NAME or NAME@EPOCHS, e.g. ("judge@2", "resnet18@4"); without epochs those of `judge_epochs`."""
+
+    def judge_named(self, text: str) -> tuple[str, int]:
+        """(network, epochs) of one of `judges`.  Raises: ValueError for epochs that are no positive whole number."""
+        name, at, epochs = text.partition("@")
+        if not name or (at and not (epochs.isdecimal() and int(epochs) > 0)):
+            raise ValueError(f"evaluation.judges holds {text!r}: expected NAME or NAME@EPOCHS, e.g. resnet18@4.")
+        return name, int(epochs) if at else self.judge_epochs
 
 
 @_config
@@ -350,7 +362,8 @@ _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_wi
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
-_LESS_THAN |= {"delta": 1}
+_LESS_THAN |= {"delta": 1, "dropouts": 1}
+_AT_LEAST |= {"dropouts": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
@@ -400,12 +413,14 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
         found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
-        if sum(not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False) for part in parts) > 1 and not _coupled(parts):
+        found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
+        if sum(map(trains, parts)) > 1 and not _coupled(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
-                if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
-                    found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                still = [f"{what}={how}" for what, how in (("front", part.front), ("level", part.level)) if how in ("frozen", "fixed")]
+                if still and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: {' and '.join(still)}, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
                 if not part.std_floor:
                     found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
             if isinstance(part, CVB) and part.kernel % 2 == 0:
@@ -442,6 +457,13 @@ def problems(recipe: Recipe) -> list[str]:
             f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
             "each local step takes an equal slice of the batch. Change one of them."
         )
+    for text in recipe.evaluation.judges:
+        try:
+            recipe.evaluation.judge_named(text)
+        except ValueError as error:
+            found.append(str(error))
+    if len(set(recipe.evaluation.judges)) != len(recipe.evaluation.judges):
+        found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
     if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
@@ -472,9 +494,27 @@ def _data_problems(parts: tuple[Any, ...]) -> list[str]:
             found.append(f"blend={part.blend}: expected a share in [0, 1].")
     if data and any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
         found.append(f"{type(data[0]).__name__} changes the images of a batch that DPSGD counts one by one: take level=client, or leave one out.")
-    apart = [part for part in parts if not getattr(part, "changes_update", False) and part not in data and not isinstance(part, Undefended)]
+    apart = [part for part in parts if trains(part) and not isinstance(part, Undefended)]
     if any(isinstance(part, DCS) for part in data) and apart:
         found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
+
+
+def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a combination's secure aggregation, without its name."""
+    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.rounds.cohort_size or recipe.data.num_clients
+    if not secure:
+        return []
+    found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
+    if size < 2:
+        found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
+    gone = int(secure[0].dropouts * size)
+    if size - gone < min(size, 2 * size // 3 + 1):
+        found.append(f"dropouts={secure[0].dropouts} leave {size - gone} of {size} clients, fewer than the {2 * size // 3 + 1} that restore a sum: lower it.")
+    if any(getattr(part, "changes_data", False) for part in parts):
+        found.append("attacks on the sums of encoded batches are not simulated: leave SecureAggregation or the defence of data out.")
+    if gone and any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+        found.append(f"dropouts={secure[0].dropouts} take a part of DPSGD's noise along, which epsilon counts: set dropouts=0.")
     return found
 
 

@@ -48,6 +48,12 @@ class MinimaxSettings:
     mse_cap: float = 0.1
     bits_weight: float = 0.0
     front_frozen: bool = False
+    level_frozen: bool = False
+
+    @property
+    def level_still(self) -> bool:
+        """Whether the level keeps its start: under frozen noise before a frozen front too, as releases of m + σ ε at two levels would give m away."""
+        return self.level_frozen or (self.front_frozen and self.frozen)
 
     def weight(self, progress: float) -> float:
         """λ when a share `progress` of the rounds is over: rises linearly from 0 over the first `ramp` of them."""
@@ -94,8 +100,7 @@ class MinimaxPlayer:
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
-        # under frozen noise the level must stand still as well: releases of m + σ ε at two levels would give m away
-        still = ("encoder", *(("perturbation",) if settings.frozen else ())) if settings.front_frozen else ()
+        still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
         for name in (name for part in still for name in model.parts[part]):
             model.get_parameter(name).requires_grad_(False)
 

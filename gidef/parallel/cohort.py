@@ -23,7 +23,7 @@ def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: 
     has the same bits for any number of ranks and workers, and as the serial one if that computes with `threads` threads too.
     One all-reduce a round; a rank without a client adds zeros. Every rank must pass the same cohort and template.
 
-    Args:    costs: client → expected cost, equal on all ranks; default `client.num_examples`.
+    Args:    sum_of (of the returned callable): makes the sum.  costs: client → expected cost, equal on all ranks; default `client.num_examples`.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -31,9 +31,10 @@ def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: 
     cost_of = costs or (lambda client: client.num_examples)
 
     def over_cohort(
-        shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
+        shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = (),
+        sum_of: Callable[..., FixedPointSum] = FixedPointSum,
     ) -> CohortMean:
-        total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
+        total = sum_of(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
         mine = longest_first([cost_of(client) for client in cohort], world.size)[world.rank]
 
         def work(position: int, worker: int) -> None:

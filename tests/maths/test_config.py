@@ -52,6 +52,7 @@ from gidef.config import (
     Recipe,
     Rounds,
     Scaffold,
+    SecureAggregation,
     Shards,
     Sign,
     SingleGradient,
@@ -122,6 +123,7 @@ def recipes():
     yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     of_data = (MixUp(mixing=0.5), ATS(policy=("cifar100-convnet", "rotate 2, invert 0")), InstaHide(mixed=2, largest=0.7, signs=False), DPSGD(level="client"))
     yield Recipe(defences={"m": of_data, "c": (DCS(concealed=2, iterations=5, x_weight=0.1, z_weight=0.1, blend=1.0, lr=0.2, apart=9.0), Sign())})
+    yield Recipe(defences={"s": (LearnedPerturbation(), Pruning(), SecureAggregation(dropouts=0.3)), "d": (DPSGD(level="client"), SecureAggregation())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
