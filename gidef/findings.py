@@ -108,7 +108,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             own = {name.removeprefix("perturbation."): tensor.cpu() for name, tensor in private.items() if name.startswith("perturbation.")}
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
     once = bool(getattr(settings, "frozen", False)) and bool(getattr(settings, "front_frozen", False))
-    images, releases = max(len(run.setting.dataset.train), 2), getattr(group[0].attack, "rounds", 1)
+    images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
         found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
     except InputError as error:
