@@ -42,7 +42,7 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import World, mean_over_world
+from gidef.parallel import Costs, World, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
@@ -388,6 +388,8 @@ class Training:
     draw: Callable[[int], list[int]]
     run: Callable[..., Any]
     shared: tuple[str, ...]
+    costs: Costs
+    """What the next round's plan goes by."""
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
@@ -407,13 +409,14 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
+    costs = Costs()
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        mean_over_world(world, workers=workers, threads=recipe.speed.threads, costs=costs, learn=costs.learn, schedule=recipe.speed.clients_schedule),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
     return Training(
-        defence=defence, participation=participation, store=store, shared=shared,
+        defence=defence, participation=participation, store=store, shared=shared, costs=costs,
         server=ServerState({name: initial[name] for name in shared}),
         draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
         run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),

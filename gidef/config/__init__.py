@@ -300,6 +300,9 @@ class Speed:
     """Of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always. tf32 needs a GPU."""
     schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
+    clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
+    """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
+    or from a common queue as ranks become free. The model's bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 3600.0
