@@ -42,8 +42,9 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import Costs, World, mean_over_world
+from gidef.parallel import Costs, World, mean_over_world, robust_over_world
 from gidef.rng import stream_seed
+from gidef.rounds import robust
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
 from gidef.streams import load_streamed
@@ -355,6 +356,19 @@ def server_step(server: config.Server, *, num_clients: int, cohort_size: int) ->
             return servers.scaffold(lr=server.lr, participation=cohort_size / num_clients)
 
 
+def robust_rule(aggregate: config.Aggregate) -> robust.Rule | None:
+    """None for the mean, which needs no single updates."""
+    match aggregate:
+        case config.Mean():
+            return None
+        case config.Median():
+            return robust.median()
+        case config.TrimmedMean(share=share):
+            return robust.trimmed_mean(share=share)
+        case config.Krum(byzantine=byzantine, chosen=chosen):
+            return robust.krum(byzantine=byzantine, chosen=chosen)
+
+
 def local_settings(clients: config.Clients) -> LocalSettings:
     match clients:
         case config.SingleGradient():
@@ -410,8 +424,10 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
     costs = Costs()
+    dealt = {"workers": workers, "threads": recipe.speed.threads, "costs": costs, "learn": costs.learn, "schedule": recipe.speed.clients_schedule}
+    rule = robust_rule(recipe.rounds.aggregate)
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads, costs=costs, learn=costs.learn, schedule=recipe.speed.clients_schedule),
+        mean_over_world(world, **dealt) if rule is None else robust_over_world(world, rule, **dealt),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
