@@ -19,7 +19,7 @@ from gidef.clients.cohort import draw_cohort
 from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
 from gidef.clients.store import ClientStore
-from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
+from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, places_of_clients, split_roles
 from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
 from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
 from gidef.defence.bido import BiDODefence, BiDOSettings
@@ -43,10 +43,12 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import World, mean_over_world
+from gidef.parallel import Costs, World, mean_over_world, robust_over_world
 from gidef.rng import stream_seed
+from gidef.rounds import robust
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
+from gidef.streams import load_streamed
 from gidef.types import Client, ServerState, Tensors
 
 
@@ -60,6 +62,8 @@ class Setting:
     counts: torch.Tensor
     roles: Roles
     clients: list[Client]
+    positions: torch.Tensor | None = None
+    """Of streamed clients, of whose images `dataset.train` and `parts` hold those in memory: each row's position in its client's data."""
 
     @property
     def rounds(self) -> int:
@@ -76,7 +80,7 @@ class Setting:
         for number, part in enumerate(self.parts):
             position = int(torch.searchsorted(part, row))
             if position < len(part) and int(part[position]) == row:
-                return number, position
+                return number, position if self.positions is None else int(self.positions[row])
         raise KeyError(row)
 
 
@@ -87,6 +91,8 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     data.load_dataset, the partitions and roles.
     """
     data, device, failed = recipe.data, world.device, None
+    if data.stream:
+        return _streamed_setting(recipe, world=world, notice=notice)
     if world.rank != 0:
         world.broadcast_json(None)  # rank 0 has loaded, or failed
     arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
@@ -114,6 +120,20 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     train = dataset.train.to(_home(dataset.train.images, device, notice))
     clients = [Client(k, train.images[part.to(train.images.device)], train.labels[part.to(train.images.device)]) for k, part in enumerate(parts)]
     return Setting(recipe, dataset, parts, class_counts(labels, parts, dataset.num_classes), roles, clients)
+
+
+def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None]) -> Setting:
+    """The same where clients stream their images. See streams.load_streamed."""
+    data, evaluation = recipe.data, recipe.evaluation
+    found = load_streamed(
+        places_of_clients(data.path, data.client_shards, data.num_clients), name=data.name, size=data.size, keep=data.stream_sample, seed=data.split_seed,
+        buffer=data.stream_buffer, decoders=recipe.speed.decoders, world=world, notice=notice,
+    )  # fmt: skip
+    small = [client.id for client in found.clients if client.num_examples < data.min_examples]
+    if small:
+        raise InputError(f"clients {small[:5]} train on fewer than data.min_examples={data.min_examples} images: lower it, or give them more.")
+    roles = split_roles(found.dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=data.split_seed)
+    return Setting(recipe, found.dataset, found.parts, found.counts, roles, found.clients, found.positions)
 
 
 def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], None]) -> torch.device:
@@ -340,6 +360,19 @@ def server_step(server: config.Server, *, num_clients: int, cohort_size: int) ->
             return servers.scaffold(lr=server.lr, participation=cohort_size / num_clients)
 
 
+def robust_rule(aggregate: config.Aggregate) -> robust.Rule | None:
+    """None for the mean, which needs no single updates."""
+    match aggregate:
+        case config.Mean():
+            return None
+        case config.Median():
+            return robust.median()
+        case config.TrimmedMean(share=share):
+            return robust.trimmed_mean(share=share)
+        case config.Krum(byzantine=byzantine, chosen=chosen):
+            return robust.krum(byzantine=byzantine, chosen=chosen)
+
+
 def local_settings(clients: config.Clients) -> LocalSettings:
     match clients:
         case config.SingleGradient():
@@ -373,6 +406,8 @@ class Training:
     draw: Callable[[int], list[int]]
     run: Callable[..., Any]
     shared: tuple[str, ...]
+    costs: Costs
+    """What the next round's plan goes by."""
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
@@ -392,8 +427,11 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
+    costs = Costs()
+    dealt = {"workers": workers, "threads": recipe.speed.threads, "costs": costs, "learn": costs.learn, "schedule": recipe.speed.clients_schedule}
+    rule = robust_rule(recipe.rounds.aggregate)
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        mean_over_world(world, **dealt) if rule is None else robust_over_world(world, rule, **dealt),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
@@ -402,7 +440,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     if defence.secure is not None:
         draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(
-        defence=defence, participation=participation, store=store, shared=shared,
+        defence=defence, participation=participation, store=store, shared=shared, costs=costs,
         server=ServerState({name: initial[name] for name in shared}),
         draw=draw, run=run,
     )  # fmt: skip

@@ -33,10 +33,14 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("name")
     download.add_argument("--size", type=int, default=None, help="28, 64, 128 or 224 pixels")
     download.set_defaults(run=_data_download)
-    convert = data.add_parser("convert", help="write a data set as WebDataset shards (PNG, lossless)")
+    convert = data.add_parser("convert", help="write a data set as WebDataset shards, lossless, also per client")
     _source(convert)
     convert.add_argument("--out", required=True, help="folder for the .tar files")
     convert.add_argument("--examples-per-shard", type=int, default=1000)
+    convert.add_argument("--kind", choices=("png", "npy"), default="png", help="of images: PNG, or raw bytes, larger and faster to stream")
+    convert.add_argument("--clients", type=int, default=None, metavar="N", help="shards per client, to stream from (--data.stream)")
+    convert.add_argument("--alpha", type=float, default=None, help="of a Dirichlet split of the classes over the clients; IID without it")
+    convert.add_argument("--seed", type=int, default=0, help="of that split")
     convert.set_defaults(run=_data_convert)
     preview = data.add_parser("preview", help="a picture with some images of every class")
     _source(preview)
@@ -112,13 +116,20 @@ def _data_download(arguments: argparse.Namespace) -> None:
 
 
 def _data_convert(arguments: argparse.Namespace) -> None:
-    from gidef.data import write_webdataset
+    from gidef.data import partition, write_webdataset
+    from gidef.errors import InputError
     from gidef.report import Console
 
+    if arguments.alpha is not None and arguments.clients is None:
+        raise InputError("--alpha splits the images over clients: give their number as --clients.")
     with Console() as console:
-        dataset = _load(arguments, console)
-        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard)
-        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with --data.path {arguments.out}")
+        dataset, clients, use = _load(arguments, console), None, f"--data.path {arguments.out}"
+        if arguments.clients is not None:
+            cut = partition.iid if arguments.alpha is None else partition.dirichlet
+            clients = cut(dataset.train.labels, num_clients=arguments.clients, seed=arguments.seed, **({} if arguments.alpha is None else {"alpha": arguments.alpha}))
+            use = f"--data.stream --data.path {arguments.out} --data.num-clients {arguments.clients}"
+        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard, clients=clients, kind=arguments.kind)
+        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with {use}")
 
 
 def _data_preview(arguments: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
     frozen, front_frozen = bool(getattr(settings, "frozen", False)), bool(getattr(settings, "front_frozen", False))
     once = frozen and front_frozen
-    images, releases = max(len(run.setting.dataset.train), 2), getattr(group[0].attack, "rounds", 1)
+    images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")

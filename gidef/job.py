@@ -172,14 +172,14 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     recipe, dataset, console = run.recipe, run.setting.dataset, run.console
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
-    console.say(f"images    {dataset.title}, {shape}, {len(dataset.train)} for training, from {dataset.source}")
+    console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
     for note in dict.fromkeys([*dataset.notes, *said]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
     cohort = recipe.rounds.cohort_size or recipe.data.num_clients
     console.say(
-        f"clients   {recipe.data.num_clients} ({type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
+        f"clients   {recipe.data.num_clients} ({'streamed' if recipe.data.stream else type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
         f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
@@ -209,7 +209,7 @@ def _results(
         "data": {
             "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
             "counts": {
-                "train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
+                "train": int(run.setting.counts.sum()), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
                 "tuning": len(roles.tuning), "judge": len(roles.judge),
             },
         },

@@ -176,6 +176,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     state = _load_checkpoint(run, key)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
+        training.costs.load(state[1]["costs"])
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
@@ -203,9 +204,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             run.append(
                 "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
+                client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress)
+                _save_checkpoint(run, key, server, best, participation.versions, progress, training.costs.state())
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -287,14 +289,16 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
-def _save_checkpoint(run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> None:
+def _save_checkpoint(
+    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, costs: dict[str, Any]
+) -> None:
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     meta = {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
-        "seconds": progress.seconds,
+        "seconds": progress.seconds, "costs": costs,
     }  # fmt: skip
     save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -75,6 +76,26 @@ def batches(client: Client, *, batch_size: int, epochs: int, seed: int, round: i
             yield epoch, rows
 
 
+def examples(
+    player: Player, client: Client, settings: LocalSettings, *, device: torch.device, seed: int, round: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(epoch, rows, images float32 (b, C, H, W) in [0, 1], labels) of each batch of a client's round, on the device; from memory or streamed.
+
+    Raises: InputError for a streamed client whose player draws its batches itself: they would need every image at hand.
+    """
+    drawn = {"batch_size": settings.batch_size, "epochs": settings.epochs, "seed": seed, "round": round}
+    if client.source is None:
+        for epoch, rows in getattr(player, "draw_batches", batches)(client, **drawn):
+            rows = rows.to(client.images.device)
+            yield epoch, rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
+        return
+    if hasattr(player, "draw_batches"):
+        raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
+    with contextlib.closing(client.source.batches(**drawn)) as streamed:
+        for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
+            yield epoch, rows.to(client.images.device), images.to(device).to(torch.float32).div_(255), labels.to(device)
+
+
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
     """Copy tensors into the module's parameters of the same names, in place; names that the module lacks raise KeyError."""
     parameters = dict(module.named_parameters())
@@ -133,11 +154,8 @@ def train_locally(
 
     optimiser.zero_grad(set_to_none=True)
     per_epoch = -(-client.num_examples // settings.batch_size)
-    draw_batches, fill_gradients = getattr(player, "draw_batches", batches), getattr(player, "fill_gradients", None)
-    for epoch, rows in draw_batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
-        rows = rows.to(client.images.device)
-        images = client.images[rows].to(device, torch.float32).div_(255)
-        labels = client.labels[rows].to(device)
+    fill_gradients = getattr(player, "fill_gradients", None)
+    for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
         if fill_gradients is not None:
             loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:

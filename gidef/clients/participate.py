@@ -112,7 +112,7 @@ class Participation:
 
     def _at_hand(self, player: Player, params: Tensors, client: Client, round: int) -> Own:
         """Some of the client's images, beside its model."""
-        rows = torch.randperm(client.num_examples, generator=generator(self._seed, "at hand", round, client.id))[:AT_HAND].to(client.images.device)
+        rows = torch.randperm(len(client.labels), generator=generator(self._seed, "at hand", round, client.id))[:AT_HAND].to(client.images.device)
         device = next(player.model.parameters()).device
         images = client.images[rows].to(device, torch.float32).div_(255)
         return Own(player.model, {name: tensor.to(device) for name, tensor in params.items()}, images, client.labels[rows].to(device))

@@ -121,6 +121,15 @@ class Data:
     """Each client holds at least this many images."""
     split_seed: int = 0
     """Seeds the partition, the victims and a missing validation split; the same for all `seeds`."""
+    stream: bool = False
+    """Clients read their images from WebDataset shards of their own while they train: `path` with a {client} in it, such as
+    "shards/client-{client:05d}-*.tar", a folder that `gidef data convert --clients` filled, or `client_shards`. `partition` has no say."""
+    client_shards: tuple[str, ...] = ()
+    """One shard pattern per client, in the place of `path`."""
+    stream_sample: int = 4000
+    """Of streams: images that stay in memory, of all clients, for victims, tuning, judge and, without shards of their own, validation and test."""
+    stream_buffer: int = 1024
+    """Of streams: examples that are shuffled among one another; a client with no more trains in the order, and to the bits, of images in memory."""
 
 
 # --- model ---------------------------------------------------------------------------------------------------------
@@ -232,6 +241,34 @@ class Scaffold:
 
 
 @_config
+class Mean:
+    """Weighted by examples, summed exactly."""
+
+
+@_config
+class Median:
+    """Of every coordinate over the clients; Yin et al. 2018. Holds while fewer than half of them lie."""
+
+
+@_config
+class TrimmedMean:
+    """Of every coordinate, without the smallest and the largest values; Yin et al. 2018."""
+
+    share: float = 0.1
+    """Of the cohort, left out at each end, in [0, 1/2), rounded up to clients."""
+
+
+@_config
+class Krum:
+    """The update nearest to its neighbours, or the mean of several; Blanchard et al. 2017."""
+
+    byzantine: int = 1
+    """Clients f that may lie; the cohort has at least 2 f + 3."""
+    chosen: int = 1
+    """Updates that are averaged; more than 1 is Multi-Krum."""
+
+
+@_config
 class Rounds:
     """How many rounds, over how many clients, and the server's step."""
 
@@ -242,6 +279,8 @@ class Rounds:
     cohort_size: int | None = None
     """Clients drawn per round without replacement; None takes all."""
     server: FedAvg | FedAdam | FedYogi | FedAdagrad | Scaffold = FedAvg()
+    aggregate: Mean | Median | TrimmedMean | Krum = Mean()
+    """What becomes of the cohort's updates; all but the mean need every client's own, and count no examples."""
     patience: int | None = 40
     """Stop after so many rounds without a better validation accuracy; None never stops early. The best round's model is kept."""
 
@@ -297,10 +336,15 @@ class Speed:
     """How a program runs, see gidef.attack.program; auto takes the fastest in the calibration."""
     compile: bool = False
     """Let the calibration try compiled programs: worth it for long attacks, as compiling takes up to minutes."""
+    decoders: int = 2
+    """Threads that read and decode images for each client that streams them."""
     attack_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always. tf32 needs a GPU."""
     schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
+    clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
+    """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
+    or from a common queue as ranks become free. The model's bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 3600.0
@@ -310,6 +354,7 @@ class Speed:
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew
 Server = FedAvg | FedAdam | FedYogi | FedAdagrad | Scaffold
+Aggregate = Mean | Median | TrimmedMean | Krum
 Clients = LocalTraining | SingleGradient
 
 
@@ -349,7 +394,7 @@ class Recipe:
 
 _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of this page that has the field
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
-    "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
+    "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
@@ -379,6 +424,8 @@ def problems(recipe: Recipe) -> list[str]:
             f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
             "replacement. Lower one or raise the other."
         )
+    found.extend(_stream_problems(recipe))
+    found.extend(_aggregate_problems(recipe))
     if not recipe.seeds:
         found.append("seeds is empty: give at least one, e.g. --seeds 0.")
     if len(set(recipe.seeds)) != len(recipe.seeds):
@@ -468,6 +515,43 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _stream_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of streaming clients."""
+    data, found = recipe.data, []
+    if not data.stream:
+        return ["data.client_shards names shards to stream from: set data.stream=True, or leave it out."] if data.client_shards else []
+    if (data.path is None) == (not data.client_shards):
+        found.append("data.stream needs the clients' shards: give data.path with a {client}, or data.client_shards, and not both.")
+    for name, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+            found.append(f"defences.{name}: a DPSGD of images draws each step from all of a client's images: set level=client, or data.stream=False.")
+    return found
+
+
+def _aggregate_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of an aggregation that needs single updates."""
+    rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    if isinstance(rule, Mean):
+        return []
+    name = type(rule).__name__
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
+    for key, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+            found.append(f"defences.{key}: the noise of a DPSGD of clients is measured out for their mean, not for {name}: set level=sample, or aggregate=Mean.")
+    if isinstance(rule, TrimmedMean) and (not 0 <= rule.share < 0.5 or 2 * math.ceil(rule.share * size - 1e-9) >= size):
+        found.append(f"rounds.aggregate.share={rule.share} of a cohort of {size} is negative or leaves no client in the middle: change it, or draw more clients.")
+    if isinstance(rule, Krum) and size < 2 * rule.byzantine + 3:
+        found.append(f"rounds.aggregate.byzantine={rule.byzantine} needs a cohort of {2 * rule.byzantine + 3} or more, not {size}: lower it, or draw more.")
+    elif isinstance(rule, Krum) and rule.chosen > size - rule.byzantine:
+        found.append(f"rounds.aggregate.chosen={rule.chosen} of {size} clients with byzantine={rule.byzantine}: give at most {size - rule.byzantine}.")
     return found
 
 

@@ -13,6 +13,7 @@ from gidef.parallel.world import World
 
 Task = TypeVar("Task")
 
+Schedule = Literal["longest_first", "static", "dynamic"]
 SCHEDULES = ("longest_first", "static", "dynamic")
 
 
@@ -22,7 +23,7 @@ def run_tasks(
     costs: Sequence[float],
     do: Callable[[Task, int], None],
     *,
-    schedule: Literal["longest_first", "static", "dynamic"] = "longest_first",
+    schedule: Schedule = "longest_first",
     workers: int = 1,
     threads: int = 1,
     name: Callable[[Task], str] = str,
@@ -50,7 +51,7 @@ def run_tasks(
     names = [name(task) for task in tasks]
     lines = [f"{name} {cost!r}" for name, cost in zip(names, costs, strict=True)]
     world.agree("the tasks, their costs or the schedule", "\n".join([schedule, *lines]))
-    turns, take = _turns(world, costs, schedule)
+    turns, take = turns_of(world, costs, schedule)
     taken: dict[int, int] = {}  # turn of this rank → task
 
     def work(turn: int, worker: int) -> None:
@@ -78,7 +79,7 @@ def run_tasks(
         raise RuntimeError(message) from errors.get(index)
 
 
-def _turns(world: World, costs: Sequence[float], schedule: str) -> tuple[int, Callable[[int], int | None]]:
+def turns_of(world: World, costs: Sequence[float], schedule: str) -> tuple[int, Callable[[int], int | None]]:
     """How many turns this rank has at most, and what each turn does: a task's index, or None once nothing is left."""
     if schedule == "dynamic":
         order, queue = longest_first(costs, 1)[0], Queue(world, len(costs))

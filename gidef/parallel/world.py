@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -42,6 +42,25 @@ class World:
             return tensor.copy_(host)
         dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
         return tensor
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """parts[r], 1-D and of one dtype and device, goes to rank r; returns what every rank sent here, by rank, of those lengths."""
+        if self.size == 1:
+            return [parts[0]]
+        sent = torch.cat(list(parts))
+        host = sent.cpu() if sent.is_cuda and self.nccl is None else sent
+        received = host.new_empty(sum(lengths))
+        dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
+        return list(received.to(sent.device).split(list(lengths)))
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, of one shape and dtype, by rank."""
+        if self.size == 1:
+            return [tensor]
+        host = tensor.cpu() if tensor.is_cuda and self.nccl is None else tensor
+        parts = [torch.empty_like(host) for _ in range(self.size)]
+        dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
+        return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
         """Return when every rank got here."""
