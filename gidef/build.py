@@ -389,7 +389,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        mean_over_world(world, workers=workers, threads=recipe.speed.threads, groups=participation.groups),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
@@ -397,5 +397,5 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         defence=defence, participation=participation, store=store, shared=shared,
         server=ServerState({name: initial[name] for name in shared}),
         draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
-        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+        run=functools.partial(run_round, train=participation.train_group, step=step, over_cohort=over_cohort),
     )  # fmt: skip

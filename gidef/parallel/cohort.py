@@ -15,7 +15,10 @@ from gidef.types import Client, Tensors, Update
 from gidef.updates import CohortMean, FixedPointSum
 
 
-def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None) -> Callable[..., CohortMean]:
+def mean_over_world(
+    world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None,
+    groups: Callable[[Sequence[Client]], list[list[int]]] | None = None,
+) -> Callable[..., CohortMean]:  # fmt: skip
     """`mean_over(shared_update, cohort, *, template, metric_names)` over all ranks, for `run_round`'s `over_cohort`.
 
     Clients go to ranks longest first, and within a rank to `workers` threads, each computing with `threads` threads;
@@ -24,6 +27,8 @@ def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: 
     One all-reduce a round; a rank without a client adds zeros. Every rank must pass the same cohort and template.
 
     Args:    costs: client → expected cost, equal on all ranks; default `client.num_examples`.
+             groups: cohort → positions of the clients that one program trains. The cohort is cut before it is dealt out; `shared_update` then
+             takes a group's clients in the place of one, and returns their updates in order.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -34,16 +39,18 @@ def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: 
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
     ) -> CohortMean:
         total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
-        mine = longest_first([cost_of(client) for client in cohort], world.size)[world.rank]
+        cut = groups(cohort) if groups is not None else [[position] for position in range(len(cohort))]
+        mine = [cut[item] for item in longest_first([sum(cost_of(cohort[position]) for position in group) for group in cut], world.size)[world.rank]]
 
-        def work(position: int, worker: int) -> None:
-            client = cohort[position]
-            update = shared_update(client, worker=worker)
-            total.add(update.delta, update.num_examples, update.metrics, client=client.id)
+        def work(group: list[int], worker: int) -> None:
+            clients = [cohort[position] for position in group]
+            updates = shared_update(clients, worker=worker) if groups is not None else [shared_update(clients[0], worker=worker)]
+            for client, update in zip(clients, updates, strict=True):
+                total.add(update.delta, update.num_examples, update.metrics, client=client.id)
 
         raised = run_on_threads(work, mine, workers=workers, threads=threads, device=world.device, stop_at_error=True)
-        errors = {mine[index]: error for index, error in raised.items()}
-        roll = sum(_mark(cohort[position]) for position in mine)
+        errors = {mine[index][0]: error for index, error in raised.items()}
+        roll = sum(_mark(cohort[position]) for group in mine for position in group)
         total.counters.copy_(torch.tensor([len(errors), roll]))
         world.all_reduce_sum_(total.buffer)
         failures, roll = total.counters.tolist()
