@@ -64,7 +64,8 @@ def calibrate(
 ) -> tuple[int, dict[int, float]]:
     """(K, seconds per client and step by K): the K whose round would end first, 1 unless one is clearly faster than the loop.
 
-    Sizes are tried from small to large while they help: up to the first that is slower than the loop and than the size before it, within the budget.
+    Sizes are tried from small to large while they help: up to the first that is slower than the one before, within the budget. Two at once
+    may well be slower than the loop, where more are not; only if they take twice its time is that the end.
 
     Args:    measure: groups of clients, each to train as one program → seconds per client and step.  slots: groups that train at the same time.
     """
@@ -76,7 +77,7 @@ def calibrate(
         if size not in groups or spent + size * last * STEPS * (REPETITIONS + 1) > budget_s:
             break
         found[size] = measure(groups[size][:1])
-        if found[size] > found[1] and found[size] > last:
+        if found[size] > (2 * last if size == CANDIDATES[0] else last):
             break
 
     def ends(at_once: int) -> float:

@@ -31,7 +31,12 @@ def test_the_fastest_size_is_chosen_and_the_search_ends_where_sizes_stop_helping
     assert asked == [[1, 1, 1, 1], [2], [4], [8]]
 
 
-@pytest.mark.parametrize("times", [{1: 1.0, 2: 1.2}, {1: 1.0, 2: 0.97, 4: 0.99, 8: 1.1}])
+def test_two_at_once_may_be_slower_than_the_loop_where_more_are_not():
+    found = at_once.calibrate(measured({1: 1.0, 2: 1.3, 4: 0.7, 8: 0.8}), cohort(*[5] * 16), slots=1, budget_s=math.inf)
+    assert found == (4, {1: 1.0, 2: 1.3, 4: 0.7, 8: 0.8})
+
+
+@pytest.mark.parametrize("times", [{1: 1.0, 2: 2.1}, {1: 1.0, 2: 1.2, 4: 1.3}, {1: 1.0, 2: 0.97, 4: 0.99, 8: 1.1}])
 def test_the_loop_stays_unless_a_program_is_clearly_faster(times):
     assert at_once.calibrate(measured(times), cohort(*[5] * 16), slots=1, budget_s=math.inf)[0] == 1
 
