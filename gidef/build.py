@@ -428,7 +428,10 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
     costs = Costs()
-    dealt = {"workers": workers, "threads": recipe.speed.threads, "costs": costs, "learn": costs.learn, "schedule": recipe.speed.clients_schedule}
+    dealt = {
+        "workers": workers, "threads": recipe.speed.threads, "costs": costs, "learn": costs.learn, "schedule": recipe.speed.clients_schedule,
+        "groups": participation.groups,
+    }  # fmt: skip
     rule = robust_rule(recipe.rounds.aggregate)
     over_cohort = functools.partial(
         mean_over_world(world, **dealt) if rule is None else robust_over_world(world, rule, **dealt),
@@ -436,7 +439,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
     draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
-    run = functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort)
+    run = functools.partial(run_round, train=participation.train_group, step=step, over_cohort=over_cohort)
     if defence.secure is not None:
         draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gidef import build, config, metrics
+from gidef import at_once, build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -180,6 +180,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
+    participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
     world.agree(f"{key}: state before round {server.round}", weights_sha256(server.params))
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
@@ -207,7 +208,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress, training.costs.state())
+                at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
+                _save_checkpoint(run, key, server, best, participation.versions, progress, at_hand)
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -231,6 +233,21 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     return Trained(training, _snapshots(run, key), summary, sha)
 
 
+def _clients_at_once(run: Run, name: str, training: build.Training, server: ServerState) -> int:
+    """K of a training that begins; says what was found, and once for each defence."""
+    speed, path, participation = run.recipe.speed, run.folder / at_once.FILE, training.participation
+    cohort = [run.setting.clients[number] for number in training.draw(server.round)]
+    chosen = at_once.choose(
+        speed.clients_at_once, participation, server, cohort, world=run.world, slots=run.world.size * len(participation.players), path=path, name=name
+    )
+    if chosen.reason:
+        run.console.say(f"{name}: clients train one by one, as they cannot be vectorised: {chosen.reason}.")
+    elif chosen.milliseconds:
+        table = ", ".join(f"{size}: {value:.2f}" for size, value in chosen.milliseconds.items())
+        run.console.say(f"{name}: {chosen.at_once} clients at once (ms of a client's step by clients at once: {table}).")
+    return chosen.at_once
+
+
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
     """Test results of the final model; per client: the test accuracy under the client's own mix of classes."""
     dataset, counts = run.setting.dataset, run.setting.counts.double()
@@ -250,7 +267,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": sum(t.numel() for t in best.values()),
+        "parameters_shared": sum(t.numel() for t in best.values()), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
@@ -290,15 +307,16 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
 
 
 def _save_checkpoint(
-    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, costs: dict[str, Any]
+    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
 ) -> None:
+    """speed: what decides, or only speeds up, how the next rounds are computed."""
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     meta = {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
-        "seconds": progress.seconds, "costs": costs,
+        "seconds": progress.seconds, **speed,
     }  # fmt: skip
     save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 

@@ -14,6 +14,7 @@ from gidef.defence.accounting import Budget
 from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform, apply_all
+from gidef.defence.stacked import StackedPlain
 from gidef.models import SplitModel
 from gidef.types import Client, Own, Tensors
 
@@ -131,3 +132,9 @@ class Plain:
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(self.model(images), labels)
+
+    def stacked(self) -> StackedPlain | None:
+        """This game as functions (see clients.vectorised.Stacked); None for a player that plays another."""
+        own = type(self)
+        same = own.loss is Plain.loss and own.begin is Plain.begin and not hasattr(own, "fill_gradients") and not hasattr(own, "draw_batches")
+        return StackedPlain(self.model) if same else None

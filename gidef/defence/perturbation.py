@@ -22,10 +22,11 @@ from torch.func import functional_call, grad
 
 from gidef.defence.base import DECODER, Defence, Simulate
 from gidef.defence.capacity import capacity_bits
+from gidef.defence.stacked import StackedMinimax
 from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
 from gidef.rng import generator
-from gidef.similarity import dependence, ssim
+from gidef.similarity import COUPLES_BATCH, dependence, ssim
 from gidef.types import Client, Tensors
 
 MIN_CKA = 4
@@ -135,6 +136,13 @@ class MinimaxPlayer:
         if self.kept is not None:
             self.kept.requires_grad_(True)
         return loss
+
+    def stacked(self) -> StackedMinimax | None:
+        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, and for a player that plays another."""
+        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin
+        if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
+            return None
+        return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
 
 
 class LearnedDefence(Defence):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from gidef.rng import stream_seed
 from gidef.types import Client, Tensors, Update
 from gidef.updates import CohortMean, FixedPointSum
 
+Groups = Callable[[Sequence[Client]], list[list[int]]]
+
 
 def mean_over_world(
     world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None, schedule: Schedule = "longest_first",
-    learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None,
+    learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None, groups: Groups | None = None,
 ) -> Callable[..., CohortMean]:  # fmt: skip
     """`mean_over(shared_update, cohort, *, template, metric_names)` over all ranks, for `run_round`'s `over_cohort`.
 
@@ -33,6 +36,8 @@ def mean_over_world(
     Args:    sum_of (of the returned callable): makes the sum.
              costs: client → expected cost, equal on all ranks; default `client.num_examples`.  schedule: as in `run_tasks`.
              learn: called with the cohort and the seconds that each of its clients took, the same on every rank.
+             groups: cohort → positions of the clients that one program trains. The cohort is cut before it is dealt out; `shared_update` then
+             takes a group's clients in the place of one, and returns their updates in order.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -48,7 +53,8 @@ def mean_over_world(
         def add(position: int, update: Update) -> None:
             total.add(update.delta, update.num_examples, update.metrics, client=cohort[position].id)
 
-        part = take_part(world, shared_update, cohort, add, [cost_of(client) for client in cohort], schedule=schedule, workers=workers, threads=threads)
+        costs = [cost_of(client) for client in cohort]
+        part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
         total.counters.copy_(part.counters())
         world.all_reduce_sum_(total.buffer)
         seconds = part.check(total.counters.tolist())
@@ -85,28 +91,36 @@ class Part:
 
 
 def take_part(
-    world: World, shared_update: Callable[..., Update], cohort: Sequence[Client], receive: Callable[[int, Update], None], costs: Sequence[float],
-    *, schedule: Schedule, workers: int, threads: int,
+    world: World, shared_update: Callable[..., Any], cohort: Sequence[Client], receive: Callable[[int, Update], None], costs: Sequence[float],
+    *, schedule: Schedule, workers: int, threads: int, groups: Groups | None = None,
 ) -> Part:  # fmt: skip
-    """Train this rank's share of the cohort: `receive(position, update)` of each client, from the worker's thread, until the first error."""
-    turns, take = turns_of(world, costs, schedule)
-    taken: dict[int, int] = {}  # turn of this rank → position
+    """Train this rank's share of the cohort: `receive(position, update)` of each client, from the worker's thread, until the first error.
+
+    A group's clients share its seconds evenly. groups: see `mean_over_world`.
+    """
+    cut = [[position] for position in range(len(cohort))] if groups is None else groups(cohort)
+    turns, take = turns_of(world, [sum(costs[position] for position in group) for group in cut], schedule)
+    taken: dict[int, list[int]] = {}  # turn of this rank → positions
     seconds: dict[int, float] = {}
 
     def work(turn: int, worker: int) -> None:
-        position = take(turn)
-        if position is None:
+        place = take(turn)
+        if place is None:
             return
-        taken[turn] = position
+        group = taken[turn] = cut[place]
         began = time.perf_counter()
-        receive(position, shared_update(cohort[position], worker=worker))
-        seconds[position] = time.perf_counter() - began
+        clients = [cohort[position] for position in group]
+        updates = [shared_update(clients[0], worker=worker)] if groups is None else shared_update(clients, worker=worker)
+        for position, update in zip(group, updates, strict=True):
+            receive(position, update)
+        seconds.update(dict.fromkeys(group, (time.perf_counter() - began) / len(group)))
 
     raised = run_on_threads(work, range(turns), workers=workers, threads=threads, device=world.device, stop_at_error=True)
     for turn, error in raised.items():
         if turn not in taken:
             raise error  # the queue's own: the ranks have lost one another
-    return Part(world, cohort, tuple(taken.values()), {taken[turn]: error for turn, error in raised.items()}, seconds)
+    positions = tuple(position for group in taken.values() for position in group)
+    return Part(world, cohort, positions, {taken[turn][0]: error for turn, error in raised.items()}, seconds)
 
 
 def _mark(client: Client) -> int:

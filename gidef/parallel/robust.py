@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gidef.errors import InputError
-from gidef.parallel.cohort import take_part
+from gidef.parallel.cohort import Groups, take_part
 from gidef.parallel.work import Schedule
 from gidef.parallel.world import World
 from gidef.types import Client, Tensors, Update, check_same_names
@@ -24,7 +24,7 @@ LIMBS, LIMB, LOWEST = 7, 32, -120
 
 def robust_over_world(
     world: World, rule: Any, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None, schedule: Schedule = "longest_first",
-    learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None,
+    learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None, groups: Groups | None = None,
 ) -> Callable[..., CohortMean]:  # fmt: skip
     """In the place of `mean_over_world`, by a rule that needs every client's own update (see rounds.robust).
 
@@ -54,7 +54,8 @@ def robust_over_world(
             with lock:
                 kept[position] = flat
 
-        part = take_part(world, shared_update, cohort, keep, [cost_of(client) for client in cohort], schedule=schedule, workers=workers, threads=threads)
+        costs = [cost_of(client) for client in cohort]
+        part = take_part(world, shared_update, cohort, keep, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
         owners = [world.rank if position in kept else 0 for position in range(count)]
         rest.counters.copy_(torch.cat([part.counters(), torch.tensor(owners)]))
         world.all_reduce_sum_(rest.buffer)
