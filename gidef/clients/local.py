@@ -24,8 +24,9 @@ class Player(Protocol):
     loss:   scalar for one batch; may first take steps on `kept`. images float32 (B, C, H, W) in [0, 1], labels
             int64 (B,), rows int64 (B,): the examples' positions in the client's data, epoch: from 0.
 
-    Two more may be there, and then take the place of what this page has.
+    Three more may be there, and then take the place of what this page has.
     draw_batches:   as `batches`; a batch may be empty.
+    backward:       of the loss's backward pass, without an argument and without autocast, for a player whose gradients are not all `loss`'s.
     fill_gradients: of `loss` and its backward pass: leaves in every parameter's `grad` what the client's optimiser is to step by, and returns
                     the loss. Called without autocast.
     """
@@ -71,7 +72,8 @@ def batches(client: Client, *, batch_size: int, epochs: int, seed: int, round: i
     """(epoch, rows) of each batch: a fresh permutation per epoch, a function of (seed, round, client) alone. The last batch may be smaller."""
     order = generator(seed, "order", round, client.id)
     for epoch in range(epochs):
-        for rows in torch.randperm(client.num_examples, generator=order).split(batch_size):
+        # to the images' device once an epoch: each copy waits for the device
+        for rows in torch.randperm(client.num_examples, generator=order).to(client.images.device).split(batch_size):
             yield epoch, rows
 
 
@@ -144,7 +146,7 @@ def train_locally(
             # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
                 loss = player.loss(images, labels, rows=rows, epoch=epoch)
-            loss.backward()
+            (player.backward if hasattr(player, "backward") else loss.backward)()
         total += loss.detach()
         num_batches, pending = num_batches + 1, pending + 1
         if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own
