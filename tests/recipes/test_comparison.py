@@ -11,7 +11,7 @@ import pytest
 from gidef.config import Recipe, problems
 from tests.ranks.launch import ROOT, results, run
 
-MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations")
+MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "schedules_of_play")
 SWEEPS = ("strength", "architectures", "heterogeneity", "participation", "share_policy", "attackers_and_judges", "modalities")
 
 
