@@ -46,6 +46,7 @@ from gidef.parallel import World, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
+from gidef.spans import span
 from gidef.types import Client, ServerState, Tensors
 
 
@@ -397,5 +398,5 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         defence=defence, participation=participation, store=store, shared=shared,
         server=ServerState({name: initial[name] for name in shared}),
         draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
-        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+        run=functools.partial(span("round")(run_round), train=participation.train, step=step, over_cohort=over_cohort),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gidef.errors import InputError
 from gidef.rng import generator
+from gidef.spans import span
 from gidef.types import Client, Tensors
 
 
@@ -84,6 +85,7 @@ def load_parameters(module: nn.Module, tensors: Tensors) -> None:
         torch._foreach_copy_([parameters[name] for name in tensors], [value.to(parameters[name].device) for name, value in tensors.items()])
 
 
+@span("steps")
 def train_locally(
     player: Player,
     start: Tensors,
@@ -118,6 +120,7 @@ def train_locally(
     device = parameters[0].device
     total, num_batches, steps, pending = torch.zeros((), dtype=torch.float64, device=device), 0, 0, 0
 
+    @span("optimiser")
     def step() -> None:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         if pending > 1:
@@ -137,9 +140,7 @@ def train_locally(
     per_epoch = -(-client.num_examples // settings.batch_size)
     draw_batches, fill_gradients = getattr(player, "draw_batches", batches), getattr(player, "fill_gradients", None)
     for epoch, rows in draw_batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
-        rows = rows.to(client.images.device)
-        images = client.images[rows].to(device, torch.float32).div_(255)
-        labels = client.labels[rows].to(device)
+        rows, images, labels = _batch(client, rows, device)
         if fill_gradients is not None:
             loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:
@@ -159,6 +160,13 @@ def train_locally(
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
     delta = torch._foreach_sub([p.detach() for p in parameters], origin)
     return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
+
+
+@span("data")
+def _batch(client: Client, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """rows, images float32 in [0, 1], labels."""
+    rows = rows.to(client.images.device)
+    return rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
 
 
 def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

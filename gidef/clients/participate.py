@@ -9,6 +9,7 @@ import torch
 
 from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
 from gidef.rng import generator
+from gidef.spans import span
 from gidef.types import Client, Own, ServerState, Tensors, Update
 
 SharePolicy = Literal["full", "head", "all"]
@@ -74,6 +75,7 @@ class Participation:
         stored = self._store.get(client_id, self.versions.get(client_id)) if self._private or self._scaffold else None
         return stored if stored is not None else {name: self._initial[name] for name in self._private}
 
+    @span("client")
     def train(self, server: ServerState, client: Client, worker: int = 0) -> Update:
         """Local training in round `server.round`; only the returned update leaves the client."""
         player = self.players[worker]
