@@ -48,6 +48,7 @@ from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
+from gidef.spans import span
 from gidef.streams import load_streamed
 from gidef.types import Client, ServerState, Tensors
 
@@ -439,7 +440,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
     draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
-    run = functools.partial(run_round, train=participation.train_group, step=step, over_cohort=over_cohort)
+    run = functools.partial(span("round")(run_round), train=participation.train_group, step=step, over_cohort=over_cohort)
     if defence.secure is not None:
         draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(

@@ -1,6 +1,7 @@
-"""`gidef data | attack | report | doctor`. Training starts from a recipe."""
+"""`gidef data | attack | report | profile | doctor`. Training starts from a recipe."""
 
 import argparse
+import os
 import sys
 
 from gidef.main import fail
@@ -73,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="rebuild tables, pictures and report.html from a run's record")
     report.add_argument("folder", metavar="RUN", nargs="+", help="a run's folder; of several, report.html in the first shows all")
     report.set_defaults(run=_report)
+
+    profile = commands.add_parser("profile", help="where the seconds of a recipe's training go: top costs, shares, a trace to look at")
+    profile.add_argument("recipe", metavar="RECIPE", help="a recipe's file, e.g. recipes/tiny.py")
+    profile.add_argument("rest", metavar="ARGS", nargs=argparse.REMAINDER, help="the recipe's own arguments, and --out FOLDER, --profiled-rounds N (default 2)")
+    profile.set_defaults(run=_profile)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
     doctor.set_defaults(run=_doctor)
@@ -156,6 +162,13 @@ def _report(arguments: argparse.Namespace) -> None:
     from gidef.job import report_again
 
     report_again(arguments.folder)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reads it when it is loaded; it would tell of every start and stop
+    from gidef.profiling import profile
+
+    profile(arguments.recipe, arguments.rest)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

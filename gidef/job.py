@@ -38,7 +38,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
     with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
-        _settle_threads(recipe)
+        settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
         recipe = _continued(recipe, folder, world)
         said: list[str] = []  # shown once there is a console with a log
@@ -72,7 +72,8 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     return content
 
 
-def _settle_threads(recipe: config.Recipe) -> None:
+def settle_threads(recipe: config.Recipe) -> None:
+    """Threads and kernels as `speed` asks for them."""
     torch.set_num_threads(recipe.speed.threads)
     if recipe.speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -316,7 +317,7 @@ def attack_again(arguments: argparse.Namespace) -> None:
     if found:
         raise InputError("\n".join(found))
     with open_world(new.speed.device, new.speed.timeout_s) as world:
-        _settle_threads(new)
+        settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))

@@ -22,6 +22,7 @@ from gidef.parallel import World
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
+from gidef.spans import span
 from gidef.types import ServerState, Tensors
 
 CHECKPOINTS = ("untrained", "early", "final")
@@ -137,6 +138,7 @@ def fronts(training: build.Training, params: Tensors, clients: list[int]) -> lis
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
 
 
+@span("evaluation")
 def accuracies(run: Run, training: build.Training, params: Tensors, images: Images, *, seed: int, split: str, clients: list[int]) -> list[float]:
     """Accuracy on a split, of the server's model or of each client's own front under `head`."""
     return [
@@ -306,6 +308,7 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
+@span("checkpoint")
 def _save_checkpoint(
     run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
 ) -> None:
@@ -357,6 +360,7 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
     return {int(client): int(version) for client, version in versions.items()}
 
 
+@span("checkpoint")
 def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
     if run.leads:
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}

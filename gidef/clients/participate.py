@@ -11,6 +11,7 @@ import torch
 from gidef.clients.local import LocalResult, LocalSettings, Player, load_parameters, train_locally
 from gidef.clients.vectorised import cut_into_groups, train_together
 from gidef.rng import generator
+from gidef.spans import span
 from gidef.types import Client, Own, ServerState, Tensors, Update
 
 SharePolicy = Literal["full", "head", "all"]
@@ -100,6 +101,7 @@ class Participation:
             return [[position] for position in range(len(cohort))]
         return cut_into_groups([client.num_examples for client in cohort], self.at_once)
 
+    @span("client")
     def train(self, server: ServerState, client: Client, worker: int = 0) -> Update:
         """Local training in round `server.round`; only the returned update leaves the client."""
         begun = self._begin(server, client)

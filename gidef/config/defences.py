@@ -42,6 +42,11 @@ class LearnedPerturbation:
     decoder_lr: float = 1e-3
     decoder_width: float = 1.0
     """Multiplies the decoder's channels."""
+    decoder_loss: Literal["mse_ssim", "mse"] = "mse_ssim"
+    """L_d: MSE + (1 - SSIM) / 2, or the MSE alone, for which with dependence="neg_mse" both players play for one scalar."""
+    schedule: Literal["alternating", "simultaneous"] = "alternating"
+    """Whose step comes first. alternating: the decoder's, then the client's against the new decoder. simultaneous: both from one pass, at the same
+    weights, then the decoder's further steps: faster, and another algorithm."""
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
     cut: str | None = None

@@ -133,3 +133,9 @@ class EncodedPlayer:
         with torch.autocast(images.device.type, enabled=False):
             images, labels = self._encode(images, labels, client=self._client, generator=self._generator, model=self.model, params=params)
         return self._player.loss(images, labels, rows=rows, epoch=epoch)
+
+    def __getattr__(self, name: str) -> Any:
+        """`backward`, where the player has one; what else it has would see the images as they are."""
+        if name == "backward":
+            return self._player.backward
+        raise AttributeError(name)
