@@ -1,10 +1,10 @@
-"""`gidef data | attack | report | profile | doctor`. Training starts from a recipe."""
+"""`gidef data | attack | report | profile | plan | doctor`. Training starts from a recipe."""
 
 import argparse
 import os
 import sys
 
-from gidef.main import fail
+from gidef.main import ending
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,14 +13,8 @@ def main(argv: list[str] | None = None) -> None:
     if not hasattr(arguments, "run"):
         _parser().print_help()
         sys.exit(2)
-    try:
+    with ending():
         arguments.run(arguments)
-    except ValueError as error:  # InputError is one; importing it here would import torch's users for --help
-        from gidef.errors import InputError
-
-        if not isinstance(error, InputError):
-            raise
-        fail(str(error), everywhere=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("recipe", metavar="RECIPE", help="a recipe's file, e.g. recipes/tiny.py")
     profile.add_argument("rest", metavar="ARGS", nargs=argparse.REMAINDER, help="the recipe's own arguments, and --out FOLDER, --profiled-rounds N (default 2)")
     profile.set_defaults(run=_profile)
+
+    plan = commands.add_parser("plan", help="forecast the round time on many GPUs from a run on one, or from numbers")
+    plan.add_argument("folder", metavar="RUN", nargs="?", default=None, help="a run on one rank; what follows overrides what it measured")
+    plan.add_argument("--times", type=float, nargs="+", default=None, metavar="S", help="seconds of each client's local training")
+    plan.add_argument("--megabytes", type=float, default=None, help="of the sum over ranks: 8 bytes per shared number by default")
+    plan.add_argument("--cohort", type=int, default=None, help="clients per round")
+    plan.add_argument("--clients-per-rank", type=int, default=None, help="let the cohort grow with the ranks (weak scaling)")
+    plan.add_argument("--scale", type=float, default=1.0, help="times a client's time: 0.1 for GPUs ten times as fast as what was measured")
+    plan.add_argument("--spread", type=float, default=None, help="standard deviation of a client's log time over rounds")
+    plan.add_argument("--rest", type=float, default=None, help="seconds of a round that more ranks do not shorten")
+    plan.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
+    for name, value in (("gpus-per-node", 8), ("intra-gbytes", 300.0), ("inter-gbytes", 20.0), ("intra-us", 5.0), ("inter-us", 15.0), ("meet-us", 40.0)):
+        plan.add_argument(f"--{name}", type=type(value), default=value)
+    plan.add_argument("--algorithm", choices=("ring", "tree", "hierarchical"), default="hierarchical")
+    plan.add_argument("--out", default=None, help="folder for plan.csv and plan.png")
+    plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
     doctor.set_defaults(run=_doctor)
@@ -169,6 +179,12 @@ def _profile(arguments: argparse.Namespace) -> None:
     from gidef.profiling import profile
 
     profile(arguments.recipe, arguments.rest)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from gidef.forecasts import plan
+
+    plan(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -9,25 +9,26 @@ import json
 import os
 import platform
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, tuning
+from gidef import audit, build, cells, config, findings, importing, restart, tuning
 from gidef.data import summary as partition_summary
-from gidef.errors import InputError
+from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
 from gidef.parallel import World, open_world
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
-RECIPE = "recipe.json"
+RECIPE = restart.RECIPE
 
 
 def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
@@ -36,12 +37,15 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
-    with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
+    _end_on_sigterm()
+    with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
         settle_threads(recipe)
-        folder = _choose_folder(recipe, name, world)
-        recipe = _continued(recipe, folder, world)
         said: list[str] = []  # shown once there is a console with a log
+        folder, again = _choose_folder(recipe, name, world)
+        if again:
+            recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
+            said.append(f"{again} was started again, so its run in {folder} goes on.")
+        recipe = _continued(recipe, folder, world)
         setting = build.load_setting(recipe, world=world, notice=said.append)
         for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
@@ -57,8 +61,10 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         world.barrier()
         damaged: list[str] = []
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
-        with record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt") as console:
+        own = rank_log(folder, world.rank)
+        with _last_lines(folder), record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
+            console.note(f"rank {world.rank} of {world.size} on {socket.gethostname()}, process {os.getpid()}, {_device_name(world.device)}")
             _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
@@ -72,6 +78,30 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     return content
 
 
+def _end_on_sigterm() -> None:
+    """Leave through the finally clauses, whatever runs: what is saved is whole, and --resume goes on from it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def rank_log(folder: Path, rank: int) -> Path:
+    """A rank's own log."""
+    return folder / "logs" / f"rank-{rank:05d}.txt"
+
+
+@contextlib.contextmanager
+def _last_lines(folder: Path) -> Iterator[None]:
+    """A failure of another rank goes out with that rank's last lines, and the name of its log."""
+    try:
+        yield
+    except RankFailure as error:
+        for rank in error.ranks[:1]:
+            path = rank_log(folder, rank)
+            with contextlib.suppress(OSError):
+                error.lines = error.lines or tuple(path.read_text(errors="replace").splitlines()[-12:])
+                error.log = path
+        raise
+
+
 def settle_threads(recipe: config.Recipe) -> None:
     """Threads and kernels as `speed` asks for them."""
     torch.set_num_threads(recipe.speed.threads)
@@ -82,25 +112,34 @@ def settle_threads(recipe: config.Recipe) -> None:
         torch.backends.cudnn.benchmark = not recipe.speed.deterministic
 
 
-def _choose_folder(recipe: config.Recipe, name: str, world: World) -> Path:
-    """The run's folder, the same on every rank; an existing run is refused without --resume."""
-    chosen, error = recipe.out, None
+def _choose_folder(recipe: config.Recipe, name: str, world: World) -> tuple[Path, str | None]:
+    """(the run's folder, the same on every rank; the name of the job whose earlier life began it, if this is a later one).
+
+    An existing run is refused without --resume, unless the launcher started its job again.
+    """
+    chosen, error, again = recipe.out, None, None
     if world.rank == 0:
-        if chosen is None:
-            stem = Path("runs") / name / time.strftime("%Y-%m-%d-%H%M%S")
+        runs = Path("runs") / name
+        if chosen is None and (found := restart.recall(runs)):
+            chosen = str(found)
+        elif chosen is None:
+            stem = runs / time.strftime("%Y-%m-%d-%H%M%S")
             chosen, number = str(stem), 1
             while Path(chosen).exists():
                 number += 1
                 chosen = f"{stem}-{number}"
+            with contextlib.suppress(OSError):  # a folder that cannot be written to is refused later, in better words
+                restart.remember(runs, Path(chosen))
         folder = Path(chosen)
         if (folder / RECIPE).exists() and not recipe.resume:
-            error = f"{folder} holds a run already: continue it with --resume, or choose another --out."
+            again = restart.began(folder)
+            error = None if again else f"{folder} holds a run already: continue it with --resume, or choose another --out."
         elif folder.exists() and not folder.is_dir():
             error = f"{folder} is a file: choose another --out."
-    chosen, error = world.broadcast_json([chosen, error])
+    chosen, error, again = world.broadcast_json([chosen, error, again])
     if error:
         raise InputError(error)
-    return Path(chosen)
+    return Path(chosen), again
 
 
 def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Recipe:
@@ -139,7 +178,7 @@ def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
-    content = {"name": name, "gidef": gidef.__version__, "recipe": config.to_json(recipe)}
+    content = {"name": name, "gidef": gidef.__version__, "job": restart.job(), "recipe": config.to_json(recipe)}
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -310,13 +349,14 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
 def attack_again(arguments: argparse.Namespace) -> None:
     """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
     began = time.perf_counter()
+    _end_on_sigterm()
     folder = Path(arguments.folder)
     recipe, name, saved = _read_run(folder, allow_code=arguments.allow_code)
     new = _altered(recipe, arguments)
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
-    with open_world(new.speed.device, new.speed.timeout_s) as world:
+    with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
         settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
@@ -326,7 +366,8 @@ def attack_again(arguments: argparse.Namespace) -> None:
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
         record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
-        with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
+        own = rank_log(out, world.rank)
+        with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
             for note in dict.fromkeys([*setting.dataset.notes, *said]):

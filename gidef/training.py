@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import math
+import socket
+import statistics
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +168,27 @@ class _Progress:
     seconds: float = 0.0
 
 
+class _Clock:
+    """Local training that is timed: on this rank, seconds of each client's turns in this process."""
+
+    def __init__(self, do: Callable[..., Any], device: torch.device) -> None:
+        self._do, self._device, self.seconds = do, device, defaultdict(list)
+
+    def __call__(self, server: ServerState, client: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        update = self._do(server, client, **options)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[client.id].append(time.perf_counter() - began)
+        return update
+
+
+def _client_seconds(spent: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    """Per client: the median of its turns on all ranks, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
+    turns = {client: [turn for part in spent for turn in part.get(client, ())] for client in sorted({one for part in spent for one in part}, key=int)}
+    return {client: {"median": statistics.median(all_), "spread": statistics.pstdev([math.log(one) for one in all_])} for client, all_ in turns.items()}
+
+
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """Train one defence and seed to its end, or continue it; every rank calls this together.
 
@@ -183,15 +211,16 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
     participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
-    world.agree(f"{key}: state before round {server.round}", weights_sha256(server.params))
+    _compare_states(world, key, server.round, _state_hash(server, best, participation.versions, progress))
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
+    clock = _Clock(participation.train, world.device)
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
         stop = _patience_over(recipe, server.round, progress)
-        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
+        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=functools.partial(training.run, train=clock))
         for number, server, cohort, mean in () if stop else rounds:
             before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
@@ -226,7 +255,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
+    spent = world.all_gather_json(clock.seconds)
+    times = _client_seconds(spent)
+    reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
+    run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
         meta |= _shape(run)
@@ -325,21 +357,52 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | None:
-    """Rank 0 finds the newest whole checkpoint, the others read the same one."""
+    """Rank 0 finds the newest whole checkpoint, the others read the same one; what one of them cannot read is told on all."""
     if not run.recipe.resume:
         return None
-    found = load_latest(run.folder / "checkpoints" / key, notice=run.console.notice) if run.leads else None
-    number = run.world.broadcast_json(found[0] if found else None)
+    folder, found, error = run.folder / "checkpoints" / key, None, None
+    try:
+        found = load_latest(folder, notice=run.console.notice) if run.leads else None
+    except InputError as refused:
+        error = str(refused)
+    number, error = run.world.broadcast_json([found[0] if found else None, error])
+    if error is not None:
+        raise InputError(error)
     if number is None:
         return None
-    if found is None:
-        found = load_latest(run.folder / "checkpoints" / key, notice=lambda text: None, at=number)
-    if found is None or found[2]["fingerprint"] != run.fingerprint:
-        raise InputError(
-            f"the checkpoint of round {number} in {run.folder / 'checkpoints' / key} belongs to another recipe or other data: "
-            "resume with the recipe and data that began it, or choose another --out."
-        )
+    try:
+        found = found or load_latest(folder, notice=lambda text: None, at=number)
+        if found is None or found[2]["fingerprint"] != run.fingerprint:
+            error = (
+                f"the checkpoint of round {number} in {folder} belongs to another recipe or other data: "
+                "resume with the recipe and data that began it, or choose another --out."
+            )
+    except InputError as refused:
+        error = str(refused)
+    told = run.world.all_gather_json([socket.gethostname(), error])
+    bad = [(rank, host, text) for rank, (host, text) in enumerate(told) if text is not None]
+    if bad:
+        rank, host, text = bad[0]
+        raise InputError(text if run.world.size == 1 else f"rank {rank} on host {host}: {text}")
     return found[1], found[2]
+
+
+def _state_hash(server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> str:
+    """SHA-256 of all that the next round depends on."""
+    slots = {f"{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
+    plain = [sorted(versions.items()), progress.best_round, progress.best_accuracy, sorted(progress.best_versions.items()), sorted(slots)]
+    return hashlib.sha256("|".join([weights_sha256(server.params), weights_sha256(slots), weights_sha256(best), json.dumps(plain)]).encode()).hexdigest()
+
+
+def _compare_states(world: World, key: str, number: int, state: str) -> None:
+    """All ranks must be where rank 0 is. Raises InputError on every rank, with those that are elsewhere."""
+    told = world.all_gather_json([number, state, socket.gethostname()])
+    odd = [f"rank {rank} on host {host} (round {at})" for rank, (at, one, host) in enumerate(told) if (at, one) != tuple(told[0][:2])]
+    if odd:
+        raise InputError(
+            f"{key}: rank 0 on host {told[0][2]} starts after round {told[0][0]}, and {', '.join(odd)} with another state: all ranks must see the same "
+            "run folder, on a disk that all hosts share. Give such a folder as --out, or remove what differs."
+        )
 
 
 def _unpack(tensors: Tensors, meta: dict[str, Any], participation: Any, device: torch.device) -> tuple[ServerState, Tensors, _Progress]:

@@ -350,9 +350,10 @@ class Speed:
     or from a common queue as ranks become free. The model's bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
-    timeout_s: float = 3600.0
-    """A collective that waits longer ends the run with an error. A rank that died is noticed at once; this bounds a silent cut, and
-    must exceed the longest single attack chunk, for which idle ranks wait."""
+    timeout_s: float = 180.0
+    """A rank that gives no sign of life for so long (stopped, cut off) ends the run, with its name; one that was killed is noticed at once."""
+    stall_s: float = 3600.0
+    """Longest wait for a rank that is alive but does not come: above the longest attack chunk, and the longest training of one client."""
 
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew
@@ -406,7 +407,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
-_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
+_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
