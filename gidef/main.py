@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gidef.config import Recipe, problems
+from gidef.stopping import leave_on_sigterm
 
 ERROR = 2
 """Exit status of a run that bad input ended."""
@@ -50,8 +51,7 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
     rows, part, args = _which(dict(recipes), args)
     parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
     base = Path(next(iter(parsed.values())).out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
-    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or not alone):
+    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or launched()):
         fail("a sweep in parts or on several ranks needs --out, the folder that they share, e.g. --out runs/a.")
     wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
     for row, recipe in wanted.items():
@@ -68,8 +68,10 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
 
 
 def _arguments(args: list[str] | None) -> list[str]:
-    """The command line, without what launchers add: deepspeed --local_rank, torch.distributed.launch --local-rank; the environment says the same."""
-    return [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith(("--local_rank", "--local-rank"))]
+    """The command line, --threads under its full name, without what launchers add: deepspeed --local_rank, torch.distributed.launch
+    --local-rank; the environment says the same."""
+    given = [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith(("--local_rank", "--local-rank"))]
+    return [f"--speed.{arg[2:]}" if arg.partition("=")[0] == "--threads" else arg for arg in given]
 
 
 def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
@@ -92,10 +94,16 @@ def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tupl
         fail(f"--rows {' '.join(unknown)}: choose of {', '.join(recipes)}.")
     if own.part is None:
         return own.rows, None, rest
-    number, _, of = own.part.partition("/")
+    number, of = share(own.part)
+    return own.rows[number::of], (number, of), rest
+
+
+def share(part: str) -> tuple[int, int]:
+    """I and N of a --part I/N."""
+    number, _, of = part.partition("/")
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
-        fail(f"--part {own.part}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
-    return own.rows[int(number) :: int(of)], (int(number), int(of)), rest
+        fail(f"--part {part}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
+    return int(number), int(of)
 
 
 def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
@@ -108,6 +116,7 @@ def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
 
 
 def _run(recipe: Recipe, name: str) -> None:
+    leave_on_sigterm(recipe.out)  # before the seconds that the imports take
     from gidef.errors import InputError
     from gidef.job import run_recipe
 
@@ -135,6 +144,11 @@ def parse(recipe: Recipe, args: list[str], name: str) -> Recipe:
         if silent:
             sys.stdout.close()
             sys.stdout, sys.stderr = stdout, stderr
+
+
+def launched() -> bool:
+    """Whether a launcher started several ranks, as far as the environment says."""
+    return os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
 
 
 def speaks() -> bool:
