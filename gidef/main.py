@@ -31,7 +31,8 @@ def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None
         return
     name = name or Path(caller.get("__file__", "recipe")).stem
     recipe, args = _sized(recipe, small, _arguments(args))
-    _run(_checked(parse(recipe, args, name)), name)
+    ranks, args = _rehearsed(args)
+    _run(_checked(parse(recipe, args, name)), name, ranks)
 
 
 def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
@@ -49,8 +50,13 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
     name = name or Path(caller.get("__file__", "sweep")).stem
     recipes, args = _sized(recipes, small, _arguments(args))
     rows, part, args = _which(dict(recipes), args)
+    ranks, args = _rehearsed(args)
     parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
     base = Path(next(iter(parsed.values())).out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
+    if ranks:
+        for row in rows:
+            _run(_checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True), f"{name} {row}", ranks)
+        return
     if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or launched()):
         fail("a sweep in parts or on several ranks needs --out, the folder that they share, e.g. --out runs/a.")
     wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
@@ -81,6 +87,22 @@ def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
     if small is None:
         fail("--small: this recipe has no small form; lower --rounds.count, --evaluation.num-victims or --attacks.*.iterations instead.")
     return small, [arg for arg in args if arg != "--small"]
+
+
+def _rehearsed(args: list[str]) -> tuple[int, list[str]]:
+    """Ranks of a --dry-run, 0 without one, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", nargs="?", const="1")
+    parser.add_argument("--ranks")
+    own, rest = parser.parse_known_args(args)
+    if own.dry_run is None:
+        if own.ranks is not None:
+            fail("--ranks is of --dry-run: a launcher says how many ranks a run has, e.g. torchrun --nproc-per-node 4.")
+        return 0, rest
+    asked = own.ranks or own.dry_run
+    if not asked.isdigit() or int(asked) < 1:
+        fail(f"--dry-run {asked}: expected a number of ranks, e.g. --dry-run 8.")
+    return int(asked), rest
 
 
 def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tuple[int, int] | None, list[str]]:
@@ -115,13 +137,20 @@ def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, name: str) -> None:
+def _run(recipe: Recipe, name: str, ranks: int = 0) -> None:
+    """ranks: only tell what the run would do on so many."""
     leave_on_sigterm(recipe.out)  # before the seconds that the imports take
     from gidef.errors import InputError
-    from gidef.job import run_recipe
 
     try:
-        run_recipe(recipe, name)
+        if ranks:
+            from gidef.dryrun import rehearse
+
+            rehearse(recipe, name, ranks)
+        else:
+            from gidef.job import run_recipe
+
+            run_recipe(recipe, name)
     except InputError as error:
         fail(str(error), everywhere=True)
 

@@ -28,6 +28,7 @@ def leave_on_sigterm(folder: str | os.PathLike[str] | None, *, clear: bool = Fal
         marker.unlink(missing_ok=True)
 
     def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher and a scheduler may both tell: once is enough
         if marker is not None:
             with contextlib.suppress(OSError):  # a full disk must not keep the process from ending
                 marker.parent.mkdir(parents=True, exist_ok=True)

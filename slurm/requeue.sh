@@ -4,7 +4,7 @@
 #   the time limit is near    --signal=B:USR1@120 sends USR1 to this shell alone, which passes it on as TERM (torchrun dies of USR1)
 #   scontrol requeue, scancel TERM to the tasks and then to this shell
 #   preemption                TERM to the tasks alone: gidef leaves a marker, and SLURM remembers the time of the preemption
-# The exit status says nothing: torchrun ends with 1 after any TERM.
+# The exit status says nothing: torchrun ends with 1 after any TERM. GIDEF_REQUEUES: lives at most, against a job whose limit is too short to get anywhere.
 
 # gidef_job MARKER COMMAND ARGS: ends the script with the command's status, or requeues the job.
 gidef_job() {
@@ -26,7 +26,8 @@ gidef_job() {
         wait "$pid" || code=$?
         kill -0 "$pid" 2>/dev/null || break   # else only a trap ended the wait
     done
-    if [ "$code" -ne 0 ] && { [ -n "$stopped" ] || [ -e "$marker" ] || gidef_was_preempted; }; then
+    if [ "$code" -ne 0 ] && { [ -n "$stopped" ] || [ -e "$marker" ] || gidef_was_preempted; } \
+        && [ "${SLURM_RESTART_COUNT:-0}" -lt "${GIDEF_REQUEUES:-100}" ]; then
         echo "gidef: job $SLURM_JOB_ID was stopped before its end and goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60   # SLURM ends this shell
     fi

@@ -7,9 +7,9 @@ import functools
 import os
 import time
 
+from gidef.clients.participate import Participation
 from gidef.config import Data, Dirichlet, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds
 from gidef.data import Dataset, synthetic_blood_cells
-from gidef.defence import LearnedDefence
 from gidef.main import main
 
 
@@ -30,11 +30,11 @@ RECIPE = Recipe(
 
 if __name__ == "__main__" and "FEW_SLOW_S" in os.environ:
 
-    @functools.wraps(begin := LearnedDefence.begin)
-    def begin_late(*arguments, **more):
+    @functools.wraps(train := Participation.train)
+    def train_late(*arguments, **more):
         time.sleep(float(os.environ["FEW_SLOW_S"]))
-        return begin(*arguments, **more)
+        return train(*arguments, **more)
 
-    LearnedDefence.begin = begin_late
+    Participation.train = train_late
 
 main(RECIPE)
