@@ -72,7 +72,7 @@ class Cluster:
         }  # fmt: skip
 
     def run(self, *command: str | Path, **more: str) -> str:
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=self.environ | more, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(list(map(str, command)), cwd=ROOT, env=self.environ | more, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout.strip()
 
