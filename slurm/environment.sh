@@ -9,4 +9,9 @@ GIDEF_CONTAINER=()
 . launch/environment.sh
 . launch/ranks.sh
 . slurm/requeue.sh
-[ ${#GIDEF_CONTAINER[@]} -gt 0 ] || gidef_activate
+if [ ${#GIDEF_CONTAINER[@]} -eq 0 ]; then
+    exec 9>"${GIDEF_VENV:-.venv}.lock"
+    flock 9   # the tasks of an array install once
+    gidef_activate
+    exec 9>&-
+fi
