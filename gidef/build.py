@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,8 @@ from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import Costs, World, mean_over_world, robust_over_world
+from gidef.parallel.plan import longest_first
+from gidef.parallel.seats import allowed_cores
 from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers
@@ -391,9 +392,14 @@ def num_workers(recipe: config.Recipe, world: World) -> int:
         return recipe.speed.workers
     if world.device.type == "cuda":
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")) or 1)
-    return max(1, cores // max(local, 1) // recipe.speed.threads)
+    return max(1, (world.cores or len(allowed_cores())) // recipe.speed.threads)
+
+
+def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[int]]:
+    """Each rank's clients in a round as it is planned before anything is measured, by number, the largest first."""
+    recipe = setting.recipe
+    cohort = draw_cohort(num_clients=recipe.data.num_clients, size=recipe.rounds.cohort_size or recipe.data.num_clients, seed=seed, round=round)
+    return [[cohort[place] for place in part] for part in longest_first([setting.clients[k].num_examples for k in cohort], ranks)]
 
 
 @dataclass(frozen=True, slots=True)

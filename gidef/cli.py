@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from gidef.main import ending
+from gidef.main import ending, launched, share, speaks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--release", choices=("gradient", "delta"), default=None)
     attack.add_argument("--local-steps", type=int, default=None)
     attack.add_argument("--device", default=None)
+    attack.add_argument("--threads", type=int, default=None, help="threads inside one operator (default: as the run; they decide the last bits)")
     attack.add_argument("--at-once", type=int, default=None, help="attacks in one vectorised program")
     attack.add_argument("--mode", choices=("auto", "loop", "vmap", "traced", "compiled"), default=None, help="how a program of attacks runs")
     attack.add_argument("--compile", action="store_true", help="let the calibration try compiled programs")
     attack.add_argument("--schedule", choices=("longest_first", "static", "dynamic"), default=None, help="how attacks go to ranks")
+    attack.add_argument("--part", default=None, metavar="I/N", help="only the I-th of N shares of the attacks, I from 0, e.g. of an array job's task")
     attack.add_argument("--out", default=None, help="folder for the results (default RUN/attacked/<time>)")
     attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe names")
     attack.set_defaults(run=_attack)
@@ -91,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
+    doctor.add_argument("--out", default=None, metavar="DIR", help="a run's folder: can it be written to, and under torchrun or srun, do all ranks share it?")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -163,9 +166,10 @@ def _data_preview(arguments: argparse.Namespace) -> None:
 
 
 def _attack(arguments: argparse.Namespace) -> None:
+    part = share(arguments.part) if arguments.part is not None else (0, 1)
     from gidef.job import attack_again
 
-    attack_again(arguments)
+    attack_again(arguments, part)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -188,12 +192,13 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from gidef.doctor import examine
+    from gidef.doctor import examine, examine_ranks
 
     marks = {"ok": "  ok     ", "note": "  note   ", "problem": "  PROBLEM"}
-    findings = examine()
-    for finding in findings:
-        print(f"{marks[finding.level]} {finding.what}" + (f"\n            -> {finding.cure}" if finding.cure else ""))
+    findings = examine_ranks(arguments.out) if launched() else examine(arguments.out)
     problems = sum(finding.level == "problem" for finding in findings)
-    print(f"{problems} problem{'s' if problems != 1 else ''} found." if problems else "Everything that gidef needs is here.")
+    if speaks() or any("SOCKET_IFNAME" in finding.what or "did not meet" in finding.what for finding in findings if finding.level == "problem"):
+        for finding in findings:
+            print(f"{marks[finding.level]} {finding.what}" + (f"\n            -> {finding.cure}" if finding.cure else ""))
+        print(f"{problems} problem{'s' if problems != 1 else ''} found." if problems else "Everything that gidef needs is here.", flush=True)
     sys.exit(1 if problems else 0)

@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import platform
-import signal
 import socket
 import sys
 import time
@@ -23,9 +22,10 @@ from gidef import audit, build, cells, config, findings, importing, restart, tun
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
-from gidef.parallel import World, open_world
+from gidef.parallel import World, open_world, seated, seats
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
+from gidef.stopping import leave_on_sigterm
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
 RECIPE = restart.RECIPE
@@ -37,11 +37,13 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
-    _end_on_sigterm()
+    leave_on_sigterm(recipe.out)
     with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
+        world = seated(world)
         settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
         folder, again = _choose_folder(recipe, name, world)
+        leave_on_sigterm(folder, clear=world.rank == 0)
         if again:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
@@ -56,6 +58,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
+        world.agree("the threads of an operator", str(recipe.speed.threads))
         if world.rank == 0:
             _write_recipe(recipe, name, folder)
         world.barrier()
@@ -76,11 +79,6 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 run.append("end", seconds=content["seconds"]["total"])
             world.barrier()
     return content
-
-
-def _end_on_sigterm() -> None:
-    """Leave through the finally clauses, whatever runs: what is saved is whole, and --resume goes on from it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def rank_log(folder: Path, rank: int) -> Path:
@@ -228,12 +226,40 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
+    ranks = _ranks(run)
+    for one in ranks[:MOST_RANKS]:
+        console.say(f"  rank {one['rank']:<4} {one['host']}  {one['device']}, {one['workers']} worker(s), first round: {_clients(one)}")
+    if len(ranks) > MOST_RANKS:
+        console.say(f"  and {len(ranks) - MOST_RANKS} more, in record.jsonl")
     for line in partition_summary(run.setting.counts):
         console.say(f"  {line}")
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
+
+
+MOST_RANKS = 64
+"""Ranks that the console lists."""
+
+
+def _ranks(run: Run) -> list[dict[str, Any]]:
+    """Where each rank sits, and its clients of the first seed's first round, as planned; the same on every rank."""
+    recipe, world = run.recipe, run.world
+    workers = world.all_gather_json(build.num_workers(recipe, world))
+    shards = build.shards(run.setting, world.size, seed=recipe.seeds[0], round=0)
+    return [
+        {**dataclasses.asdict(seat), "workers": workers[seat.rank], "clients": clients, "examples": sum(run.setting.clients[k].num_examples for k in clients)}
+        for seat, clients in zip(seats(world), shards, strict=True)
+    ]
+
+
+def _clients(one: dict[str, Any]) -> str:
+    """A rank's clients in words, the first ten by number."""
+    if not one["clients"]:
+        return "no client"
+    named = " ".join(map(str, one["clients"][:10])) + (f" and {len(one['clients']) - 10} more" if len(one["clients"]) > 10 else "")
+    return f"client{'s' * (len(one['clients']) > 1)} {named} ({one['examples']} images)"
 
 
 def _device_name(device: torch.device) -> str:
@@ -346,23 +372,30 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
     return recipe, name, content["recipe"]
 
 
-def attack_again(arguments: argparse.Namespace) -> None:
-    """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
+def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) -> None:
+    """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training. part: of the attacks, (I, N)."""
     began = time.perf_counter()
-    _end_on_sigterm()
     folder = Path(arguments.folder)
+    leave_on_sigterm(arguments.out)
     recipe, name, saved = _read_run(folder, allow_code=arguments.allow_code)
     new = _altered(recipe, arguments)
+    if part[1] > 1:
+        new = dataclasses.replace(new, attacks=dict(list(new.attacks.items())[part[0] :: part[1]]))
+    if part[1] > 1 and not new.attacks:
+        print(f"gidef: part {part[0]}/{part[1]} of the attacks is empty: nothing to do.", file=sys.stderr)
+        return
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
     with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
+        world = seated(world)
         settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
+        leave_on_sigterm(out, clear=world.rank == 0)
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
         record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
@@ -396,7 +429,7 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
     chosen = (
         ("device", arguments.device), ("attacks_at_once", arguments.at_once), ("attack_mode", arguments.mode), ("compile", arguments.compile or None),
-        ("schedule", arguments.schedule),
+        ("schedule", arguments.schedule), ("threads", arguments.threads),
     )  # fmt: skip
     speed = {name: value for name, value in chosen if value is not None}
     return dataclasses.replace(

@@ -3,7 +3,8 @@
 from gidef.parallel.cohort import mean_over_world
 from gidef.parallel.costs import Costs
 from gidef.parallel.robust import robust_over_world
+from gidef.parallel.seats import Seat, seated, seats
 from gidef.parallel.work import run_tasks
 from gidef.parallel.world import World, open_world
 
-__all__ = ["Costs", "World", "mean_over_world", "open_world", "robust_over_world", "run_tasks"]
+__all__ = ["Costs", "Seat", "World", "mean_over_world", "open_world", "robust_over_world", "run_tasks", "seated", "seats"]

@@ -37,6 +37,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    cores: int = 0
+    """This rank's share of its host's cores (see `gidef.parallel.seats`); 0 while nobody has asked."""
 
     def meet(self, label: str) -> None:
         """Wait for all ranks, however long those that live are busy; for code that calls torch's collectives itself, before it does.
