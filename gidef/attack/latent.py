@@ -521,7 +521,7 @@ def _labels_of(observation: Observation, classes: int) -> Tensor:
     if labels is None:
         try:
             labels = recover_labels(observation, classes)
-        except LabelsHidden:
+        except (LabelsHidden, torch.linalg.LinAlgError):
             labels = torch.full((size,), -1)
     elif labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")

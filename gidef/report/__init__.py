@@ -26,7 +26,7 @@
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  lifetime_bits: of the whole training, where
                   it is one release;  fano: bound on naming the image among all training images;  uncertified: why there is no such bound
-                  label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
+                  label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
                   calibration: how many attacks ran as one program, how, and what else was tried
