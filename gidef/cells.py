@@ -57,6 +57,8 @@ class Cell:
     reconstructions: list[Reconstruction] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """One per attack: observation, start, seed, iterations, status, error, loss, fit, seconds of its chunk."""
+    failure: str = ""
+    """Why none of its attacks could begin; they are failed rows."""
     calibration: Calibration | None = None
     in_loop_psnr_db: float | None = None
     """Of the decoder that the clients trained against, beside a post-hoc one."""
@@ -110,8 +112,14 @@ def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) 
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
             cells += here
-    for name in sorted((hindered.keys() & run.recipe.attacks.keys()) - {cell.name for cell in cells}):
-        run.console.notice(f"{name} was left out, as it has nothing to attack here: {hindered[name]}.")
+    idle = {name: hindered[name] for name in sorted(hindered.keys() - {cell.name for cell in cells})}
+    for name in (name for name in idle if name in run.recipe.attacks):
+        run.console.notice(f"{name} was left out, as it has nothing to attack here: {idle[name]}.")
+    for ensemble in (name for name, attack in run.recipe.attacks.items() if isinstance(attack, config.Standard)):
+        members = {name: reason for name, reason in idle.items() if name.startswith(f"{ensemble} - ")}
+        for reason in dict.fromkeys(members.values()):
+            names = ", ".join(name.removeprefix(f"{ensemble} - ") for name in members if members[name] == reason)
+            run.console.notice(f"{ensemble} goes without {names}: {reason}.")
     return cells
 
 

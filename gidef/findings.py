@@ -54,7 +54,7 @@ def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
         here = [cell for cell in cells if (cell.defence, cell.checkpoint) == (defence, checkpoint)]
         for name in dict.fromkeys(cell.name for cell in here):
             group = [cell for cell in here if cell.name == name]
-            found.append(_row(run, group, {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored)}))
+            found.append(_row(run, group, _pooled([scored[id(cell)] for cell in group], _keys(scored))))
         for ensemble in dict.fromkeys(cell.ensemble for cell in here if cell.ensemble):
             found.append(_worst_row(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble))
     return found
@@ -63,6 +63,18 @@ def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
 def _keys(scored: Scored) -> tuple[str, ...]:
     judged = [key for key in next(iter(scored.values()), {}) if key.startswith(JUDGED)]
     return (*MEASURES, ABOVE, *judged, "recovered", "oracle_psnr_db")
+
+
+def _pooled(seeds: list[dict[str, Tensor]], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """Each victim's values, averaged over seeds; of `recovered` those of attacks that did not fail."""
+    found = {key: torch.stack([values[key] for values in seeds]) for key in keys}
+    return {key: values.nanmean(0) if key == "recovered" else values.mean(0) for key, values in found.items()}
+
+
+def _mean_of_known(values: Tensor) -> float | None:
+    """The mean of the values that are there, None without any."""
+    known = values[~values.isnan()]
+    return float(known.mean()) if len(known) else None
 
 
 def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
@@ -81,7 +93,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * first.victims.rows.shape[1],
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
         **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
-        "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
+        "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
@@ -153,12 +165,10 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         here = [cell for cell in members if cell.seed == seed]
         best = torch.stack([scored[id(cell)]["psnr_db"] for cell in here]).argmax(0)
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best.tolist()]
-        per_seed.append({
-            key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)
-        })  # fmt: skip
+        per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     first = next(cell for cell in members if cell.seed == next(iter(seeds)))
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, {key: torch.stack([values[key] for values in per_seed]).mean(0) for key in _keys(scored)})
+    row = _row(run, group, _pooled(per_seed, _keys(scored)))
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     per_victim = torch.stack([torch.tensor([found.status == "failed" for found in cell.reconstructions]) for cell in members])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gidef import config
-from gidef.attack import local_sgd, recover_labels
+from gidef.attack import local_sgd
 from gidef.attack.simulate import MEMBERS, cohort_mean
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
@@ -246,11 +246,10 @@ def observations(
     initial = training.defence.initial()
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
+    others = [name for name in _ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
         labels = victims.all_labels(batch)
-        if attack.labels == "recovered" and isinstance(attack, config.SkipLayers):  # from the classifier, which it sees but does not match
-            labels = recover_labels(Observation(snapshot.params, update, len(labels), kind=run.recipe.evaluation.release), run.setting.dataset.num_classes)
         if not isinstance(attack, config.JointMatching):
             granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
         else:
@@ -266,6 +265,7 @@ def observations(
                 kind=run.recipe.evaluation.release,
                 labels=_granted_labels(attack, labels),
                 known={**rest, **granted, **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
+                unmatched={name: update[name] for name in others},
             )
         )
     return found
@@ -282,14 +282,12 @@ def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | No
     stays unknown."""
     if attack.labels == "counts":
         return labels.sort().values
-    return labels if attack.labels == "known" or isinstance(attack, config.SkipLayers) else None
+    return labels if attack.labels == "known" else None
 
 
 def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str]:
     """Released tensors that an attack matches, the classifier's last, where label recovery looks for them."""
-    defence = trained.training.defence
-    order = {name: place for place, name in enumerate(defence.initial())}
-    names = sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
+    defence, names = trained.training.defence, _ordered(trained, snapshot)
     match attack:
         case config.JointMatching(decoder="unused"):
             return [name for name in names if name in set(defence.model.parts["predictor"])]
@@ -302,6 +300,12 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
     layer = defence.model.perturbation
     noise = tuple("perturbation." + prefix for prefix in layer.noise_only) if layer is not None else ()
     return [name for name in names if not name.startswith((*noise, DECODER))]
+
+
+def _ordered(trained: Trained, snapshot: Snapshot) -> list[str]:
+    """Released tensors in the model's order, what is no backbone's first."""
+    order = {name: place for place, name in enumerate(trained.training.defence.initial())}
+    return sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
 
 
 def terms(attack: config.NaiveMatching, released: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,13 +53,13 @@ class Scorer:
         return {name: value.double().cpu() for name, value in values.items()}
 
     def score(self, victims: Victims, reconstructions: list[Reconstruction]) -> dict[str, Tensor]:
-        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels, the PSNR of the
-        start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
+        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels (NaN of failed
+        attacks, which guessed none), the PSNR of the start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
         paired, oracle, recovered, curves = [], [], [], []
         for batch, (found, truth) in enumerate(zip(reconstructions, victims.images, strict=True)):
             images = found.images.to(truth)
             paired.append(images[metrics.pair(images, truth)])
-            recovered.append(_recovered(found.labels.cpu(), victims, batch))
+            recovered.append(_recovered(found.labels.cpu(), victims, batch) if found.status == "ok" else math.nan)
             starts = found.restart_images if found.restart_images is not None else found.images[None]
             oracle.append(float(torch.stack([_paired_psnr(start, truth) for start in starts]).max()))
             if found.snapshots is not None:

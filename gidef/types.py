@@ -89,6 +89,7 @@ class Observation:
     num_examples: B, images in the private batch.
     labels:       int64 (B,) when the threat model grants them, else None.
     known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
+    unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
 
     The private images are not a field: nothing that attacks can reach them.
     """
@@ -99,6 +100,7 @@ class Observation:
     kind: Literal["gradient", "delta"] = "gradient"
     labels: Tensor | None = None
     known: Tensors = field(default_factory=dict)
+    unmatched: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

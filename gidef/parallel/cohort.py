@@ -130,10 +130,10 @@ def _mark(client: Client) -> int:
 
 def _raise_first(world: World, cohort: Sequence[Client], errors: dict[int, Exception]) -> None:
     """Tell every rank of the failed clients and raise the first one's error."""
-    mine = [[position, isinstance(error, InputError), f"{type(error).__name__}: {error}"] for position, error in errors.items()]
+    mine = [[position, isinstance(error, InputError), str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"] for position, error in errors.items()]
     told = world.all_gather_json(mine)
     position, bad_input, text, rank = min([*failure, rank] for rank, failures in enumerate(told) for failure in failures)
     cause = errors.get(position) if rank == world.rank else None
     if bad_input:
-        raise InputError(text.removeprefix("InputError: ")) from cause
+        raise InputError(text) from cause
     raise RuntimeError(f"client {cohort[position].id} failed on rank {rank}: {text}") from cause

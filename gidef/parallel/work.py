@@ -68,15 +68,20 @@ def run_tasks(
         if turn not in taken:
             raise error  # the queue's own: the ranks have lost one another
     errors = {taken[turn]: error for turn, error in raised.items()}
-    told = world.all_gather_json([[index, isinstance(error, InputError), f"{type(error).__name__}: {error}"] for index, error in errors.items()])
+    told = world.all_gather_json([[index, isinstance(error, InputError), _said(error)] for index, error in errors.items()])
     failures = sorted([*failure, rank] for rank, part in enumerate(told) for failure in part)
     if failures:
         index, bad_input, text, rank = failures[0]
         if bad_input:
-            raise InputError(f"{names[index]}: {text.removeprefix('InputError: ')}") from errors.get(index)
+            raise InputError(f"{names[index]}: {text}") from errors.get(index)
         failed = ", ".join(names[index] for index, *_ in failures)
         message = f"{len(failures)} of {len(tasks)} tasks failed: {failed}. First error, {names[index]} on rank {rank}: {text}"
         raise RuntimeError(message) from errors.get(index)
+
+
+def _said(error: Exception) -> str:
+    """Of bad input its message, of a defect its kind, too."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
 def turns_of(world: World, costs: Sequence[float], schedule: str) -> tuple[int, Callable[[int], int | None]]:

@@ -29,7 +29,7 @@
                   all training images by these;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
                   training;  uncertified_lifetime: why there is none
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
-                  label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
+                  label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
                   calibration: how many attacks ran as one program, how, and what else was tried

@@ -18,6 +18,7 @@ from gidef.config import (
     LearnedPerturbation,
     NaiveMatching,
     Pruning,
+    SkipLayers,
     Undefended,
 )
 from gidef.data import Images
@@ -28,7 +29,7 @@ from tests.small_run import RECIPE, evaluated, trained_once
 
 ATTACKS = {
     "naive": NaiveMatching(), "recovered": NaiveMatching(labels="recovered"), "known": JointMatching(),
-    "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"),
+    "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"), "skip": SkipLayers(labels="recovered"),
 }  # fmt: skip
 DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1), "pruned": (LearnedPerturbation(ramp=0.0), Pruning(share=0.5))}
 
@@ -54,7 +55,7 @@ def seen(run, one, attack, victims=None) -> tuple[observe.Victims, list[Observat
 
 
 def tensors_of(observation: Observation) -> dict[str, Tensor]:
-    maps = {"params": observation.params, "update": observation.update, "known": observation.known}
+    maps = {"params": observation.params, "update": observation.update, "known": observation.known, "unmatched": observation.unmatched}
     found = {f"{place}/{name}": tensor for place, tensors in maps.items() for name, tensor in tensors.items()}
     return found | ({} if observation.labels is None else {"labels": observation.labels})
 
@@ -91,7 +92,7 @@ def test_no_observation_holds_a_private_image(policy, name, trained):
     private = victims.images.flatten(0, 1)
     memory = {t.untyped_storage().data_ptr() for t in (victims.images, run.setting.dataset.train.images, *(n for n in victims.noise))}
     for observation in observations:
-        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known"}
+        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched"}
         for place, tensor in tensors_of(observation).items():
             assert tensor.untyped_storage().data_ptr() not in memory, place
             assert not any(holds(tensor, image) for image in private), place
