@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -10,7 +9,6 @@ import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,25 +166,10 @@ class _Progress:
     seconds: float = 0.0
 
 
-class _Clock:
-    """Local training that is timed: on this rank, seconds of each client's turns in this process."""
-
-    def __init__(self, do: Callable[..., Any], device: torch.device) -> None:
-        self._do, self._device, self.seconds = do, device, defaultdict(list)
-
-    def __call__(self, server: ServerState, client: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        update = self._do(server, client, **options)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[client.id].append(time.perf_counter() - began)
-        return update
-
-
-def _client_seconds(spent: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Per client: the median of its turns on all ranks, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
-    turns = {client: [turn for part in spent for turn in part.get(client, ())] for client in sorted({one for part in spent for one in part}, key=int)}
-    return {client: {"median": statistics.median(all_), "spread": statistics.pstdev([math.log(one) for one in all_])} for client, all_ in turns.items()}
+def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]]:
+    """Per client: the median of its turns' seconds, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
+    logs = {client: [math.log(max(one, 1e-6)) for one in seconds] for client, seconds in turns.items()}
+    return {str(client): {"median": statistics.median(seconds), "spread": statistics.pstdev(logs[client])} for client, seconds in sorted(turns.items())}
 
 
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
@@ -215,15 +198,17 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
-    clock = _Clock(participation.train, world.device)
+    turns: dict[int, list[float]] = defaultdict(list)
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
         stop = _patience_over(recipe, server.round, progress)
-        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=functools.partial(training.run, train=clock))
+        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
         for number, server, cohort, mean in () if stop else rounds:
             before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
+            for client, seconds in zip(cohort, mean.seconds, strict=True):
+                turns[client].append(seconds)
             values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
             accuracy = sum(values) / len(values)
             if accuracy > progress.best_accuracy:
@@ -255,8 +240,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    spent = world.all_gather_json(clock.seconds)
-    times = _client_seconds(spent)
+    times = _client_seconds(turns)
     reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
     run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
