@@ -1,9 +1,10 @@
-"""`gidef data | attack | report | plan | doctor`. Training starts from a recipe."""
+"""`gidef data | attack | report | profile | plan | doctor`. Training starts from a recipe."""
 
 import argparse
+import os
 import sys
 
-from gidef.main import ending
+from gidef.main import ending, launched, share, speaks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,10 +28,14 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("name")
     download.add_argument("--size", type=int, default=None, help="28, 64, 128 or 224 pixels")
     download.set_defaults(run=_data_download)
-    convert = data.add_parser("convert", help="write a data set as WebDataset shards (PNG, lossless)")
+    convert = data.add_parser("convert", help="write a data set as WebDataset shards, lossless, also per client")
     _source(convert)
     convert.add_argument("--out", required=True, help="folder for the .tar files")
     convert.add_argument("--examples-per-shard", type=int, default=1000)
+    convert.add_argument("--kind", choices=("png", "npy"), default="png", help="of images: PNG, or raw bytes, larger and faster to stream")
+    convert.add_argument("--clients", type=int, default=None, metavar="N", help="shards per client, to stream from (--data.stream)")
+    convert.add_argument("--alpha", type=float, default=None, help="of a Dirichlet split of the classes over the clients; IID without it")
+    convert.add_argument("--seed", type=int, default=0, help="of that split")
     convert.set_defaults(run=_data_convert)
     preview = data.add_parser("preview", help="a picture with some images of every class")
     _source(preview)
@@ -52,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--release", choices=("gradient", "delta"), default=None)
     attack.add_argument("--local-steps", type=int, default=None)
     attack.add_argument("--device", default=None)
+    attack.add_argument("--threads", type=int, default=None, help="threads inside one operator (default: as the run; they decide the last bits)")
     attack.add_argument("--at-once", type=int, default=None, help="attacks in one vectorised program")
     attack.add_argument("--mode", choices=("auto", "loop", "vmap", "traced", "compiled"), default=None, help="how a program of attacks runs")
     attack.add_argument("--compile", action="store_true", help="let the calibration try compiled programs")
     attack.add_argument("--schedule", choices=("longest_first", "static", "dynamic"), default=None, help="how attacks go to ranks")
+    attack.add_argument("--part", default=None, metavar="I/N", help="only the I-th of N shares of the attacks, I from 0, e.g. of an array job's task")
     attack.add_argument("--out", default=None, help="folder for the results (default RUN/attacked/<time>)")
     attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe names")
     attack.set_defaults(run=_attack)
@@ -63,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="rebuild tables, pictures and report.html from a run's record")
     report.add_argument("folder", metavar="RUN", nargs="+", help="a run's folder; of several, report.html in the first shows all")
     report.set_defaults(run=_report)
+
+    profile = commands.add_parser("profile", help="where the seconds of a recipe's training go: top costs, shares, a trace to look at")
+    profile.add_argument("recipe", metavar="RECIPE", help="a recipe's file, e.g. recipes/tiny.py")
+    profile.add_argument("rest", metavar="ARGS", nargs=argparse.REMAINDER, help="the recipe's own arguments, and --out FOLDER, --profiled-rounds N (default 2)")
+    profile.set_defaults(run=_profile)
 
     plan = commands.add_parser("plan", help="forecast the round time on many GPUs from a run on one, or from numbers")
     plan.add_argument("folder", metavar="RUN", nargs="?", default=None, help="a run on one rank; what follows overrides what it measured")
@@ -81,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
+    doctor.add_argument("--out", default=None, metavar="DIR", help="a run's folder: can it be written to, and under torchrun or srun, do all ranks share it?")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -122,13 +135,20 @@ def _data_download(arguments: argparse.Namespace) -> None:
 
 
 def _data_convert(arguments: argparse.Namespace) -> None:
-    from gidef.data import write_webdataset
+    from gidef.data import partition, write_webdataset
+    from gidef.errors import InputError
     from gidef.report import Console
 
+    if arguments.alpha is not None and arguments.clients is None:
+        raise InputError("--alpha splits the images over clients: give their number as --clients.")
     with Console() as console:
-        dataset = _load(arguments, console)
-        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard)
-        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with --data.path {arguments.out}")
+        dataset, clients, use = _load(arguments, console), None, f"--data.path {arguments.out}"
+        if arguments.clients is not None:
+            cut = partition.iid if arguments.alpha is None else partition.dirichlet
+            clients = cut(dataset.train.labels, num_clients=arguments.clients, seed=arguments.seed, **({} if arguments.alpha is None else {"alpha": arguments.alpha}))
+            use = f"--data.stream --data.path {arguments.out} --data.num-clients {arguments.clients}"
+        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard, clients=clients, kind=arguments.kind)
+        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with {use}")
 
 
 def _data_preview(arguments: argparse.Namespace) -> None:
@@ -146,15 +166,23 @@ def _data_preview(arguments: argparse.Namespace) -> None:
 
 
 def _attack(arguments: argparse.Namespace) -> None:
+    part = share(arguments.part) if arguments.part is not None else (0, 1)
     from gidef.job import attack_again
 
-    attack_again(arguments)
+    attack_again(arguments, part)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from gidef.job import report_again
 
     report_again(arguments.folder)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reads it when it is loaded; it would tell of every start and stop
+    from gidef.profiling import profile
+
+    profile(arguments.recipe, arguments.rest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -164,12 +192,13 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from gidef.doctor import examine
+    from gidef.doctor import examine, examine_ranks
 
     marks = {"ok": "  ok     ", "note": "  note   ", "problem": "  PROBLEM"}
-    findings = examine()
-    for finding in findings:
-        print(f"{marks[finding.level]} {finding.what}" + (f"\n            -> {finding.cure}" if finding.cure else ""))
+    findings = examine_ranks(arguments.out) if launched() else examine(arguments.out)
     problems = sum(finding.level == "problem" for finding in findings)
-    print(f"{problems} problem{'s' if problems != 1 else ''} found." if problems else "Everything that gidef needs is here.")
+    if speaks() or any("SOCKET_IFNAME" in finding.what or "did not meet" in finding.what for finding in findings if finding.level == "problem"):
+        for finding in findings:
+            print(f"{marks[finding.level]} {finding.what}" + (f"\n            -> {finding.cure}" if finding.cure else ""))
+        print(f"{problems} problem{'s' if problems != 1 else ''} found." if problems else "Everything that gidef needs is here.", flush=True)
     sys.exit(1 if problems else 0)

@@ -1,20 +1,35 @@
-"""`gidef doctor`: what this machine has, what is missing, and how to get it. Imports nothing heavy until it has to."""
+"""`gidef doctor`: what this machine has, what is missing, and how to get it; under a launcher, what does not fit between the ranks.
+
+Imports nothing heavy until it has to.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
-from dataclasses import dataclass
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 REQUIRED = ("torch", "torchvision", "timm", "medmnist", "webdataset", "rich", "tyro", "torchmetrics", "scipy", "numpy", "safetensors", "matplotlib")
 OPTIONAL = {"deepspeed": "pip install 'gidef[deepspeed]'", "opacus": "pip install 'gidef[dp]' (DPSGD only)", "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'"}
 STALE_LOCK_S = 600.0
+ALIKE = ("torch", "torchvision", "timm", "numpy", "safetensors")
+"""Packages whose versions decide results: the same on every rank."""
+APART_S = 1.0
+"""Clocks further apart make nonsense of the times in records, and of files' ages."""
+JOIN_S = 60.0
+"""Wait for the other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +41,38 @@ class Finding:
     cure: str = ""
 
 
-def examine() -> list[Finding]:
-    """All checks, in the order in which a reader wants them."""
-    return [*_python(), *_packages(), *_torch_pair(), *_devices(), *_launch(), *_locks(), *_data()]
+def examine(out: str | None = None) -> list[Finding]:
+    """All checks of this process, in the order in which a reader wants them. out: a run's folder, which is to be written to."""
+    found = [*_python(), *_packages(), *_torch_pair(), *_devices(), *_launch(), *_fabric(os.environ), *_locks(), *_data()]
+    return found + ([] if out is None else _folder(Path(out)))
+
+
+def examine_ranks(out: str | None = None) -> list[Finding]:
+    """All checks of all ranks that a launcher started, which call this together: the first rank's, what else the others found, and what
+    differs between them. The same list on every rank. out: a run's folder (default: this one), which they are to share."""
+    from gidef.errors import InputError
+    from gidef.parallel import open_world, seats
+
+    own = examine()
+    if lost := [finding for finding in own if finding.level == "problem" and "SOCKET_IFNAME" in finding.what]:
+        return lost  # nobody can be met through an interface that is not there
+    try:
+        with open_world("cpu", JOIN_S) as world:
+            names = [f"rank {seat.rank} ({seat.host})" for seat in seats(world)]
+            first, *others = world.all_gather_json([asdict(finding) for finding in own])
+            known = [finding["what"] for finding in first if finding["level"] != "ok"]
+            found = [Finding(**finding) for finding in first]
+            for name, told in zip(names[1:], others, strict=True):
+                odd = (finding for finding in told if finding["level"] != "ok" and finding["what"] not in known)
+                found += [Finding(finding["level"], f"{name}: {finding['what']}", finding["cure"]) for finding in odd]
+            machines = world.all_gather_json([socket.gethostname(), _loopback()])
+            return [*found, *_reached(names, machines), *_versions(world, names), *_clocks(world, names), *_shared(world, names, Path(out or "."))]
+    except InputError:
+        raise
+    except RuntimeError as error:
+        where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        cure = f"did every rank start, and can it reach {where}? Behind a firewall, or with several interfaces, set GLOO_SOCKET_IFNAME."
+        return [*own, Finding("problem", f"the ranks did not meet within {JOIN_S:.0f} s: {str(error).splitlines()[0]}", cure)]
 
 
 def _python() -> list[Finding]:
@@ -107,6 +151,155 @@ def _launch() -> list[Finding]:
     if not os.access(Path.cwd(), os.W_OK):
         found.append(Finding("problem", f"{Path.cwd()} is not writable", "runs are saved below it by default: pass --out, or change the folder."))
     return found
+
+
+def _fabric(environ: Mapping[str, str]) -> list[Finding]:
+    """Interfaces that the environment names, and whether other hosts can reach this one by its name."""
+    there, found = [name for _, name in socket.if_nameindex()], []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if not (text := environ.get(variable)):
+            continue
+        avoids = text.startswith("^")  # NCCL: ^ all but these, = exactly these, else by their beginnings; gloo: exactly these
+        names = text.removeprefix("^").removeprefix("=").split(",")
+        exact = variable.startswith("GLOO") or text.lstrip("^").startswith("=")
+        fits = {name: [one for one in there if one == name or not exact and one.startswith(name)] for name in names}
+        missing = [] if avoids else [name for name in names if not fits[name]]
+        if missing and (exact or len(missing) == len(names)):
+            cure = f"this host has {', '.join(there)}: name one of them, or unset the variable."
+            found.append(Finding("problem", f"{variable}={text}: there is no interface {', '.join(missing)}", cure))
+        else:
+            found.append(Finding("ok", f"{variable}={text}"))
+    hosts = environ.get("SLURM_JOB_NUM_NODES") or environ.get("GROUP_WORLD_SIZE") or "1"
+    if hosts.isdigit() and int(hosts) > 1 and "RANK" not in environ and "SLURM_STEP_NUM_TASKS" not in environ and _loopback():
+        found.append(_unreachable(f"this host's name, {socket.gethostname()}, stands"))
+    return found
+
+
+def _loopback() -> bool:
+    """Whether gloo, which takes the address of this host's name, would offer one that only this host can reach."""
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return False
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        return True
+    return all(str(address).startswith("127.") or address == "::1" for address in addresses)
+
+
+def _unreachable(who: str) -> Finding:
+    cure = "set GLOO_SOCKET_IFNAME to the interface between the hosts (see `ip -br addr`), or mend /etc/hosts."
+    return Finding("problem", f"{who} for its loopback address, where no other host can reach it", cure)
+
+
+def _reached(names: list[str], machines: list[Any]) -> list[Finding]:
+    """On several machines, none may offer its loopback address."""
+    if len({machine for machine, _ in machines}) == 1:
+        return [Finding("ok", f"{len(names)} ranks on one machine")]
+    found = [_unreachable(f"{name}: its host's name, {machine}, stands") for name, (machine, loops) in zip(names, machines, strict=True) if loops]
+    return found or [Finding("ok", f"{len(names)} ranks on {len({machine for machine, _ in machines})} machines")]
+
+
+def _versions(world: Any, names: list[str]) -> list[Finding]:
+    """What decides the bits of a result is to be the same on every rank."""
+    import torch
+
+    import gidef
+
+    own = {"python": platform.python_version(), "gidef": gidef.__version__}
+    for name in ALIKE:
+        try:
+            own[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            own[name] = "missing"
+    own["vector instructions"] = torch.backends.cpu.get_cpu_capability()
+    told, found = world.all_gather_json(own), []
+    for name in own:
+        common, _ = Counter(one[name] for one in told).most_common(1)[0]
+        if odd := [f"{one[name]} on {rank}" for rank, one in zip(names, told, strict=True) if one[name] != common]:
+            hardware = name == "vector instructions"
+            cure = (
+                "the last bits of a client's update depend on where it trains: take nodes of one kind to repeat a run bit by bit."
+                if hardware else "install the same on every host, or share one environment."
+            )  # fmt: skip
+            found.append(Finding("note" if hardware else "problem", f"{name} differs between ranks: {common}, but {', '.join(odd)}", cure))
+    return found or [Finding("ok", f"the same versions on {len(names)} ranks")]
+
+
+def _clocks(world: Any, names: list[str]) -> list[Finding]:
+    world.barrier()
+    told = world.all_gather_json(time.time())
+    middle = sorted(told)[len(told) // 2]
+    odd = [f"{rank} by {clock - middle:+.1f} s" for rank, clock in zip(names, told, strict=True) if abs(clock - middle) > APART_S]
+    if odd:
+        return [Finding("problem", f"clocks differ: {', '.join(odd)}", "let the hosts keep time by NTP (chronyd, systemd-timesyncd).")]
+    return [Finding("ok", f"clocks agree within {max(max(told) - min(told), 0.01):.2f} s")]
+
+
+def _folder(folder: Path) -> list[Finding]:
+    """A run's folder is to be written to; what was not there is not there afterwards."""
+    made = _missing(folder)
+    token = folder / f".gidef-doctor-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.write_text("a look by gidef doctor\n")
+        token.unlink()
+        for one in made:
+            one.rmdir()
+    except OSError as error:
+        return [Finding("problem", f"{folder} cannot be written to: {error.strerror}", "choose another --out, or mend its permissions.")]
+    return [Finding("ok", f"{folder} can be written to")]
+
+
+def _shared(world: Any, names: list[str], folder: Path) -> list[Finding]:
+    """Every rank is to read what the first one writes there, and the other way round; file systems of a network may take a while to show it."""
+    failed = _folder(folder)[0] if world.rank == 0 else None
+    unfit = world.broadcast_json(asdict(failed) if failed is not None and failed.level == "problem" else None)
+    if unfit:
+        return [Finding(**{**unfit, "what": f"{names[0]}: {unfit['what']}"})]
+    made = _missing(folder)
+    stem, text = world.broadcast_json([f".gidef-doctor-{uuid.uuid4().hex}", uuid.uuid4().hex])
+    own, problem = folder / f"{stem}-{world.rank}", None
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        own.write_text(text)
+    world.barrier()
+    if world.rank != 0:
+        if not _comes(folder / f"{stem}-0", text):
+            problem = f"does not see what {names[0]} writes to {folder}"
+        else:
+            try:
+                own.write_text(text)
+            except OSError as error:
+                problem = f"cannot write to {folder}: {error.strerror}"
+    problems = world.all_gather_json(problem)
+    if world.rank == 0:
+        unseen = [rank for rank in range(1, world.size) if problems[rank] is None and not _comes(folder / f"{stem}-{rank}", text)]
+        problems = [f"writes to another {folder} than {names[0]}" if rank in unseen else told for rank, told in enumerate(problems)]
+    problems = world.broadcast_json(problems)
+    if problems[world.rank] is None:
+        own.unlink(missing_ok=True)
+    world.barrier()
+    for one in made if world.rank == 0 else ():
+        one.rmdir()
+    cure = "ranks meet in the run's folder: give an --out on a file system that all hosts share."
+    found = [Finding("problem", f"{name} {told}", cure) for name, told in zip(names, problems, strict=True) if told]
+    return found or [Finding("ok", f"{folder.absolute()} is shared by {len(names)} ranks")]
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, from the inside out."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def _comes(path: Path, text: str, *, wait_s: float = 5.0) -> bool:
+    """Whether the file is there with that text, soon."""
+    deadline = time.monotonic() + wait_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:
+                return True
+        time.sleep(0.1)
+    return False
 
 
 def _locks() -> list[Finding]:

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class StorageError(InputError):
+    """A full disk, or a file that is missing, damaged or of another run: nothing that an attack did, and nothing to go on with."""
+
+
 class RankFailure(RuntimeError):
     """Another rank failed, or went missing, so this one cannot go on. The message names it.
 

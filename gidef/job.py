@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import platform
-import signal
 import socket
 import sys
 import time
@@ -22,10 +21,12 @@ import gidef
 from gidef import audit, build, cells, config, findings, importing, restart, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
-from gidef.parallel import World, open_world
+from gidef.models import judge_called
+from gidef.parallel import World, open_world, seated, seats
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import write_atomically
+from gidef.stopping import leave_on_sigterm
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
 RECIPE = restart.RECIPE
@@ -37,12 +38,14 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
-    _end_on_sigterm()
+    leave_on_sigterm(recipe.out)
     follow.check(recipe.log)
     with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
-        _settle_threads(recipe)
+        world = seated(world)
+        settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
         folder, again = _choose_folder(recipe, name, world)
+        leave_on_sigterm(folder, clear=world.rank == 0)
         if again:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
@@ -53,8 +56,11 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 build.make_defence(one, recipe, setting.dataset, seed=0)
                 for seed in recipe.seeds:
                     build.privacy_budget(setting, one, seed=seed)
+        for judge in recipe.evaluation.judges:
+            judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
+        world.agree("the threads of an operator", str(recipe.speed.threads))
         if world.rank == 0:
             _write_recipe(recipe, name, folder)
         world.barrier()
@@ -79,11 +85,6 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     return content
 
 
-def _end_on_sigterm() -> None:
-    """Leave through the finally clauses, whatever runs: what is saved is whole, and --resume goes on from it."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
 def rank_log(folder: Path, rank: int) -> Path:
     """A rank's own log."""
     return folder / "logs" / f"rank-{rank:05d}.txt"
@@ -103,7 +104,8 @@ def _last_lines(folder: Path) -> Iterator[None]:
         raise
 
 
-def _settle_threads(recipe: config.Recipe) -> None:
+def settle_threads(recipe: config.Recipe) -> None:
+    """Threads and kernels as `speed` asks for them."""
     torch.set_num_threads(recipe.speed.threads)
     if recipe.speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -143,24 +145,25 @@ def _choose_folder(recipe: config.Recipe, name: str, world: World) -> tuple[Path
 
 
 def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Recipe:
-    """Check a resumed run's recipe against the one that began it, and take over its threads: they decide the last bits."""
+    """Check a resumed run's recipe against the one that began it, and take over its threads and clients at once: they decide the last bits."""
     path = folder / RECIPE
     if not recipe.resume or not path.exists():
         return recipe
     mine = config.to_json(recipe)
     try:
         saved = json.loads(path.read_text())["recipe"]
-        differing, threads = _differences(mine, saved), int(saved["speed"]["threads"])
+        differing, kept = _differences(mine, saved), {name: int(saved["speed"].get(name, 1)) for name in ("threads", "clients_at_once")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
         )
-    if threads != recipe.speed.threads and world.rank == 0:
-        print(f"gidef: the run goes on with {threads} thread(s) per operator, as it began.", file=sys.stderr)
-    recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, threads=threads))
-    torch.set_num_threads(threads)
+    for name, value in kept.items():
+        if value != getattr(recipe.speed, name) and world.rank == 0:
+            print(f"gidef: the run goes on with speed.{name}={value}, as it began.", file=sys.stderr)
+    recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
+    torch.set_num_threads(recipe.speed.threads)
     return recipe
 
 
@@ -212,14 +215,14 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     recipe, dataset, console = run.recipe, run.setting.dataset, run.console
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
-    console.say(f"images    {dataset.title}, {shape}, {len(dataset.train)} for training, from {dataset.source}")
+    console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
     for note in dict.fromkeys([*dataset.notes, *said]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
     cohort = recipe.rounds.cohort_size or recipe.data.num_clients
     console.say(
-        f"clients   {recipe.data.num_clients} ({type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
+        f"clients   {recipe.data.num_clients} ({'streamed' if recipe.data.stream else type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
         f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
@@ -227,12 +230,40 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
+    ranks = _ranks(run)
+    for one in ranks[:MOST_RANKS]:
+        console.say(f"  rank {one['rank']:<4} {one['host']}  {one['device']}, {one['workers']} worker(s), first round: {_clients(one)}")
+    if len(ranks) > MOST_RANKS:
+        console.say(f"  and {len(ranks) - MOST_RANKS} more, in record.jsonl")
     for line in partition_summary(run.setting.counts):
         console.say(f"  {line}")
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
+
+
+MOST_RANKS = 64
+"""Ranks that the console lists."""
+
+
+def _ranks(run: Run) -> list[dict[str, Any]]:
+    """Where each rank sits, and its clients of the first seed's first round, as planned; the same on every rank."""
+    recipe, world = run.recipe, run.world
+    workers = world.all_gather_json(build.num_workers(recipe, world))
+    shards = build.shards(run.setting, world.size, seed=recipe.seeds[0], round=0)
+    return [
+        {**dataclasses.asdict(seat), "workers": workers[seat.rank], "clients": clients, "examples": sum(run.setting.clients[k].num_examples for k in clients)}
+        for seat, clients in zip(seats(world), shards, strict=True)
+    ]
+
+
+def _clients(one: dict[str, Any]) -> str:
+    """A rank's clients in words, the first ten by number."""
+    if not one["clients"]:
+        return "no client"
+    named = " ".join(map(str, one["clients"][:10])) + (f" and {len(one['clients']) - 10} more" if len(one["clients"]) > 10 else "")
+    return f"client{'s' * (len(one['clients']) > 1)} {named} ({one['examples']} images)"
 
 
 def _device_name(device: torch.device) -> str:
@@ -249,7 +280,7 @@ def _results(
         "data": {
             "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
             "counts": {
-                "train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
+                "train": int(run.setting.counts.sum()), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
                 "tuning": len(roles.tuning), "judge": len(roles.judge),
             },
         },
@@ -300,6 +331,9 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.table(tables.training_table(content))
     console.say("")
     console.table(tables.table(content, width=console.width))
+    if (judges := tables.judges_table(content)) is not None:
+        console.say("")
+        console.table(judges)
     console.heading("What this run shows")
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))
@@ -342,23 +376,30 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
     return recipe, name, content["recipe"]
 
 
-def attack_again(arguments: argparse.Namespace) -> None:
-    """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
+def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) -> None:
+    """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training. part: of the attacks, (I, N)."""
     began = time.perf_counter()
-    _end_on_sigterm()
     folder = Path(arguments.folder)
+    leave_on_sigterm(arguments.out)
     recipe, name, saved = _read_run(folder, allow_code=arguments.allow_code)
     new = _altered(recipe, arguments)
+    if part[1] > 1:
+        new = dataclasses.replace(new, attacks=dict(list(new.attacks.items())[part[0] :: part[1]]))
+    if part[1] > 1 and not new.attacks:
+        print(f"gidef: part {part[0]}/{part[1]} of the attacks is empty: nothing to do.", file=sys.stderr)
+        return
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
     with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
-        _settle_threads(new)
+        world = seated(world)
+        settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
+        leave_on_sigterm(out, clear=world.rank == 0)
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
         record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
@@ -392,7 +433,7 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
     chosen = (
         ("device", arguments.device), ("attacks_at_once", arguments.at_once), ("attack_mode", arguments.mode), ("compile", arguments.compile or None),
-        ("schedule", arguments.schedule),
+        ("schedule", arguments.schedule), ("threads", arguments.threads),
     )  # fmt: skip
     speed = {name: value for name, value in chosen if value is not None}
     return dataclasses.replace(

@@ -14,6 +14,7 @@ from typing import Any
 
 from gidef.config import Recipe, problems
 from gidef.restart import began
+from gidef.stopping import leave_on_sigterm
 
 ERROR = 2
 """Exit status of a run that bad input ended."""
@@ -34,7 +35,8 @@ def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None
         return
     name = name or Path(caller.get("__file__", "recipe")).stem
     recipe, args = _sized(recipe, small, _arguments(args))
-    _run(_checked(parse(recipe, args, name)), name)
+    ranks, args = _rehearsed(args)
+    _run(_checked(parse(recipe, args, name)), name, ranks)
 
 
 def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
@@ -52,10 +54,14 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
     name = name or Path(caller.get("__file__", "sweep")).stem
     recipes, args = _sized(recipes, small, _arguments(args))
     rows, part, args = _which(dict(recipes), args)
+    ranks, args = _rehearsed(args)
     parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
     base = Path(next(iter(parsed.values())).out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" and os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1"
-    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or not alone):
+    if ranks:
+        for row in rows:
+            _run(_checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True), f"{name} {row}", ranks)
+        return
+    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or launched()):
         fail("a sweep in parts or on several ranks needs --out, the folder that they share, e.g. --out runs/a.")
     wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
     for row, recipe in wanted.items():
@@ -72,8 +78,10 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
 
 
 def _arguments(args: list[str] | None) -> list[str]:
-    """The command line, without what launchers add: deepspeed --local_rank, torch.distributed.launch --local-rank; the environment says the same."""
-    return [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith(("--local_rank", "--local-rank"))]
+    """The command line, --threads under its full name, without what launchers add: deepspeed --local_rank, torch.distributed.launch
+    --local-rank; the environment says the same."""
+    given = [arg for arg in (sys.argv[1:] if args is None else args) if not arg.startswith(("--local_rank", "--local-rank"))]
+    return [f"--speed.{arg[2:]}" if arg.partition("=")[0] == "--threads" else arg for arg in given]
 
 
 def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
@@ -83,6 +91,22 @@ def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
     if small is None:
         fail("--small: this recipe has no small form; lower --rounds.count, --evaluation.num-victims or --attacks.*.iterations instead.")
     return small, [arg for arg in args if arg != "--small"]
+
+
+def _rehearsed(args: list[str]) -> tuple[int, list[str]]:
+    """Ranks of a --dry-run, 0 without one, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", nargs="?", const="1")
+    parser.add_argument("--ranks")
+    own, rest = parser.parse_known_args(args)
+    if own.dry_run is None:
+        if own.ranks is not None:
+            fail("--ranks is of --dry-run: a launcher says how many ranks a run has, e.g. torchrun --nproc-per-node 4.")
+        return 0, rest
+    asked = own.ranks or own.dry_run
+    if not asked.isdigit() or int(asked) < 1:
+        fail(f"--dry-run {asked}: expected a number of ranks, e.g. --dry-run 8.")
+    return int(asked), rest
 
 
 def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tuple[int, int] | None, list[str]]:
@@ -96,10 +120,16 @@ def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tupl
         fail(f"--rows {' '.join(unknown)}: choose of {', '.join(recipes)}.")
     if own.part is None:
         return own.rows, None, rest
-    number, _, of = own.part.partition("/")
+    number, of = share(own.part)
+    return own.rows[number::of], (number, of), rest
+
+
+def share(part: str) -> tuple[int, int]:
+    """I and N of a --part I/N."""
+    number, _, of = part.partition("/")
     if not (number.isdigit() and of.isdigit() and int(number) < int(of)):
-        fail(f"--part {own.part}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
-    return own.rows[int(number) :: int(of)], (int(number), int(of)), rest
+        fail(f"--part {part}: expected I/N with I from 0 to N - 1, e.g. --part 0/4.")
+    return int(number), int(of)
 
 
 def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
@@ -111,11 +141,18 @@ def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, name: str) -> None:
-    from gidef.job import run_recipe
-
+def _run(recipe: Recipe, name: str, ranks: int = 0) -> None:
+    """ranks: only tell what the run would do on so many."""
+    leave_on_sigterm(recipe.out)  # before the seconds that the imports take
     with ending():
-        run_recipe(recipe, name)
+        if ranks:
+            from gidef.dryrun import rehearse
+
+            rehearse(recipe, name, ranks)
+        else:
+            from gidef.job import run_recipe
+
+            run_recipe(recipe, name)
 
 
 @contextlib.contextmanager
@@ -192,6 +229,11 @@ def parse(recipe: Recipe, args: list[str], name: str) -> Recipe:
         if silent:
             sys.stdout.close()
             sys.stdout, sys.stderr = stdout, stderr
+
+
+def launched() -> bool:
+    """Whether a launcher started several ranks, as far as the environment says."""
+    return os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
 
 
 def speaks() -> bool:

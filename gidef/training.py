@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -10,7 +9,6 @@ import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gidef import build, config, metrics
+from gidef import at_once, build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -29,6 +27,7 @@ from gidef.parallel import World
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
+from gidef.spans import span
 from gidef.types import ServerState, Tensors
 
 CHECKPOINTS = ("untrained", "early", "final")
@@ -144,6 +143,7 @@ def fronts(training: build.Training, params: Tensors, clients: list[int]) -> lis
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
 
 
+@span("evaluation")
 def accuracies(run: Run, training: build.Training, params: Tensors, images: Images, *, seed: int, split: str, clients: list[int]) -> list[float]:
     """Accuracy on a split, of the server's model or of each client's own front under `head`."""
     return [
@@ -166,25 +166,10 @@ class _Progress:
     seconds: float = 0.0
 
 
-class _Clock:
-    """Local training that is timed: on this rank, seconds of each client's turns in this process."""
-
-    def __init__(self, do: Callable[..., Any], device: torch.device) -> None:
-        self._do, self._device, self.seconds = do, device, defaultdict(list)
-
-    def __call__(self, server: ServerState, client: Any, **options: Any) -> Any:
-        began = time.perf_counter()
-        update = self._do(server, client, **options)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[client.id].append(time.perf_counter() - began)
-        return update
-
-
-def _client_seconds(spent: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """Per client: the median of its turns on all ranks, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
-    turns = {client: [turn for part in spent for turn in part.get(client, ())] for client in sorted({one for part in spent for one in part}, key=int)}
-    return {client: {"median": statistics.median(all_), "spread": statistics.pstdev([math.log(one) for one in all_])} for client, all_ in turns.items()}
+def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]]:
+    """Per client: the median of its turns' seconds, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
+    logs = {client: [math.log(max(one, 1e-6)) for one in seconds] for client, seconds in turns.items()}
+    return {str(client): {"median": statistics.median(seconds), "spread": statistics.pstdev(logs[client])} for client, seconds in sorted(turns.items())}
 
 
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
@@ -204,22 +189,26 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     state = _load_checkpoint(run, key)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
+        training.costs.load(state[1]["costs"])
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
+    participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
     _compare_states(world, key, server.round, _state_hash(server, best, participation.versions, progress))
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
-    clock = _Clock(participation.train, world.device)
+    turns: dict[int, list[float]] = defaultdict(list)
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
         stop = _patience_over(recipe, server.round, progress)
-        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=functools.partial(training.run, train=clock))
+        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
         for number, server, cohort, mean in () if stop else rounds:
             before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
+            for client, seconds in zip(cohort, mean.seconds, strict=True):
+                turns[client].append(seconds)
             values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
             accuracy = sum(values) / len(values)
             if accuracy > progress.best_accuracy:
@@ -232,9 +221,11 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             run.append(
                 "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
+                client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress)
+                at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
+                _save_checkpoint(run, key, server, best, participation.versions, progress, at_hand)
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -249,8 +240,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    spent = world.all_gather_json(clock.seconds)
-    times = _client_seconds(spent)
+    times = _client_seconds(turns)
     reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
     run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
@@ -259,6 +249,21 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
     world.barrier()
     return Trained(training, _snapshots(run, key), summary, sha)
+
+
+def _clients_at_once(run: Run, name: str, training: build.Training, server: ServerState) -> int:
+    """K of a training that begins; says what was found, and once for each defence."""
+    speed, path, participation = run.recipe.speed, run.folder / at_once.FILE, training.participation
+    cohort = [run.setting.clients[number] for number in training.draw(server.round)]
+    chosen = at_once.choose(
+        speed.clients_at_once, participation, server, cohort, world=run.world, slots=run.world.size * len(participation.players), path=path, name=name
+    )
+    if chosen.reason:
+        run.console.say(f"{name}: clients train one by one, as they cannot be vectorised: {chosen.reason}.")
+    elif chosen.milliseconds:
+        table = ", ".join(f"{size}: {value:.2f}" for size, value in chosen.milliseconds.items())
+        run.console.say(f"{name}: {chosen.at_once} clients at once (ms of a client's step by clients at once: {table}).")
+    return chosen.at_once
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
@@ -280,7 +285,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": sum(t.numel() for t in best.values()),
+        "parameters_shared": sum(t.numel() for t in best.values()), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
@@ -319,14 +324,18 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
-def _save_checkpoint(run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> None:
+@span("checkpoint")
+def _save_checkpoint(
+    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
+) -> None:
+    """speed: what decides, or only speeds up, how the next rounds are computed."""
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     meta = {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
-        "seconds": progress.seconds,
+        "seconds": progress.seconds, **speed,
     }  # fmt: skip
     save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 
@@ -398,6 +407,7 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
     return {int(client): int(version) for client, version in versions.items()}
 
 
+@span("checkpoint")
 def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
     if run.leads:
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}

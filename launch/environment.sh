@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: a virtual environment with gidef in it. Needs only Python 3.11 to 3.13.
 # GIDEF_VENV: its folder (default .venv).  PYTHON: the interpreter that makes it.
 # gidef_environment EXTRA: installs gidef, with the named extra if one is given, unless that was done before from the same pyproject.toml.
+# gidef_activate EXTRA: the environment that is active if gidef runs in it, else gidef_environment's.
 
 gidef_environment() {
     local extra="${1:-}" venv="${GIDEF_VENV:-$PWD/.venv}" python candidate stamp
@@ -26,4 +27,9 @@ gidef_environment() {
         cp pyproject.toml "$stamp"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"
+}
+
+gidef_activate() {
+    (cd / && python -c 'import importlib.util as u, sys; sys.exit(None in map(u.find_spec, sys.argv[1:]))' gidef torch timm tyro "$@") 2>/dev/null \
+        || gidef_environment "$@"
 }

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -37,6 +37,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    cores: int = 0
+    """This rank's share of its host's cores (see `gidef.parallel.seats`); 0 while nobody has asked."""
 
     def meet(self, label: str) -> None:
         """Wait for all ranks, however long those that live are busy; for code that calls torch's collectives itself, before it does.
@@ -69,6 +71,25 @@ class World:
         with self._together("all_reduce_sum_"):
             dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
         return tensor
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """parts[r], 1-D and of one dtype and device, goes to rank r; returns what every rank sent here, by rank, of those lengths."""
+        if self.size == 1:
+            return [parts[0]]
+        sent = torch.cat(list(parts))
+        host = sent.cpu() if sent.is_cuda and self.nccl is None else sent
+        received = host.new_empty(sum(lengths))
+        dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
+        return list(received.to(sent.device).split(list(lengths)))
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, of one shape and dtype, by rank."""
+        if self.size == 1:
+            return [tensor]
+        host = tensor.cpu() if tensor.is_cuda and self.nccl is None else tensor
+        parts = [torch.empty_like(host) for _ in range(self.size)]
+        dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
+        return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
         """Return when every rank got here."""

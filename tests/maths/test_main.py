@@ -99,6 +99,8 @@ OVERRIDES = {
     ("--evaluation.checkpoints", "early", "final"): ("evaluation", "checkpoints", ("early", "final")),
     ("--only", "learned", "own"): ("only", ("learned", "own")),
     ("--speed.attack-mode", "loop"): ("speed", "attack_mode", "loop"),
+    ("--threads", "3"): ("speed", "threads", 3),
+    ("--threads=4",): ("speed", "threads", 4),
     ("--data.no-download",): ("data", "download", False),
 }
 

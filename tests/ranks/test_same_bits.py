@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gidef.checkpoint import load_file
 from tests.ranks.launch import ROOT, environment, record, results, run, run_until
 
 pytestmark = pytest.mark.ranks
@@ -28,14 +29,24 @@ def alone(tmp_path_factory):
 
 def test_two_and_three_ranks_end_with_the_bits_of_one(alone, tmp_path):
     expected = results(alone)
-    for ranks in (2, 3):
-        run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / str(ranks)))
+    for ranks, schedule in ((2, "static"), (3, "dynamic")):  # alone: longest first
+        run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / str(ranks)), "--speed.clients-schedule", schedule)
         found = results(tmp_path / str(ranks))
         assert found["world_size"] == ranks
         assert found["weights_sha256"] == expected["weights_sha256"]
         assert len(set(found["weights_sha256"].values())) == 2  # two defences, two models
         for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
             assert mine["psnr_db"]["mean"] == pytest.approx(theirs["psnr_db"]["mean"], abs=1e-3)
+
+
+def test_the_record_tells_what_each_client_took_and_the_checkpoint_keeps_it(alone):
+    rounds = [line for line in record(alone) if line["kind"] == "round" and line["defence"] == "learned"]
+    assert all(len(line["client_seconds"]) == line["cohort"] and min(line["client_seconds"].values()) > 0 for line in rounds)
+    _, meta = load_file(alone / "checkpoints" / "learned-0" / "round-000003.safetensors")
+    assert meta["costs"].keys() == {client for line in rounds for client in line["client_seconds"]}
+    once = [client for client in meta["costs"] if sum(client in line["client_seconds"] for line in rounds) == 1]
+    for client in once:
+        assert meta["costs"][client][0] == pytest.approx(next(line["client_seconds"][client] for line in rounds if client in line["client_seconds"]), abs=1e-5)
 
 
 def test_a_run_killed_in_training_and_resumed_on_other_ranks_ends_with_the_same_bits(alone, tmp_path):

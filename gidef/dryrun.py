@@ -1,0 +1,274 @@
+"""`--dry-run N`: what a recipe will do on N ranks, tried and measured in one process that keeps nothing: shards, seconds, memory, bytes, disk."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gidef import build, config, training
+from gidef.clients.evaluate import num_chunks, predict_chunk
+from gidef.clients.local import load_parameters
+from gidef.errors import InputError
+from gidef.parallel import World, open_world, seated
+from gidef.report import Console
+from gidef.types import Client, Tensors
+from gidef.updates import FixedPointSum
+
+REPEATS = 3
+STEPS = (1, 3)
+"""Local steps of the two measured trainings: their difference is a step, the rest is what a client costs beside its steps."""
+KEPT_STATES = 4
+"""Versions of a client's state that checkpoints, the best round and the early snapshot can refer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one client's training costs here. step_s, client_s: seconds of a step, and of a client beside its steps.  chunk_s: of predicting
+    one chunk of images.  base_gib: of the process before it trains (on a GPU, of the tensors there).  step_gib: what a step adds at its peak."""
+
+    step_s: float
+    client_s: float
+    chunk_s: float
+    base_gib: float
+    step_gib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Of one defence. seconds in a round: training on the slowest rank, evaluation.  bytes_per_round: of all clients, down and up.  reduced_bytes:
+    what every rank puts into a round's one sum.  disk_bytes: of one seed."""
+
+    cost: Cost
+    train_s: float
+    evaluate_s: float
+    bytes_per_round: int
+    reduced_bytes: int
+    disk_bytes: int
+    rank_gib: float
+
+
+def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast]:
+    """Check a recipe for so many ranks, measure one client's steps on this device, and print what follows. Nothing is written into its folder.
+
+    Assumed: every rank has this device, and this process's cores to itself; workers of a rank do not slow one another down; the sum over
+    ranks costs nothing (`gidef plan` has networks). Attacks are measured by a run's own calibration, not here.
+
+    Returns: by defence.
+    Raises:  InputError for bad data, a folder that holds a run already, what cannot be built, or too little disk or memory.
+    """
+    if recipe.out is not None and Path(recipe.out, "recipe.json").exists() and not recipe.resume:
+        raise InputError(f"{recipe.out} holds a run already: continue it with --resume, or choose another --out.")
+    with open_world(recipe.speed.device, recipe.speed.timeout_s) as world, Console() as console, tempfile.TemporaryDirectory() as scratch:
+        if world.size > 1:
+            raise InputError(f"--dry-run forecasts {ranks} ranks from one process, and a launcher started {world.size}: start it with python alone.")
+        world = seated(world)
+        torch.set_num_threads(recipe.speed.threads)
+        setting = build.load_setting(recipe, world=world, notice=console.notice)
+        console.heading(f"{name}: a dry run for {ranks} rank{'s' * (ranks > 1)}")
+        shards = _shards(console, setting, ranks)
+        found: dict[str, Forecast] = {}
+        for key, defence in recipe.chosen.items():
+            trials = (defence.low, defence.high) if isinstance(defence, config.Matched) else ()
+            for value in trials:
+                build.make_defence(defence.at(value), recipe, setting.dataset, seed=0)
+            for seed in recipe.seeds:
+                build.privacy_budget(setting, defence.at(defence.low) if trials else defence, seed=seed)
+            chosen = defence.at(defence.low) if trials else defence
+            made = build.make_training(setting, chosen, seed=recipe.seeds[0], world=world, state_folder=Path(scratch, key))
+            found[key] = _forecast(made, setting, world, ranks)
+            _say(console, key, found[key], setting)
+        _total(console, setting, found, ranks, shards)
+    return found
+
+
+def _seconds(setting: build.Setting, numbers: list[int], cost: Cost) -> list[float]:
+    """Each client's training in a round."""
+    settings = build.local_settings(setting.recipe.clients)
+    return [cost.client_s + cost.step_s * settings.steps_in_round(setting.clients[k].num_examples) for k in numbers]
+
+
+def _shards(console: Console, setting: build.Setting, ranks: int) -> list[list[int]]:
+    """Print each rank's clients in the first round of the first seed."""
+    shards = build.shards(setting, ranks, seed=setting.recipe.seeds[0], round=0)
+    for rank, clients in enumerate(shards[:64]):
+        images = sum(setting.clients[k].num_examples for k in clients)
+        console.say(f"  rank {rank:<4} {f'clients {clients}'.replace('[', '').replace(']', '')[:100] if clients else 'no client'}   {images} images")
+    if ranks > 64:
+        console.say(f"  and {ranks - 64} more ranks")
+    return shards
+
+
+def useful_ranks(costs: list[float]) -> float:
+    """Σt / max t: more ranks than this cannot shorten a round, as one client is not divided."""
+    return sum(costs) / max(costs)
+
+
+def makespan(costs: list[list[float]], workers: int) -> float:
+    """Seconds until the last rank is done, each of whose workers takes the next of its clients as it becomes free."""
+    slowest = 0.0
+    for mine in costs:
+        free = [0.0] * workers
+        for seconds in mine:
+            free[free.index(min(free))] += seconds
+        slowest = max(slowest, *free)
+    return slowest
+
+
+def _forecast(made: build.Training, setting: build.Setting, world: World, ranks: int) -> Forecast:
+    recipe, participation = setting.recipe, made.participation
+    cost = _measure(made, setting, world)
+    workers = len(participation.players)
+    shards = build.shards(setting, ranks, seed=recipe.seeds[0], round=0)
+    cohort = sum(map(len, shards))
+    whole = all(name in made.server.params for name in made.defence.initial_model())  # else every client has a front of its own
+    fronts = 1 if whole else cohort
+    chunks = num_chunks(setting.dataset.val.images)
+    template = participation.template()
+    shared = _nbytes(made.server.params)
+    stepped = build.server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort)(
+        made.server, {name: torch.zeros_like(tensor) for name, tensor in template.items()}
+    )
+    slots = sum(_nbytes(slot) for slot in stepped.slots.values())
+    private = _nbytes(participation.state(0))
+    control = _nbytes(template) - shared
+    models = 3 * (2 * shared + slots) + 3 * shared + shared + (0 if whole else private * recipe.data.num_clients)  # checkpoints, snapshots, export
+    states = recipe.data.num_clients * KEPT_STATES * (private + control)
+    evaluation, attacks = recipe.evaluation, recipe.attacks.values()
+    starts = sum(getattr(attack, "restarts", 1) for attack in attacks)
+    images = len(evaluation.checkpoints) * starts * evaluation.num_victims * 4 * setting.dataset.train.images[0].numel()
+    return Forecast(
+        cost=cost,
+        train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),
+        evaluate_s=fronts * -(-chunks // ranks) / workers * cost.chunk_s if chunks > ranks * workers else fronts * cost.chunk_s,
+        bytes_per_round=2 * _nbytes(template) * cohort,
+        reduced_bytes=FixedPointSum(template, metric_names=("loss",), max_terms=cohort, counters=2).buffer.nbytes,
+        disk_bytes=models + states + images,
+        rank_gib=cost.base_gib + workers * cost.step_gib,
+    )  # fmt: skip
+
+
+def _nbytes(tensors: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _measure(made: build.Training, setting: build.Setting, world: World) -> Cost:
+    """Train a client of few images, a few times; the first time warms up."""
+    settings = build.local_settings(setting.recipe.clients)
+    largest = max(setting.clients, key=lambda client: client.num_examples)
+    batch = settings.batch_size * settings.accumulate
+
+    def few(steps: int) -> Client:
+        return Client(largest.id, largest.images[: batch * steps], largest.labels[: batch * steps])
+
+    def seconds(client: Client) -> float:
+        began = time.perf_counter()
+        made.participation.train(made.server, client)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        return time.perf_counter() - began
+
+    with _peak_gib(world.device) as memory:
+        seconds(few(STEPS[0]))
+    made.participation.versions[largest.id] = made.server.round  # so that what a client does in its first round only is left out
+    times = [[seconds(few(steps)) for _ in range(REPEATS)] for steps in STEPS]
+    short, long = (statistics.median(one) for one in times)
+    few_steps, many_steps = (settings.steps_in_round(few(steps).num_examples) for steps in STEPS)
+    step_s = (long - short) / (many_steps - few_steps) if many_steps > few_steps and long > short else short / few_steps
+    return Cost(step_s, max(0.0, short - few_steps * step_s), _chunk_s(made, setting, world), *memory())
+
+
+def _chunk_s(made: build.Training, setting: build.Setting, world: World) -> float:
+    model, val = made.participation.players[0].model, setting.dataset.val.images
+    [tensors, *_] = training.fronts(made, made.server.params, [0])
+    load_parameters(model, tensors)
+    model.eval()
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        predict_chunk(model, val, 0, lambda count, chunk: made.defence.draw_noise(count, generator=torch.Generator(world.device)))
+        times.append(time.perf_counter() - began)
+    model.train()
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def _peak_gib(device: torch.device) -> Iterator[Callable[[], tuple[float, float]]]:
+    """(GiB before, what the block added at its peak): of tensors on a GPU, of the process's resident memory on a CPU, looked at every 2 ms."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: (before / 2**30, (torch.cuda.max_memory_allocated(device) - before) / 2**30)
+        return
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps what was freed before, which would hide what the block takes
+        ctypes.CDLL(None).malloc_trim(0)
+    over, before = threading.Event(), _resident()
+    peaks = [before]
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peaks.append(_resident())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: (before / 2**30, (max(peaks) - before) / 2**30)
+    finally:
+        peaks.append(_resident())
+        over.set()
+        watcher.join()
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux: the most it ever was
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def _say(console: Console, key: str, one: Forecast, setting: build.Setting) -> None:
+    cost = one.cost
+    console.say(f"{key}: a step takes {1e3 * cost.step_s:.3g} ms, a client {1e3 * cost.client_s:.3g} ms beside its steps, {1e3 * cost.chunk_s:.3g} ms a chunk of predictions")
+    console.say(f"  round    {one.train_s + one.evaluate_s:.3g} s: {one.train_s:.3g} s of training, {one.evaluate_s:.3g} s of evaluation")
+    console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sum")
+    console.say(f"  memory   {one.rank_gib:.2f} GiB per rank: {cost.base_gib:.2f} GiB, and {cost.step_gib:.2f} GiB for a client's step on each worker")
+
+
+def _total(console: Console, setting: build.Setting, found: dict[str, Forecast], ranks: int, shards: list[list[int]]) -> None:
+    recipe, first = setting.recipe, next(iter(found.values()))
+    costs = [cost for clients in shards for cost in _seconds(setting, clients, first.cost)]
+    console.say(f"useful ranks  {useful_ranks(costs):.1f} in the first round (sum of the clients' seconds over the largest)")
+    trials = {key: one.trials if isinstance(one, config.Matched) else 1 for key, one in recipe.chosen.items()}
+    trainings = {key: len(recipe.seeds) + trials[key] - 1 for key in found}
+    seconds = sum(trainings[key] * setting.rounds * (one.train_s + one.evaluate_s) for key, one in found.items())
+    disk = sum(trainings[key] * one.disk_bytes for key, one in found.items())
+    console.say(f"time          {seconds:.0f} s for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s), without attacks")
+    place = next(one for one in (Path(recipe.out or "runs").absolute(), *Path(recipe.out or "runs").absolute().parents) if one.exists())
+    free = shutil.disk_usage(place).free
+    console.say(f"disk          {_bytes(disk)} at most, beside pictures; {_bytes(free)} are free in {place}")
+    if disk > free:
+        raise InputError(f"the run may need {_bytes(disk)} on disk, and {place} has {_bytes(free)}: free some space, or choose another --out.")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"

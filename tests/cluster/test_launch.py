@@ -1,0 +1,110 @@
+"""launch/*.sh: what they ask torchrun and deepspeed for, and that a recipe needs no other flag under any launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT
+
+FEW = "tests/cluster/few_cells.py"
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a line of bash in the clone with programs of our own in front, which say what they were called with."""
+    tools = {
+        "torchrun": 'printf "%s\\n" torchrun "$@"; env | grep -E "^(OMP_NUM|TORCH|GIDEF)"',
+        "deepspeed": 'printf "%s\\n" deepspeed "$@"; while [ $# -gt 0 ]; do [ "$1" != --hostfile ] || cat "$2"; shift; done',
+        "nvidia-smi": "exit 1",
+        "scontrol": 'if [ "$2" = hostnames ]; then printf "%s\\n" n1 n2 n3; else echo "   NodeAddr=10.0.0.${3#n} NodeHostName=$3"; fi',
+        "hostname": "echo n2",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, script in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    dropped = ("SLURM", "GIDEF", "CUDA", "RANK", "WORLD_SIZE", "PBS", "LSB", "TORCH", "OMP")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    environ |= {"PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(ROOT)}
+
+    def run(line: str, **more: str) -> list[str]:
+        done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environ | more, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_one_host_asks_for_its_gpus_or_for_one_rank(shell):
+    said = shell("bash launch/torchrun.sh recipes/tiny.py --out runs/a")
+    assert said[:6] == ["torchrun", "--nproc-per-node=1", "--max-restarts=0", "--standalone", "recipes/tiny.py", "--out"]
+    for line in ("OMP_NUM_THREADS=1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_EXTENSIONS_DIR=runs/a/extensions"):
+        assert line in said
+    assert "--nproc-per-node=3" in shell("bash launch/torchrun.sh x.py", CUDA_VISIBLE_DEVICES="1,2,5")
+    assert "--nproc-per-node=1" in shell("bash launch/torchrun.sh x.py", CUDA_VISIBLE_DEVICES="")
+    assert {"--nproc-per-node=4", "--max-restarts=2", "OMP_NUM_THREADS=3"} <= set(
+        shell("bash launch/torchrun.sh x.py", CUDA_VISIBLE_DEVICES="1,2", GIDEF_RANKS="4", GIDEF_RESTARTS="2", GIDEF_THREADS="3")
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "meet", "count"),
+    [
+        ({"GIDEF_HOSTS": "a,b c"}, "a:29400", "3"),
+        ({"GIDEF_HOSTS": "a,b", "GIDEF_PORT": "7000", "GIDEF_NODES": "1:4"}, "a:7000", "1:4"),
+        ({"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_JOB_NODELIST": "n[1-9]"}, "10.0.0.1:20055", "3"),
+        ({"PBS_NODEFILE": "{folder}/nodes"}, "p1:29400", "2"),
+        ({"LSB_HOSTS": "l1 l1 l2 l2"}, "l1:29400", "2"),
+    ],
+)
+def test_several_hosts_come_from_a_list_or_the_scheduler(environ, meet, count, shell, tmp_path):
+    (tmp_path / "nodes").write_text("p1\np1\np2\np2\n")
+    said = shell("bash launch/torchrun.sh x.py --seeds 1", **{name: text.replace("{folder}", str(tmp_path)) for name, text in environ.items()})
+    assert f"--nnodes={count}" in said and f"--rdzv-endpoint={meet}" in said and "--standalone" not in said
+    assert said[said.index("x.py") :][:3] == ["x.py", "--seeds", "1"]
+
+
+def test_a_batch_script_on_several_nodes_that_starts_no_step_stays_alone(shell):
+    assert "--standalone" in shell("bash launch/torchrun.sh x.py", SLURM_JOB_ID="4", SLURM_JOB_NODELIST="n[1-3]")
+
+
+def test_deepspeed_is_given_hosts_without_ssh(shell, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra deepspeed is not installed")
+    assert shell("bash launch/deepspeed.sh x.py -a", GIDEF_RANKS="2") == [
+        "deepspeed", "--master_port", "29400", "--hostfile", "/dev/null", "--num_gpus", "2", "x.py", "-a",
+    ]  # fmt: skip
+    step = {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NODEID": "2"}
+    said = shell("bash launch/deepspeed.sh x.py", GIDEF_RANKS="2", **step)
+    assert said[-3:] == ["n1 slots=2", "n2 slots=2", "n3 slots=2"]
+    assert said[said.index("--master_addr") :][:6] == ["--master_addr", "10.0.0.1", "--no_ssh", "--node_rank", "2", "x.py"]
+    (tmp_path / "hosts").write_text("# ours\nn1 slots=4\nn2 slots=4\n")
+    said = shell("bash launch/deepspeed.sh -m gidef doctor", GIDEF_HOSTFILE=str(tmp_path / "hosts"))
+    assert said[said.index("--hostfile") + 1] == str(tmp_path / "hosts") and said[said.index("--node_rank") + 1] == "1"  # this is n2
+    assert said[said.index("--module") :][:3] == ["--module", "gidef", "doctor"]
+    assert "--no_ssh" not in shell("bash launch/deepspeed.sh x.py", GIDEF_HOSTFILE=str(tmp_path / "hosts"), GIDEF_SSH="1")
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_python_torchrun_and_deepspeed_end_with_the_same_bits_from_the_same_line(tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra deepspeed is not installed")
+    environ = os.environ | {"GIDEF_RANKS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIDEF_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    lines = {"python": [sys.executable], "torchrun": ["bash", "launch/torchrun.sh"], "deepspeed": ["bash", "launch/deepspeed.sh"]}
+    found = {}
+    for name, start in lines.items():
+        done = subprocess.run([*start, FEW, "--out", str(tmp_path / name)], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout + done.stderr
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        found[name] = results["weights_sha256"]
+        assert results["world_size"] == (1 if name == "python" else 2)
+    assert found["python"] == found["torchrun"] == found["deepspeed"]

@@ -1,0 +1,107 @@
+"""`--dry-run N` against what a real run does. In process, small synthetic cells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from gidef import dryrun
+from gidef.config import Data, Evaluation, FedAdam, LearnedPerturbation, LocalTraining, Model, QuantitySkew, Recipe, Rounds, Speed, Undefended
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.errors import InputError
+from gidef.main import main, sweep
+
+RECIPE = Recipe(
+    data=Data(name=f"{__file__}:few_cells", num_clients=5, partition=QuantitySkew(alpha=1.0), min_examples=4), model=Model(cut="blocks.0"),
+    clients=LocalTraining(batch_size=8), rounds=Rounds(count=2, cohort_size=4, server=FedAdam()), attacks={},
+    defences={"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0)}, share_policy="head",
+    evaluation=Evaluation(num_victims=4, num_tuning=0, judge_epochs=1), speed=Speed(device="cpu", workers=2),
+)  # fmt: skip
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=96, val=16, test=16, size=16)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    for name in ("GIDEF_DATA", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GIDEF_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
+def size(folder: Path, *parts: str) -> int:
+    return sum(path.stat().st_size for part in parts for path in (folder / part).rglob("*") if path.is_file())
+
+
+def test_a_forecast_counts_what_a_run_then_sends_and_stores_and_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
+    told = {}
+    rehearse = dryrun.rehearse
+    monkeypatch.setattr(dryrun, "rehearse", lambda *arguments: told.update(rehearse(*arguments)))
+    main(RECIPE, name="small", args=["--dry-run", "3", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    for words in ("rank 0 ", "rank 2 ", "memory", "useful ranks", "for 2 training(s) of 2 rounds on 3 rank(s)", "are free in"):
+        assert words in said
+    assert "rank 3 " not in said
+
+    main(RECIPE, name="small", args=["--out", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    start = json.loads((tmp_path / "run" / "record.jsonl").read_text().splitlines()[0])
+    listed = [line.split("clients ")[1].split("   ")[0].split(",") for line in said.splitlines() if line.startswith("  rank ")]
+    assert len(listed) == 3 and sorted(start["ranks"][0]["clients"]) == sorted(int(number) for one in listed for number in one)
+    for summary in results["training"]:
+        assert told[summary["defence"]].bytes_per_round == summary["bytes_per_round"]
+        key = f"{summary['defence']}-0"
+        used = size(tmp_path / "run", f"checkpoints/{key}", f"snapshots/{key}", f"clients/{key}", f"models/{key}.safetensors")
+        used += (tmp_path / "run" / "models" / f"{key}.safetensors").stat().st_size
+        assert 0.5 * used < told[summary["defence"]].disk_bytes < 4 * used
+    assert told["learned"].rank_gib == pytest.approx(told["learned"].cost.base_gib + 2 * told["learned"].cost.step_gib)
+    assert all(one.cost.step_s > 0 and one.train_s > 0 and one.evaluate_s > 0 and one.cost.base_gib > 0.05 for one in told.values())
+
+
+def test_the_slowest_rank_decides_and_more_ranks_than_useful_do_not_help():
+    assert dryrun.useful_ranks([4.0, 2.0, 2.0]) == 2.0
+    assert dryrun.makespan([[4.0], [2.0, 2.0]], 1) == 4.0 == dryrun.makespan([[4.0], [2.0], [2.0]], 1)
+    assert dryrun.makespan([[4.0, 2.0, 2.0]], 1) == 8.0
+    assert dryrun.makespan([[4.0, 2.0, 2.0]], 2) == 4.0  # 4 beside 2 + 2
+    assert dryrun.makespan([[1.0], []], 3) == 1.0
+
+
+def test_what_a_run_would_refuse_a_dry_run_refuses(tmp_path, monkeypatch, capsys):
+    def refused(*arguments: str, recipe: Recipe = RECIPE) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(recipe, name="small", args=list(arguments))
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--dry-run many" in refused("--dry-run", "many") and "--dry-run 0" in refused("--dry-run", "2", "--ranks", "0")
+    assert "--ranks is of --dry-run" in refused("--ranks", "4")
+    assert "exceeds" in refused("--dry-run", "2", "--rounds.cohort-size", "9")
+    assert "nowhere.npz" in refused("--dry-run", "2", "--data.path", "nowhere.npz")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").touch()
+    assert "--resume" in refused("--dry-run", "2", "--out", str(tmp_path / "run"))
+    monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda path: dryrun.shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(InputError, match="on disk"):
+        dryrun.rehearse(dataclasses.replace(RECIPE, defences={"undefended": Undefended()}), "small", 1)
+
+
+def test_a_sweep_forecasts_each_row(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(dryrun, "rehearse", lambda recipe, name, ranks: seen.append((recipe.seeds, name, ranks)))
+    rows = {"a": RECIPE, "b": dataclasses.replace(RECIPE, seeds=(1,))}
+    sweep(rows, name="two", args=["--dry-run", "8", "--rows", "b"])
+    sweep(rows, name="two", args=["--dry-run", "--ranks", "2"])
+    assert seen == [((1,), "two b", 8), ((0,), "two a", 2), ((1,), "two b", 2)] and list(tmp_path.iterdir()) == []
