@@ -79,7 +79,8 @@ class World:
         sent = torch.cat(list(parts))
         host = sent.cpu() if sent.is_cuda and self.nccl is None else sent
         received = host.new_empty(sum(lengths))
-        dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
+        with self._together("all_to_all"):
+            dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
         return list(received.to(sent.device).split(list(lengths)))
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -88,7 +89,8 @@ class World:
             return [tensor]
         host = tensor.cpu() if tensor.is_cuda and self.nccl is None else tensor
         parts = [torch.empty_like(host) for _ in range(self.size)]
-        dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
+        with self._together("all_gather"):
+            dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
