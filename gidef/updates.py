@@ -41,6 +41,10 @@ def norm(tensors: Tensors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+AT_ONCE = 2**20
+"""Entries of an update that are taken to float64 at the same time; a larger tensor goes alone."""
+
+
 class FixedPointSum:
     """Weighted sum of updates in int64 fixed point.
 
@@ -78,8 +82,13 @@ class FixedPointSum:
             raise ValueError(f"integer tensors cannot be averaged; leave them out of updates: {sorted(integers)[:3]}")
         self._template = {name: (tensor.shape, tensor.dtype) for name, tensor in template.items()}
         self._spans: dict[str, slice] = {}
-        end = 0
+        self._parts: list[list[str]] = []  # neighbours, which are taken to float64 together
+        end = started = 0
         for name in sorted(template):
+            if not self._parts or end + template[name].numel() - started > AT_ONCE:
+                self._parts.append([])
+                started = end
+            self._parts[-1].append(name)
             self._spans[name] = slice(end, end + template[name].numel())
             end += template[name].numel()
         self._metric_names = tuple(sorted(metric_names))
@@ -152,24 +161,33 @@ class FixedPointSum:
         """One update's terms, checked: int64, laid out as the buffer without the counters."""
         factor = weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
         device = self.buffer.device
-        terms = torch.empty(self._tail + len(self._metric_names) + 2, dtype=torch.int64, device=device)
-        peaks = []
-        for name, span in self._spans.items():
+        for name in self._spans:
             if delta[name].shape != self._template[name][0]:
                 wanted = tuple(self._template[name][0])
                 raise ValueError(f"client {client}: {name!r} has shape {tuple(delta[name].shape)} instead of {wanted}")
-            value = delta[name].to(device=device, dtype=torch.float64, copy=True).mul_(factor).round_().flatten()
-            peaks.append(value.abs().amax() if value.numel() else value.sum())
-            terms[span] = value
-        tail = torch.tensor([float(metrics[name]) for name in self._metric_names], dtype=torch.float64)
-        tail = tail.mul_(factor).round_()
+        terms = torch.empty(self._tail + len(self._metric_names) + 2, dtype=torch.int64, device=device)
+        peaks = []
+        for names in self._parts:
+            span = slice(self._spans[names[0]].start, self._spans[names[-1]].stop)
+            values = torch.empty(span.stop - span.start, dtype=torch.float64, device=device)
+            torch.cat([delta[name].detach().to(device).flatten() for name in names], out=values)
+            values.mul_(factor).round_()
+            peaks.append(values.abs().amax() if values.numel() else values.sum())
+            terms[span] = values
+        tail = [float(metrics[name]) * factor for name in self._metric_names]
         peaks = torch.stack(peaks).tolist() if peaks else []  # the only wait for the device
-        names = [*self._spans, *(f"metric {name}" for name in self._metric_names), "weight"]
-        for name, peak in zip(names, [*peaks, *tail.abs().tolist(), weight], strict=True):
-            if not peak <= self._limit:  # NaN fails every comparison
-                self._refuse(name, peak, weight, client)
-        terms[self._tail :] = torch.cat([tail.to(torch.int64), torch.tensor([weight, 1])])
+        if not all(peak <= self._limit for peak in (*peaks, *map(abs, tail), weight)):  # NaN fails every comparison
+            self._find_and_refuse(delta, weight, tail, client)
+        terms[self._tail :] = torch.tensor([*map(round, tail), weight, 1])
         return terms
+
+    def _find_and_refuse(self, delta: Tensors, weight: int, tail: list[float], client: int | str) -> None:
+        """Refuse by the first entry, in the buffer's order, that cannot be summed."""
+        factor = weight * self._one
+        peaks = [(name, float((delta[name].double() * factor).round().abs().amax()) if delta[name].numel() else 0.0) for name in self._spans]
+        for name, peak in (*peaks, *((f"metric {name}", abs(value)) for name, value in zip(self._metric_names, tail, strict=True)), ("weight", weight)):
+            if not peak <= self._limit:
+                self._refuse(name, peak, weight, client)
 
     def _refuse(self, name: str, peak: float, weight: int, client: int | str) -> None:
         """Say which entry cannot be summed and why."""
