@@ -41,7 +41,8 @@ class Player(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs."""
+    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs. fused,
+    channels_last: see `config.Speed`."""
 
     epochs: int = 1
     batch_size: int = 64
@@ -54,6 +55,8 @@ class LocalSettings:
     proximal: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     steps: int | None = None
+    fused: bool = False
+    channels_last: bool = False
 
     def steps_in_round(self, num_examples: int) -> int:
         """Optimiser steps of a client in a round."""
@@ -140,7 +143,7 @@ def train_locally(
     per_epoch = -(-client.num_examples // settings.batch_size)
     draw_batches, fill_gradients = getattr(player, "draw_batches", batches), getattr(player, "fill_gradients", None)
     for epoch, rows in draw_batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
-        rows, images, labels = _batch(client, rows, device)
+        rows, images, labels = _batch(client, rows, device, channels_last=settings.channels_last)
         if fill_gradients is not None:
             loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:
@@ -158,19 +161,19 @@ def train_locally(
     mean_loss = float(total / max(num_batches, 1))
     if not torch.isfinite(total):
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
-    delta = torch._foreach_sub([p.detach() for p in parameters], origin)
+    delta = [step.contiguous() for step in torch._foreach_sub([p.detach() for p in parameters], origin)]
     return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
 
 
 @span("data")
-def _batch(client: Client, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(client: Client, rows: Tensor, device: torch.device, *, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """rows, images float32 in [0, 1], labels."""
     rows = rows.to(client.images.device)
-    return rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
+    images = client.images[rows].to(device, torch.float32).div_(255)
+    return rows, images.contiguous(memory_format=torch.channels_last) if channels_last else images, client.labels[rows].to(device)
 
 
 def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Fresh in every round, so that a client's result does not depend on where it trained before."""
-    if settings.optimiser == "adam":
-        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
-    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True)
+    more = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused" if settings.fused else "foreach": True}
+    return torch.optim.Adam(parameters, **more) if settings.optimiser == "adam" else torch.optim.SGD(parameters, momentum=settings.momentum, **more)

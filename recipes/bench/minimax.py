@@ -15,6 +15,7 @@ decoder; f, b: forward, backward (w: to the weights alone, in: to the inputs alo
     simultaneous    Ef Hf Df, Db(w), Db(in) Hb Eb               schedule="simultaneous": both steps at the same weights; another algorithm
       , reversed    Ef Hf Df, Db Hb Eb                          of the MSE and -lambda MSE: one backward pass, reversed on its way out of D
 
+The steps written by hand have PyTorch's default optimisers, the plain one and the library's fused ones (speed.fused_optimisers).
 DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), BiDO beside its authors' formulas, CVB beside a plain module.
 
     ms        of one step, optimisers included: median over turns in which all contenders take some steps each, and the quartiles. Ratios are those
@@ -22,7 +23,8 @@ DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), B
     clock     CPU time of this process on one CPU thread, so that other jobs count as far as they share caches; else the wall's.
     of peak   floating-point operations of the step (convolutions and products), over its time, over the fastest rate that this machine showed
               for a matrix product or a convolution.
-    flop      those operations over the plain step's: what a step would cost at the plain step's rate.
+    flop      those operations over the plain step's: what a step would cost at the plain step's rate. Not counted for our DP-SGD, as the counter
+              takes the grouped convolutions of its images' own gradients for whole ones.
 
 Before the clock runs, the simultaneous step's gradients, of all players, are held against those of the naive step in float64.
 """
@@ -153,7 +155,7 @@ def floating(client: Client, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9, foreach=True)
+    return torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9, fused=True)
 
 
 Step = Callable[[], None]
@@ -174,7 +176,7 @@ class ByHand:
         self.client = nn.ModuleList([self.front, self.perturbation, self.head])
         self.measure = functools.partial(dependence, settings.get("dependence", "pearson2"), mse_cap=settings.get("mse_cap", 0.1))
         self._noise = generator(0, "noise", 0, 0, device=device)
-        self._steps = sgd(self.client), torch.optim.Adam(self.decoder.parameters(), lr=DECODER_LR, fused=True)
+        self._steps = torch.optim.SGD(self.client.parameters(), lr=LR, momentum=0.9), torch.optim.Adam(self.decoder.parameters(), lr=DECODER_LR)
 
     def draw(self) -> Tensor:
         return unit_noise((len(self.images), *self.perturbation.latent_shape), law="gaussian", generator=self._noise, device=self.images.device, dtype=self.images.dtype)
@@ -447,7 +449,7 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
         step()
         took = watch.read()
         counts[name] = options.steps or max(2, round(0.33 / max(took.cpu if by_cpu else took.wall, 1e-6)))
-        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9}
+        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else float("nan")}
         if device.type == "cuda":
             rows[name]["kernels"] = launches(step)
     for _ in range(options.turns):
