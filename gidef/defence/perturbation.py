@@ -239,7 +239,7 @@ class SimultaneousPlayer(MinimaxPlayer):
         latent = outputs.perturbed.view_as(outputs.perturbed)  # a node of its own: what comes back through it comes from the decoder alone
         errors = (self.kept(latent) - images).square().mean((1, 2, 3))
         # image by image, as R is flat above its cap; the decoder itself is upstream of the hook
-        factors = torch.where(errors.detach() <= cap, -self._weight, 0.0).to(latent.dtype).view(-1, *[1] * (latent.dim() - 1))
+        factors = ((errors.detach() <= cap).to(latent.dtype) * -self._weight).view(-1, *[1] * (latent.dim() - 1))
         latent.register_hook(lambda gradient: gradient * factors)
         return alone - self._weight * errors.clamp(max=cap).mean(), [(alone + errors.mean(), None)]
 

@@ -2,7 +2,7 @@
 
     python recipes/bench/minimax.py                         on one core, about six minutes
     python recipes/bench/minimax.py --small                 half a minute
-    python recipes/bench/minimax.py --device cuda           also the number of kernels that a step launches
+    python recipes/bench/minimax.py --device cuda --compile     also the number of kernels that a step launches
 
 The minimax game, on ResNet-18 (GroupNorm, ImageNet's stem) cut after its second stage, latent 128×4×4 at 32 px, learned Gaussian perturbation, a
 decoder of three convolutions with pixel shuffles; and on the small net with the library's decoder. Batch 32 both. E, H, D: encoder, predictor,
@@ -23,6 +23,7 @@ DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), B
     clock     CPU time of this process on one CPU thread, so that other jobs count as far as they share caches; else the wall's.
     of peak   floating-point operations of the step (convolutions and products), over its time, over the fastest rate that this machine showed
               for a matrix product or a convolution.
+    over      the ratio to the plain step over the ratio of operations.
     flop      those operations over the plain step's: what a step would cost at the plain step's rate. Not counted for our DP-SGD, as the counter
               takes the grouped convolutions of its images' own gradients for whole ones.
 
@@ -48,7 +49,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gidef.defence import LearnedDefence, PrivateDefence
+from gidef.defence import Defence, LearnedDefence, PrivateDefence
 from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.perturbation import MinimaxSettings, decoder_loss
@@ -87,6 +88,8 @@ class Options:
     batch: int = 32
     threads: int = 1
     device: str = "cpu"
+    compile: bool = False
+    """Also compiled steps; on a GPU as CUDA graphs."""
     small: bool = False
     """The small net, few turns."""
     out: Path = Path("runs/bench_minimax.json")
@@ -250,8 +253,13 @@ def game_player(case: Case, game: str, schedule: str, device: torch.device, dtyp
     return LearnedDefence(case.model({}).to(device, dtype), case.decoder().to(device, dtype), settings).player()
 
 
-def minimax(case: Case, options: Options, device: torch.device) -> dict[str, Step]:
+def minimax(case: Case, options: Options, device: torch.device, console: Console) -> dict[str, Step]:
     contenders = {"plain": plain(case, options.batch, device)}
+    if options.compile:
+        players = {"plain": Defence(case.model().to(device)).player(), **{f"simultaneous {game}": game_player(case, game, "simultaneous", device) for game in GAMES}}
+        for name, player in players.items():
+            player.compile(graphs=device.type == "cuda", notice=console.notice)
+            contenders[f"{name}, compiled"] = played(player, a_client(case, options.batch, device))
     for game in GAMES:
         for name in ("naive", "thrifty"):
             contenders[f"{name} {game}"] = getattr(ByHand(case, game, options.batch, device), name)
@@ -471,13 +479,13 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     shown.add_column("step")
     kernels = any("kernels" in row for row in rows.values())
-    for header in ("ms", "quartiles", "fastest", "× plain", "fastest", "flop", "of peak", "peak MiB", *(("kernels",) if kernels else ())):
+    for header in ("ms", "quartiles", "fastest", "× plain", "fastest", "flop", "over", "of peak", "peak MiB", *(("kernels",) if kernels else ())):
         shown.add_column(header, justify="right")
     for name, row in rows.items():
         low, high = row["quartiles"]
         shown.add_row(
             name, f"{row['ms']:.3g}", f"{low:.3g}–{high:.3g}", f"{row['fastest']:.3g}", f"{row['ratio']:.2f}", f"{row['ratio_fastest']:.2f}",
-            f"{row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             *((str(row.get("kernels", "–")),) if kernels else ()),
         )  # fmt: skip
     return shown
@@ -525,7 +533,7 @@ def main(options: Options) -> dict[str, Any]:
                     console.say(f"{case.title}: gradients of all players, simultaneous beside naive, differ by at most {max(apart[case.name].values()):.1e} of their tensor's largest entry")
                     if max(apart[case.name].values()) > 1e-9:
                         raise RuntimeError("the steps that were to be timed are not the same step")
-                contenders = minimax(case, options, device) if part == "minimax" else defences(case, options, device, console)
+                contenders = minimax(case, options, device, console) if part == "minimax" else defences(case, options, device, console)
                 rows = found[f"{case.name} {part}"] = measure(contenders, options, device, peak)
                 console.table(table(f"{case.title}, {part}", rows))
         told = verdicts(found)
