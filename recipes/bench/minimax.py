@@ -35,6 +35,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,6 +317,7 @@ def opacus_steps(case: Case, options: Options, device: torch.device) -> dict[str
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # images need no gradients, as Opacus knows
     client, found = a_client(case, options.batch, device), {}
     images = floating(client)
     more = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": options.batch}
