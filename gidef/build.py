@@ -428,8 +428,13 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     initial = defence.initial()
     shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
+    players = [defence.encoded_player() for _ in range(workers)]
+    settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
+    if recipe.speed.channels_last:
+        for player in players:
+            player.model.to(memory_format=torch.channels_last)
     participation = Participation(
-        [defence.encoded_player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
+        players, initial, shared, settings, store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",
@@ -466,3 +471,14 @@ def _run_summed(
     """A round of those who stayed of its cohort, whose sum alone the server sees."""
     sum_of = secure.sum_of(drawn(server.round), [client.id for client in cohort], server.round)
     return run(server, cohort, over_cohort=functools.partial(over_cohort, sum_of=sum_of))
+
+
+def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable[[str], None]) -> None:
+    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without."""
+    players = training.participation.players
+    graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1
+    for player in players:
+        if getattr(player, "compile", None) is None:
+            notice(f"speed.compile_training: the steps of {type(training.defence).__name__} run uncompiled.")
+            return
+        player.compile(graphs=graphs, notice=notice)

@@ -179,6 +179,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
     training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    if recipe.speed.compile_training:
+        build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()
     export = run.folder / "models" / f"{key}.safetensors"
     if recipe.resume and export.exists():

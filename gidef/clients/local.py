@@ -43,7 +43,8 @@ class Player(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs."""
+    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs. fused,
+    channels_last: see `config.Speed`."""
 
     epochs: int = 1
     batch_size: int = 64
@@ -56,6 +57,8 @@ class LocalSettings:
     proximal: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     steps: int | None = None
+    fused: bool = False
+    channels_last: bool = False
 
     def steps_in_round(self, num_examples: int) -> int:
         """Optimiser steps of a client in a round."""
@@ -90,13 +93,14 @@ def examples(
     drawn = {"batch_size": settings.batch_size, "epochs": settings.epochs, "seed": seed, "round": round}
     if client.source is None:
         for epoch, rows in getattr(player, "draw_batches", batches)(client, **drawn):
-            yield epoch, *_batch(client, rows, device)
+            yield epoch, *_batch(client, rows, device, channels_last=settings.channels_last)
         return
     if hasattr(player, "draw_batches"):
         raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
     with contextlib.closing(client.source.batches(**drawn)) as streamed:
         for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
-            yield epoch, rows.to(client.images.device), images.to(device).to(torch.float32).div_(255), labels.to(device)
+            images = images.to(device).to(torch.float32).div_(255)
+            yield epoch, rows.to(client.images.device), images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images, labels.to(device)
 
 
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
@@ -180,15 +184,16 @@ def train_locally(
     mean_loss = float(total) / max(num_batches, 1)  # the only wait for the device
     if not math.isfinite(mean_loss):
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
-    delta = torch._foreach_sub([p.detach() for p in parameters], origin)
+    delta = [step.contiguous() for step in torch._foreach_sub([p.detach() for p in parameters], origin)]
     return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
 
 
 @span("data")
-def _batch(client: Client, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(client: Client, rows: Tensor, device: torch.device, *, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """rows, images float32 in [0, 1], labels."""
     rows = rows.to(client.images.device)
-    return rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
+    images = client.images[rows].to(device, torch.float32).div_(255)
+    return rows, images.contiguous(memory_format=torch.channels_last) if channels_last else images, client.labels[rows].to(device)
 
 
 @torch.no_grad()
@@ -204,13 +209,14 @@ def _clip(gradients: list[Tensor], largest: float) -> None:
 
 def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> Callable[[list[Tensor]], None]:
     """step(gradients), fresh in every round, so that a client's result does not depend on where it trained before."""
-    if settings.optimiser == "adam":
-        adam = torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
+    if settings.optimiser == "adam" or settings.fused:
+        more = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused" if settings.fused else "foreach": True}
+        made = torch.optim.Adam(parameters, **more) if settings.optimiser == "adam" else torch.optim.SGD(parameters, momentum=settings.momentum, **more)
 
         def step(gradients: list[Tensor]) -> None:
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
-            adam.step()
+            made.step()
 
         return step
     buffers: list[Tensor] = []

@@ -348,6 +348,13 @@ class Speed:
     clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
+    fused_optimisers: bool = False
+    """Clients' optimisers as one kernel each; other last bits than the default's."""
+    channels_last: bool = False
+    """Images and convolutions with the channels last in memory; other last bits."""
+    compile_training: bool = False
+    """Clients' steps as compiled programs, on a GPU as CUDA graphs: for long trainings, as compiling takes up to minutes; other last bits. Defences
+    that no program serves run as they are and say so."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 180.0
@@ -759,6 +766,8 @@ def _from_json(value: Any, load: Callable[[str], Any] | None) -> Any:
     return value
 
 
+LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training")
+"""Fields of `speed` that a resumed run takes over, as they decide the last bits."""
 NOT_SCIENCE = ("speed", "out", "resume")
 """Fields of a recipe that may differ between a run and its resumption."""
 
