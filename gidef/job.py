@@ -189,7 +189,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, reduction=recipe.speed.reduction, resumed=recipe.resume, gidef=gidef.__version__)
 
 
 def _device_name(device: torch.device) -> str:

@@ -176,6 +176,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     state = _load_checkpoint(run, key)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
+        server = training.taken_up(server)
         training.costs.load(state[1]["costs"])
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
@@ -206,8 +207,9 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
+            saved = training.to_save(server)
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress, training.costs.state())
+                _save_checkpoint(run, key, saved, best, participation.versions, progress, training.costs.state())
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})

@@ -333,6 +333,10 @@ class Speed:
     clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
+    reduction: Literal["fixed_point", "float32"] = "fixed_point"
+    """How updates are added up: exactly, in eight bytes per parameter, so that the model's bits do not depend on ranks; or in four, so that they do."""
+    sharded_server: bool = False
+    """Each rank keeps and steps a slice of the server's optimiser: for very large models. The bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 3600.0
@@ -514,9 +518,13 @@ def _stream_problems(recipe: Recipe) -> list[str]:
 def _aggregate_problems(recipe: Recipe) -> list[str]:
     """What stands in the way of an aggregation that needs single updates."""
     rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    if recipe.speed.sharded_server and isinstance(recipe.rounds.server, Scaffold):
+        found.append("speed.sharded_server=True: every client needs the whole of Scaffold's control variate. Take another server, or leave it out.")
     if isinstance(rule, Mean):
-        return []
+        return found
     name = type(rule).__name__
+    if recipe.speed.reduction != "fixed_point":
+        found.append(f"speed.reduction={recipe.speed.reduction}: {name} adds nothing up. Leave it at fixed_point.")
     if isinstance(recipe.rounds.server, Scaffold):
         found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
     for key, defence in recipe.defences.items():

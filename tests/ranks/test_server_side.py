@@ -8,16 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gidef
 from gidef.checkpoint import weights_sha256
-from gidef.parallel import World, open_world, robust, robust_over_world
+from gidef.parallel import World, mean_over_world, open_world, robust, robust_over_world, sharded_server
+from gidef.parallel.sharded_server import Slices, own, sharded_step, whole
 from gidef.rng import generator
 from gidef.rounds.robust import krum, median, trimmed_mean
-from gidef.types import Client, Update
+from gidef.rounds.server import fed_adam, fed_avg, fed_yogi
+from gidef.types import Client, ServerState, Update
 
 pytestmark = pytest.mark.ranks
 TEMPLATE = {"w": torch.zeros(301, 7), "b": torch.zeros(3), "s": torch.zeros(())}
@@ -52,7 +55,47 @@ def rules(world: World) -> dict[str, str]:
     return found | {"few": weights_sha256(few.delta), "loss": str(few.metrics)}
 
 
-CASES = {"rules": rules}
+def sharded(world: World) -> dict[str, Any]:
+    """Hashes of the server after three rounds, and of its slots; the same for the whole step and the sharded one."""
+    sharded_server.BLOCK = 100
+    start = {name: torch.full_like(t, 0.5) for name, t in TEMPLATE.items()}
+    found: dict[str, Any] = {}
+    for name, step in {"momentum": fed_avg(lr=0.5, momentum=0.9), "adam": fed_adam(lr=0.1), "plain": fed_avg(), "median": fed_yogi(lr=0.1)}.items():
+        slices = Slices(world, TEMPLATE)
+        if name == "median":
+            robust.BLOCK = 256
+            over, steps = robust_over_world(world, median()), (step, sharded_step(step, slices, sliced=False))
+            overs = (over, over)
+        else:
+            overs = mean_over_world(world), mean_over_world(world, slices=slices)
+            steps = step, sharded_step(step, slices, sliced=True)
+        whole_state, sliced_state = ServerState(start), ServerState(start)
+        for round in range(3):
+            update = functools.partial(shared_update, round=round)
+            both = [over(update, clients(), template=TEMPLATE, metric_names=["loss"]) for over in overs]
+            assert both[0].metrics == both[1].metrics and both[0].num_examples == both[1].num_examples and min(both[1].seconds) > 0
+            whole_state, sliced_state = steps[0](whole_state, both[0].delta), steps[1](sliced_state, both[1].delta)
+            again = whole(sliced_state, slices)
+            for slot, values in sliced_state.slots.items():
+                assert sum(t.numel() for t in values.values()) == slices.end - slices.begin <= -(-2111 // world.size), "a slice of the slots"
+                assert all(torch.equal(t, own(again, slices).slots[slot][n]) for n, t in values.items())
+            assert all(torch.equal(sliced_state.params[n], t) for n, t in whole_state.params.items())
+            assert again.slots.keys() == whole_state.slots.keys()
+            assert all(torch.equal(again.slots[slot][n], t) for slot, values in whole_state.slots.items() for n, t in values.items())
+        found[name] = [weights_sha256(sliced_state.params), *(weights_sha256(again.slots[slot]) for slot in sorted(again.slots))]
+    exact = mean_over_world(world)(shared_update, clients(), template=TEMPLATE, metric_names=["loss"])
+    for slices in (None, Slices(world, TEMPLATE)):
+        rounded = mean_over_world(world, reduction="float32", slices=slices)(shared_update, clients(), template=TEMPLATE, metric_names=["loss"])
+        world.agree("a sum in float32", json.dumps(rounded.metrics))
+        delta = rounded.delta if slices is None else slices.gather(rounded.delta, TEMPLATE)
+        world.agree("a sum in float32", weights_sha256(delta))
+        assert rounded.metrics == exact.metrics and rounded.count == 7
+        for name, t in exact.delta.items():
+            torch.testing.assert_close(delta[name], t, rtol=1e-5, atol=1e-1)  # beside terms of 1e6
+    return found
+
+
+CASES = {"rules": rules, "sharded": sharded}
 
 
 @functools.cache
