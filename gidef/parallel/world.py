@@ -59,7 +59,8 @@ class World:
             return parts[0]
         host = parts.cpu() if parts.is_cuda and self.nccl is None else parts
         own = torch.empty_like(host[0])
-        dist.reduce_scatter_tensor(own, host.contiguous(), group=self.nccl if host.is_cuda else None)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name, before torch 2.14
+        reduce_scatter(own, host.flatten(), group=self.nccl if host.is_cuda else None)
         return own.to(parts.device)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
