@@ -133,6 +133,7 @@ def everything(world: World, folder: Path) -> str:
     return json.dumps({"rules": rules(world), "sharded": sharded(world), "streamed": streamed(world, folder)})
 
 
+@pytest.mark.timeout(600)
 def test_two_and_three_ranks_give_the_bits_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(robust, "BLOCK", robust.BLOCK)  # put back afterwards
     monkeypatch.setattr(sharded_server, "BLOCK", sharded_server.BLOCK)
@@ -145,7 +146,7 @@ def test_two_and_three_ranks_give_the_bits_of_one(tmp_path: Path, monkeypatch: p
             subprocess.Popen(one, env=environ, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for one in commands
         ]
         try:
-            outputs = [process.communicate(timeout=120)[0] for process in processes]
+            outputs = [process.communicate(timeout=250)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()
