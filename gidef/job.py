@@ -238,7 +238,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, reduction=recipe.speed.reduction, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
 
 
 MOST_RANKS = 64

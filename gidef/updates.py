@@ -128,9 +128,20 @@ class FixedPointSum:
             self.buffer[: terms.numel()] += terms
             self._settle()
 
-    def mean(self) -> tuple[Tensors, int, dict[str, float]]:
+    @property
+    def body(self) -> Tensor:
+        """The tensors' entries in name order: a view."""
+        return self.buffer[: self._tail]
+
+    @property
+    def tail(self) -> Tensor:
+        """All after them: a view."""
+        return self.buffer[self._tail :]
+
+    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
         """(mean, total weight, mean metrics), all weighted by the weights; the mean has the template's dtypes.
 
+        Args:   own: sums in the place of the buffer's, 1-D parts of some of the tensors; the mean is then of those.
         Raises: InputError if the total weight is 0; ValueError if more than max_terms updates were merged.
         """
         *metrics, weight, count = self._numbers()
@@ -140,10 +151,13 @@ class FixedPointSum:
             raise InputError(f"{count} clients hold 0 examples together: a mean needs at least one example")
         # A tensor, not a number: CUDA divides by a Python number through its reciprocal, one rounding more than the CPU.
         divisor = torch.tensor(self._one * weight, dtype=torch.float64, device=self.buffer.device)
-        mean = {
-            name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
-            for name, (shape, dtype) in self._template.items()
-        }
+        if own is not None:
+            mean = {name: part.to(torch.float64).div_(divisor).to(self._template[name][1]) for name, part in own.items()}
+        else:
+            mean = {
+                name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
+                for name, (shape, dtype) in self._template.items()
+            }
         means = {name: value / (self._one * weight) for name, value in zip(self._metric_names, metrics, strict=True)}
         return mean, weight, means
 
@@ -202,6 +216,56 @@ class FixedPointSum:
         """Threads may work on different CUDA streams: the lock orders their launches, only this their writes."""
         if self.buffer.is_cuda:
             torch.cuda.current_stream(self.buffer.device).synchronize()
+
+
+class Float32Sum:
+    """As `FixedPointSum`, in half the bytes: weighted updates are added up in float32, so that the last bits depend on the order of clients, on threads
+    and on ranks. Metrics, weight, count and counters stay exact.
+
+    body: float32, the tensors' entries in name order.  tail: int64, all after them. Both are summed over ranks in place.
+    """
+
+    def __init__(self, template: Tensors, *, metric_names: Sequence[str] = (), max_terms: int, counters: int = 0) -> None:
+        self._rest = FixedPointSum({}, metric_names=metric_names, max_terms=max_terms, counters=counters)
+        self._template = {name: template[name] for name in sorted(template)}
+        self._lock = threading.Lock()
+        device = next((tensor.device for tensor in template.values()), torch.device("cpu"))
+        self.body = torch.zeros(sum(tensor.numel() for tensor in template.values()), dtype=torch.float32, device=device)
+
+    @property
+    def tail(self) -> Tensor:
+        return self._rest.buffer
+
+    @property
+    def counters(self) -> Tensor:
+        return self._rest.counters
+
+    @property
+    def count(self) -> int:
+        return self._rest.count
+
+    @torch.no_grad()
+    def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int | str = "?") -> None:
+        """As FixedPointSum.add. Raises InputError for NaN or infinity."""
+        check_same_names(delta, self._template, f"client {client}: the update (left) against the template (right)")
+        flat = torch.cat([delta[name].to(self.body).flatten() for name in self._template]) * weight
+        if not torch.isfinite(flat).all():
+            raise InputError(f"client {client}: the update holds NaN or infinity; training diverged: lower the learning rate or clip gradients")
+        with self._lock:
+            self._rest.add({}, weight, metrics, client=client)
+            self.body += flat
+            if self.body.is_cuda:
+                torch.cuda.current_stream(self.body.device).synchronize()
+
+    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
+        """As FixedPointSum.mean."""
+        _, weight, metrics = self._rest.mean()
+        divisor = torch.tensor(float(weight), dtype=torch.float64, device=self.body.device)
+        parts = own
+        if parts is None:
+            sizes = [tensor.numel() for tensor in self._template.values()]
+            parts = {n: part.view(t.shape) for (n, t), part in zip(self._template.items(), self.body.split(sizes), strict=True)}
+        return {name: part.to(torch.float64).div_(divisor).to(self._template[name].dtype) for name, part in parts.items()}, weight, metrics
 
 
 @dataclass(frozen=True, slots=True)
