@@ -45,6 +45,7 @@ from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_f
 from gidef.parallel import Costs, World, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores
+from gidef.parallel.sharded_server import Slices, own, sharded_step, whole
 from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers
@@ -415,6 +416,16 @@ class Training:
     shared: tuple[str, ...]
     costs: Costs
     """What the next round's plan goes by."""
+    slices: Slices | None = None
+    """Which of the server's slots this rank holds; None: all."""
+
+    def to_save(self, server: ServerState) -> ServerState:
+        """The server with whole slots. Every rank calls this together."""
+        return server if self.slices is None else whole(server, self.slices)
+
+    def taken_up(self, server: ServerState) -> ServerState:
+        """The server as this rank holds it, from one with whole slots."""
+        return server if self.slices is None else own(server, self.slices)
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
@@ -428,8 +439,13 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     initial = defence.initial()
     shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
+    players = [defence.encoded_player() for _ in range(workers)]
+    settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
+    if recipe.speed.channels_last:
+        for player in players:
+            player.model.to(memory_format=torch.channels_last)
     participation = Participation(
-        [defence.encoded_player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
+        players, initial, shared, settings, store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",
@@ -440,17 +456,20 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         "groups": participation.groups,
     }  # fmt: skip
     rule = robust_rule(recipe.rounds.aggregate)
+    slices = Slices(world, participation.template()) if recipe.speed.sharded_server else None
     over_cohort = functools.partial(
-        mean_over_world(world, **dealt) if rule is None else robust_over_world(world, rule, **dealt),
+        mean_over_world(world, **dealt, reduction=recipe.speed.reduction, slices=slices) if rule is None else robust_over_world(world, rule, **dealt),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
+    if slices is not None:
+        step = sharded_step(step, slices, sliced=rule is None)
     draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
     run = functools.partial(span("round")(run_round), train=participation.train_group, step=step, over_cohort=over_cohort)
     if defence.secure is not None:
         draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(
-        defence=defence, participation=participation, store=store, shared=shared, costs=costs,
+        defence=defence, participation=participation, store=store, shared=shared, costs=costs, slices=slices,
         server=ServerState({name: initial[name] for name in shared}),
         draw=draw, run=run,
     )  # fmt: skip
@@ -466,3 +485,14 @@ def _run_summed(
     """A round of those who stayed of its cohort, whose sum alone the server sees."""
     sum_of = secure.sum_of(drawn(server.round), [client.id for client in cohort], server.round)
     return run(server, cohort, over_cohort=functools.partial(over_cohort, sum_of=sum_of))
+
+
+def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable[[str], None]) -> None:
+    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without."""
+    players = training.participation.players
+    graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1
+    for player in players:
+        if getattr(player, "compile", None) is None:
+            notice(f"speed.compile_training: the steps of {type(training.defence).__name__} run uncompiled.")
+            return
+        player.compile(graphs=graphs, notice=notice)

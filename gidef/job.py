@@ -145,23 +145,25 @@ def _choose_folder(recipe: config.Recipe, name: str, world: World) -> tuple[Path
 
 
 def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Recipe:
-    """Check a resumed run's recipe against the one that began it, and take over its threads and clients at once: they decide the last bits."""
+    """Check a resumed run's recipe against the one that began it, and take over what decides the last bits."""
     path = folder / RECIPE
     if not recipe.resume or not path.exists():
         return recipe
     mine = config.to_json(recipe)
     try:
         saved = json.loads(path.read_text())["recipe"]
-        differing, kept = _differences(mine, saved), {name: int(saved["speed"].get(name, 1)) for name in ("threads", "clients_at_once")}
+        differing, kept = _differences(mine, saved), {
+            name: type(default := getattr(config.Speed(), name))(saved["speed"].get(name, default)) for name in config.LAST_BITS
+        }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
         )
-    for name, value in kept.items():
-        if value != getattr(recipe.speed, name) and world.rank == 0:
-            print(f"gidef: the run goes on with speed.{name}={value}, as it began.", file=sys.stderr)
+    changed = [f"speed.{name}={value}" for name, value in kept.items() if value != getattr(recipe.speed, name)]
+    if changed and world.rank == 0:
+        print(f"gidef: the run goes on with {', '.join(changed)}, as it began.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
     torch.set_num_threads(recipe.speed.threads)
     return recipe
@@ -240,7 +242,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
+    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, reduction=recipe.speed.reduction, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
 
 
 MOST_RANKS = 64

@@ -179,6 +179,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
     training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    if recipe.speed.compile_training:
+        build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()
     export = run.folder / "models" / f"{key}.safetensors"
     if recipe.resume and export.exists():
@@ -195,6 +197,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
     participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
     _compare_states(world, key, server.round, _state_hash(server, best, participation.versions, progress))
+    server = training.taken_up(server)
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
@@ -223,9 +226,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
+            saved = training.to_save(server)
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
                 at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
-                _save_checkpoint(run, key, server, best, participation.versions, progress, at_hand)
+                _save_checkpoint(run, key, saved, best, participation.versions, progress, at_hand)
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})

@@ -41,6 +41,10 @@ def norm(tensors: Tensors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+AT_ONCE = 2**20
+"""Entries of an update that are taken to float64 at the same time; a larger tensor goes alone."""
+
+
 class FixedPointSum:
     """Weighted sum of updates in int64 fixed point.
 
@@ -78,8 +82,13 @@ class FixedPointSum:
             raise ValueError(f"integer tensors cannot be averaged; leave them out of updates: {sorted(integers)[:3]}")
         self._template = {name: (tensor.shape, tensor.dtype) for name, tensor in template.items()}
         self._spans: dict[str, slice] = {}
-        end = 0
+        self._parts: list[list[str]] = []  # neighbours, which are taken to float64 together
+        end = started = 0
         for name in sorted(template):
+            if not self._parts or end + template[name].numel() - started > AT_ONCE:
+                self._parts.append([])
+                started = end
+            self._parts[-1].append(name)
             self._spans[name] = slice(end, end + template[name].numel())
             end += template[name].numel()
         self._metric_names = tuple(sorted(metric_names))
@@ -119,9 +128,20 @@ class FixedPointSum:
             self.buffer[: terms.numel()] += terms
             self._settle()
 
-    def mean(self) -> tuple[Tensors, int, dict[str, float]]:
+    @property
+    def body(self) -> Tensor:
+        """The tensors' entries in name order: a view."""
+        return self.buffer[: self._tail]
+
+    @property
+    def tail(self) -> Tensor:
+        """All after them: a view."""
+        return self.buffer[self._tail :]
+
+    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
         """(mean, total weight, mean metrics), all weighted by the weights; the mean has the template's dtypes.
 
+        Args:   own: sums in the place of the buffer's, 1-D parts of some of the tensors; the mean is then of those.
         Raises: InputError if the total weight is 0; ValueError if more than max_terms updates were merged.
         """
         *metrics, weight, count = self._numbers()
@@ -131,10 +151,13 @@ class FixedPointSum:
             raise InputError(f"{count} clients hold 0 examples together: a mean needs at least one example")
         # A tensor, not a number: CUDA divides by a Python number through its reciprocal, one rounding more than the CPU.
         divisor = torch.tensor(self._one * weight, dtype=torch.float64, device=self.buffer.device)
-        mean = {
-            name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
-            for name, (shape, dtype) in self._template.items()
-        }
+        if own is not None:
+            mean = {name: part.to(torch.float64).div_(divisor).to(self._template[name][1]) for name, part in own.items()}
+        else:
+            mean = {
+                name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
+                for name, (shape, dtype) in self._template.items()
+            }
         means = {name: value / (self._one * weight) for name, value in zip(self._metric_names, metrics, strict=True)}
         return mean, weight, means
 
@@ -152,24 +175,33 @@ class FixedPointSum:
         """One update's terms, checked: int64, laid out as the buffer without the counters."""
         factor = weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
         device = self.buffer.device
-        terms = torch.empty(self._tail + len(self._metric_names) + 2, dtype=torch.int64, device=device)
-        peaks = []
-        for name, span in self._spans.items():
+        for name in self._spans:
             if delta[name].shape != self._template[name][0]:
                 wanted = tuple(self._template[name][0])
                 raise ValueError(f"client {client}: {name!r} has shape {tuple(delta[name].shape)} instead of {wanted}")
-            value = delta[name].to(device=device, dtype=torch.float64, copy=True).mul_(factor).round_().flatten()
-            peaks.append(value.abs().amax() if value.numel() else value.sum())
-            terms[span] = value
-        tail = torch.tensor([float(metrics[name]) for name in self._metric_names], dtype=torch.float64)
-        tail = tail.mul_(factor).round_()
+        terms = torch.empty(self._tail + len(self._metric_names) + 2, dtype=torch.int64, device=device)
+        peaks = []
+        for names in self._parts:
+            span = slice(self._spans[names[0]].start, self._spans[names[-1]].stop)
+            values = torch.empty(span.stop - span.start, dtype=torch.float64, device=device)
+            torch.cat([delta[name].detach().to(device).flatten() for name in names], out=values)
+            values.mul_(factor).round_()
+            peaks.append(values.abs().amax() if values.numel() else values.sum())
+            terms[span] = values
+        tail = [float(metrics[name]) * factor for name in self._metric_names]
         peaks = torch.stack(peaks).tolist() if peaks else []  # the only wait for the device
-        names = [*self._spans, *(f"metric {name}" for name in self._metric_names), "weight"]
-        for name, peak in zip(names, [*peaks, *tail.abs().tolist(), weight], strict=True):
-            if not peak <= self._limit:  # NaN fails every comparison
-                self._refuse(name, peak, weight, client)
-        terms[self._tail :] = torch.cat([tail.to(torch.int64), torch.tensor([weight, 1])])
+        if not all(peak <= self._limit for peak in (*peaks, *map(abs, tail), weight)):  # NaN fails every comparison
+            self._find_and_refuse(delta, weight, tail, client)
+        terms[self._tail :] = torch.tensor([*map(round, tail), weight, 1])
         return terms
+
+    def _find_and_refuse(self, delta: Tensors, weight: int, tail: list[float], client: int | str) -> None:
+        """Refuse by the first entry, in the buffer's order, that cannot be summed."""
+        factor = weight * self._one
+        peaks = [(name, float((delta[name].double() * factor).round().abs().amax()) if delta[name].numel() else 0.0) for name in self._spans]
+        for name, peak in (*peaks, *((f"metric {name}", abs(value)) for name, value in zip(self._metric_names, tail, strict=True)), ("weight", weight)):
+            if not peak <= self._limit:
+                self._refuse(name, peak, weight, client)
 
     def _refuse(self, name: str, peak: float, weight: int, client: int | str) -> None:
         """Say which entry cannot be summed and why."""
@@ -184,6 +216,56 @@ class FixedPointSum:
         """Threads may work on different CUDA streams: the lock orders their launches, only this their writes."""
         if self.buffer.is_cuda:
             torch.cuda.current_stream(self.buffer.device).synchronize()
+
+
+class Float32Sum:
+    """As `FixedPointSum`, in half the bytes: weighted updates are added up in float32, so that the last bits depend on the order of clients, on threads
+    and on ranks. Metrics, weight, count and counters stay exact.
+
+    body: float32, the tensors' entries in name order.  tail: int64, all after them. Both are summed over ranks in place.
+    """
+
+    def __init__(self, template: Tensors, *, metric_names: Sequence[str] = (), max_terms: int, counters: int = 0) -> None:
+        self._rest = FixedPointSum({}, metric_names=metric_names, max_terms=max_terms, counters=counters)
+        self._template = {name: template[name] for name in sorted(template)}
+        self._lock = threading.Lock()
+        device = next((tensor.device for tensor in template.values()), torch.device("cpu"))
+        self.body = torch.zeros(sum(tensor.numel() for tensor in template.values()), dtype=torch.float32, device=device)
+
+    @property
+    def tail(self) -> Tensor:
+        return self._rest.buffer
+
+    @property
+    def counters(self) -> Tensor:
+        return self._rest.counters
+
+    @property
+    def count(self) -> int:
+        return self._rest.count
+
+    @torch.no_grad()
+    def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int | str = "?") -> None:
+        """As FixedPointSum.add. Raises InputError for NaN or infinity."""
+        check_same_names(delta, self._template, f"client {client}: the update (left) against the template (right)")
+        flat = torch.cat([delta[name].to(self.body).flatten() for name in self._template]) * weight
+        if not torch.isfinite(flat).all():
+            raise InputError(f"client {client}: the update holds NaN or infinity; training diverged: lower the learning rate or clip gradients")
+        with self._lock:
+            self._rest.add({}, weight, metrics, client=client)
+            self.body += flat
+            if self.body.is_cuda:
+                torch.cuda.current_stream(self.body.device).synchronize()
+
+    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
+        """As FixedPointSum.mean."""
+        _, weight, metrics = self._rest.mean()
+        divisor = torch.tensor(float(weight), dtype=torch.float64, device=self.body.device)
+        parts = own
+        if parts is None:
+            sizes = [tensor.numel() for tensor in self._template.values()]
+            parts = {n: part.view(t.shape) for (n, t), part in zip(self._template.items(), self.body.split(sizes), strict=True)}
+        return {name: part.to(torch.float64).div_(divisor).to(self._template[name].dtype) for name, part in parts.items()}, weight, metrics
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -42,7 +43,8 @@ class Player(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs."""
+    """How a client steps; see `config.LocalTraining` for the meaning and ranges. steps: stop after so many, None for whole epochs. fused,
+    channels_last: see `config.Speed`."""
 
     epochs: int = 1
     batch_size: int = 64
@@ -55,6 +57,8 @@ class LocalSettings:
     proximal: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     steps: int | None = None
+    fused: bool = False
+    channels_last: bool = False
 
     def steps_in_round(self, num_examples: int) -> int:
         """Optimiser steps of a client in a round."""
@@ -89,13 +93,14 @@ def examples(
     drawn = {"batch_size": settings.batch_size, "epochs": settings.epochs, "seed": seed, "round": round}
     if client.source is None:
         for epoch, rows in getattr(player, "draw_batches", batches)(client, **drawn):
-            yield epoch, *_batch(client, rows, device)
+            yield epoch, *_batch(client, rows, device, channels_last=settings.channels_last)
         return
     if hasattr(player, "draw_batches"):
         raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
     with contextlib.closing(client.source.batches(**drawn)) as streamed:
         for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
-            yield epoch, rows.to(client.images.device), images.to(device).to(torch.float32).div_(255), labels.to(device)
+            images = images.to(device).to(torch.float32).div_(255)
+            yield epoch, rows.to(client.images.device), images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images, labels.to(device)
 
 
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
@@ -130,12 +135,12 @@ def train_locally(
     Everything random is a function of (seed, round, client.id). FedProx (Li et al. 2020) adds proximal · (w − start)
     to the gradient, after clipping, as its proximal term is exact.
     """
-    model = player.model
-    load_parameters(model, start)
-    named = dict(model.named_parameters())
+    named = dict(player.model.named_parameters())
     parameters = list(named.values())
     origin = [start[name].to(p.device) for name, p in named.items()]
-    optimiser = _optimiser(settings, parameters)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, origin)
+    take_step = _optimiser(settings, parameters)
     shift = [correction(name).to(p.device) for name, p in named.items()] if correction else None
     device = parameters[0].device
     total, num_batches, steps, pending = torch.zeros((), dtype=torch.float64, device=device), 0, 0, 0
@@ -146,25 +151,27 @@ def train_locally(
         if pending > 1:
             torch._foreach_div_(gradients, pending)
         if settings.grad_clip > 0:
-            nn.utils.clip_grad_norm_(parameters, settings.grad_clip, foreach=True)
+            _clip([p.grad for p in parameters if p.grad is not None], settings.grad_clip)
         if settings.proximal > 0:
             torch._foreach_add_(gradients, torch._foreach_sub([p.detach() for p in parameters], origin), alpha=settings.proximal)
         if shift is not None:
             torch._foreach_add_(gradients, shift)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        take_step(gradients)
+        for p in parameters:
+            p.grad = None
 
-    optimiser.zero_grad(set_to_none=True)
+    for p in parameters:
+        p.grad = None
+    half = settings.precision == "bfloat16"
+    # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
+    autocast = (lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)) if half else contextlib.nullcontext
     per_epoch = -(-client.num_examples // settings.batch_size)
     fill_gradients = getattr(player, "fill_gradients", None)
     for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
         if fill_gradients is not None:
             loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:
-            # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
+            with autocast():
                 loss = player.loss(images, labels, rows=rows, epoch=epoch)
             (player.backward if hasattr(player, "backward") else loss.backward)()
         total += loss.detach()
@@ -174,22 +181,56 @@ def train_locally(
             steps, pending = steps + 1, 0
             if steps == settings.steps:
                 break
-    mean_loss = float(total / max(num_batches, 1))
-    if not torch.isfinite(total):
+    mean_loss = float(total) / max(num_batches, 1)  # the only wait for the device
+    if not math.isfinite(mean_loss):
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
-    delta = torch._foreach_sub([p.detach() for p in parameters], origin)
+    delta = [step.contiguous() for step in torch._foreach_sub([p.detach() for p in parameters], origin)]
     return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
 
 
 @span("data")
-def _batch(client: Client, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(client: Client, rows: Tensor, device: torch.device, *, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
     """rows, images float32 in [0, 1], labels."""
     rows = rows.to(client.images.device)
-    return rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
+    images = client.images[rows].to(device, torch.float32).div_(255)
+    return rows, images.contiguous(memory_format=torch.channels_last) if channels_last else images, client.labels[rows].to(device)
 
 
-def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Fresh in every round, so that a client's result does not depend on where it trained before."""
-    if settings.optimiser == "adam":
-        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
-    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True)
+@torch.no_grad()
+def _clip(gradients: list[Tensor], largest: float) -> None:
+    """nn.utils.clip_grad_norm_, to the bit, without its bookkeeping, which costs as much as a small net's whole step."""
+    if len({(g.device, g.dtype) for g in gradients}) > 1:
+        factor = largest / (nn.utils.get_total_norm(gradients, foreach=True) + 1e-6)
+        torch._foreach_mul_(gradients, [factor.clamp(max=1.0).to(g.device) for g in gradients])
+    elif gradients:
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)), 2.0)
+        torch._foreach_mul_(gradients, (largest / (length + 1e-6)).clamp(max=1.0))
+
+
+def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> Callable[[list[Tensor]], None]:
+    """step(gradients), fresh in every round, so that a client's result does not depend on where it trained before."""
+    if settings.optimiser == "adam" or settings.fused:
+        more = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused" if settings.fused else "foreach": True}
+        made = torch.optim.Adam(parameters, **more) if settings.optimiser == "adam" else torch.optim.SGD(parameters, momentum=settings.momentum, **more)
+
+        def step(gradients: list[Tensor]) -> None:
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            made.step()
+
+        return step
+    buffers: list[Tensor] = []
+
+    @torch.no_grad()
+    def descend(gradients: list[Tensor]) -> None:
+        """torch.optim.SGD(foreach=True), to the bit, without its bookkeeping."""
+        if settings.weight_decay:
+            gradients = torch._foreach_add(gradients, parameters, alpha=settings.weight_decay)
+        if settings.momentum and buffers:
+            torch._foreach_mul_(buffers, settings.momentum)
+            torch._foreach_add_(buffers, gradients)
+        elif settings.momentum:
+            buffers.extend(gradient.clone() for gradient in gradients)
+        torch._foreach_add_(parameters, buffers or gradients, alpha=-settings.lr)
+
+    return descend

@@ -154,8 +154,8 @@ class Participation:
     def _end(self, server: ServerState, client: Client, player: Player, begun: _Begun, result: LocalResult, decoder: Tensors) -> Update:
         """What leaves and what stays."""
         tensors, start, control = begun.tensors, begun.start, begun.control
-        after = {name: start[name] + step.to(start[name].device) for name, step in result.delta.items()}
         delta = {name: step.to(start[name].device) for name, step in result.delta.items()}
+        after = {name: start[name] + delta[name] for name in self._private if name in start}
         decoder = {DECODER + name: tensor.to(tensors[DECODER + name].device) for name, tensor in decoder.items()}
         after |= decoder
         delta |= {name: tensor - tensors[name] for name, tensor in decoder.items()}

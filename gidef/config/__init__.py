@@ -348,6 +348,17 @@ class Speed:
     clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
+    fused_optimisers: bool = False
+    """Clients' optimisers as one kernel each; other last bits than the default's."""
+    channels_last: bool = False
+    """Images and convolutions with the channels last in memory; other last bits."""
+    compile_training: bool = False
+    """Clients' steps as compiled programs, on a GPU as CUDA graphs: for long trainings, as compiling takes up to minutes; other last bits. Defences
+    that no program serves run as they are and say so."""
+    reduction: Literal["fixed_point", "float32"] = "fixed_point"
+    """How updates are added up: exactly, in eight bytes per parameter, so that the model's bits do not depend on ranks; or in four, so that they do."""
+    sharded_server: bool = False
+    """Each rank keeps and steps a slice of the server's optimiser: for very large models. The bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
     timeout_s: float = 180.0
@@ -542,9 +553,13 @@ def _stream_problems(recipe: Recipe) -> list[str]:
 def _aggregate_problems(recipe: Recipe) -> list[str]:
     """What stands in the way of an aggregation that needs single updates."""
     rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    if recipe.speed.sharded_server and isinstance(recipe.rounds.server, Scaffold):
+        found.append("speed.sharded_server=True: every client needs the whole of Scaffold's control variate. Take another server, or leave it out.")
     if isinstance(rule, Mean):
-        return []
+        return found
     name = type(rule).__name__
+    if recipe.speed.reduction != "fixed_point":
+        found.append(f"speed.reduction={recipe.speed.reduction}: {name} adds nothing up. Leave it at fixed_point.")
     if isinstance(recipe.rounds.server, Scaffold):
         found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
     for key, defence in recipe.defences.items():
@@ -596,6 +611,8 @@ def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
     if not secure:
         return []
     found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
+    if recipe.speed.reduction != "fixed_point" or recipe.speed.sharded_server:
+        found.append("masks cancel in whole fixed-point sums: leave speed.reduction at fixed_point and speed.sharded_server out.")
     if size < 2:
         found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
     gone = int(secure[0].dropouts * size)
@@ -761,6 +778,8 @@ def _from_json(value: Any, load: Callable[[str], Any] | None) -> Any:
     return value
 
 
+LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training")
+"""Fields of `speed` that a resumed run takes over, as they decide the last bits."""
 NOT_SCIENCE = ("speed", "out", "resume", "log")
 """Fields of a recipe that may differ between a run and its resumption."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef.defence.accounting import Budget
+from gidef.defence.compiled import Compiled
 from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform, apply_all
@@ -125,16 +126,20 @@ class Plain:
     kept: nn.Module | None = None
 
     def __init__(self, model: SplitModel) -> None:
-        self.model = model
+        self.model, self._forward = model, model
 
     def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
         return None
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
-        return F.cross_entropy(self.model(images), labels)
+        return F.cross_entropy(self._forward(images), labels)
 
     def stacked(self) -> StackedPlain | None:
         """This game as functions (see clients.vectorised.Stacked); None for a player that plays another."""
         own = type(self)
         same = own.loss is Plain.loss and own.begin is Plain.begin and not hasattr(own, "fill_gradients") and not hasattr(own, "draw_batches")
         return StackedPlain(self.model) if same else None
+
+    def compile(self, **options: Any) -> None:
+        """The net's passes as a program, see `Compiled`."""
+        self._forward = Compiled(self.model, **options)

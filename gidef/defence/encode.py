@@ -135,7 +135,7 @@ class EncodedPlayer:
         return self._player.loss(images, labels, rows=rows, epoch=epoch)
 
     def __getattr__(self, name: str) -> Any:
-        """`backward`, where the player has one; what else it has would see the images as they are."""
-        if name == "backward":
-            return self._player.backward
+        """`backward` and `compile`, where the player has them; what else it has would see the images as they are."""
+        if name in ("backward", "compile"):
+            return getattr(self._player, name)
         raise AttributeError(name)

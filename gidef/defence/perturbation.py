@@ -4,6 +4,8 @@
     decoder:  min_ψ  L_d = MSE(x, x̂) + ½ (1 − SSIM(x, x̂))
     client:   min_θηφ  L_c = CE(C(z̃), y) + λ R(x, x̂) + β KL(N(m, σ²) ‖ N(0, 1))
 
+The steps come in turn, the decoder's first (MinimaxPlayer), or at once, from one pass (SimultaneousPlayer).
+
 Source: Jiang, Firouzi, Chakrabarty, arXiv 2503.16542. Deviates: the paper's layers, noise law and correlation are not
 public, so this reconstructs the published idea; the choices are the defaults here.
 """
@@ -23,6 +25,7 @@ from torch.func import functional_call, grad
 
 from gidef.defence.base import DECODER, Defence, Simulate
 from gidef.defence.capacity import capacity_bits
+from gidef.defence.compiled import Compiled
 from gidef.defence.stacked import StackedMinimax
 from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
@@ -107,6 +110,7 @@ class MinimaxPlayer:
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
+        self._forward: Callable[..., Outputs] = model.run
         still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
         for name in (name for part in still for name in model.parts[part]):
             model.get_parameter(name).requires_grad_(False)
@@ -135,12 +139,17 @@ class MinimaxPlayer:
         kl = self.model.perturbation.kl
         return client_loss(outputs, images, labels, settings=self._settings, weight=weight, reconstruct=reconstruct, kl=kl)
 
+    def compile(self, **options: Any) -> None:
+        """Encoder and predictor as a program, see `Compiled`; the decoder's steps run as they are."""
+        self._forward = Compiled(self.model.run, **options)
+
     def _run(self, images: Tensor, rows: Tensor) -> Outputs:
+        return self._forward(images, self._draw(images, rows))
+
+    def _draw(self, images: Tensor, rows: Tensor) -> Tensor:
         if self._table is not None:
-            noise = self._table[rows.to(self._table.device)]
-        else:
-            noise = self.model.perturbation.draw(len(images), generator=self._noise, device=images.device, dtype=images.dtype)
-        return self.model.run(images, noise)
+            return self._table[rows.to(self._table.device)]
+        return self.model.perturbation.draw(len(images), generator=self._noise, device=images.device, dtype=images.dtype)
 
     def _steps(self, epoch: int) -> int:
         """k, the decoder's steps beside this batch."""
@@ -164,6 +173,7 @@ class SimultaneousPlayer(MinimaxPlayer):
     """
 
     _kind: ClassVar[dict[str, bool]] = {"fused": True}
+    _program: Compiled | None = None
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         """L_c, detached: its graph is for `backward`."""
@@ -172,11 +182,17 @@ class SimultaneousPlayer(MinimaxPlayer):
             loss = super().loss(images, labels, rows=rows, epoch=epoch)
             self._pending = [(loss, None)]
             return loss.detach()
-        outputs = self._run(images, rows)
-        self._images, self._perturbed = images, outputs.perturbed.detach()
-        self._autocast = functools.partial(
+        self._images, self._autocast = images, functools.partial(
             torch.autocast, images.device.type, torch.bfloat16, enabled=torch.is_autocast_enabled(images.device.type), cache_enabled=False
         )
+        if self._program is not None:
+            weighted = self._weight > 0 and (self._settings.dependence != "cka" or len(images) >= MIN_CKA)
+            weight = torch.full((), self._weight, device=images.device, dtype=images.dtype) if weighted else None
+            both, loss, self._perturbed = self._program(images, labels, self._draw(images, rows), weight)
+            self._pending = [(both, None)]
+            return loss
+        outputs = self._run(images, rows)
+        self._perturbed = outputs.perturbed.detach()
         reversible = self._settings.decoder_loss == "mse" and self._settings.dependence == "neg_mse" and self._weight > 0
         loss, self._pending = (self._reversed if reversible else self._shared)(outputs, images, labels)
         return loss.detach()
@@ -191,6 +207,26 @@ class SimultaneousPlayer(MinimaxPlayer):
             with self._autocast():
                 self._train_decoder(self._images, self._perturbed, self._more)
             self._images = self._perturbed = None
+
+    def compile(self, **options: Any) -> None:
+        """Both players' losses as one program, in the place of both forms that follow."""
+        self._program = Compiled(self._both, **options)
+
+    def _both(self, images: Tensor, labels: Tensor, noise: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """A scalar whose backward pass leaves both players' gradients, as neither loss reaches the other's weights; L_c; z̃.
+
+        The decoder is written down twice, and the compiler finds that both are one pass.
+        """
+        outputs, settings = self.model.run(images, noise), self._settings
+        loss = self._client_loss(outputs, images, labels, 0.0, self.kept)
+        if weight is not None:
+            frozen = {name: p.detach() for name, p in self.kept.named_parameters()}
+            reconstruction = functional_call(self.kept, frozen, (outputs.perturbed,))
+            loss = loss + weight * dependence(
+                settings.dependence, images, reconstruction, ssim_threshold=settings.ssim_threshold, mse_cap=settings.mse_cap
+            )
+        perturbed = outputs.perturbed.detach()
+        return loss + decoder_loss(images, self.kept(perturbed), settings.decoder_loss), loss.detach(), perturbed
 
     def _shared(self, outputs: Outputs, images: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[Tensor, list[Tensor]]]]:
         """L_c; L_d and L_c, each with the parameters that it is differentiated by."""
@@ -211,7 +247,7 @@ class SimultaneousPlayer(MinimaxPlayer):
         latent = outputs.perturbed.view_as(outputs.perturbed)  # a node of its own: what comes back through it comes from the decoder alone
         errors = (self.kept(latent) - images).square().mean((1, 2, 3))
         # image by image, as R is flat above its cap; the decoder itself is upstream of the hook
-        factors = torch.where(errors.detach() <= cap, -self._weight, 0.0).to(latent.dtype).view(-1, *[1] * (latent.dim() - 1))
+        factors = ((errors.detach() <= cap).to(latent.dtype) * -self._weight).view(-1, *[1] * (latent.dim() - 1))
         latent.register_hook(lambda gradient: gradient * factors)
         return alone - self._weight * errors.clamp(max=cap).mean(), [(alone + errors.mean(), None)]
 

@@ -75,6 +75,9 @@ class PrivatePlayer(Plain):
 
         self._each = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")
 
+    compile = None
+    """What runs is torch.func's transform of the net, which no program serves."""
+
     def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
         device = next(iter(self._parameters.values())).device
         self._noise_generator = generator(seed, "step-noise", round, client.id, device=device)

@@ -235,12 +235,12 @@ class MaskedSum(FixedPointSum):
             self.buffer[: terms.numel()] += terms
             self._settle()
 
-    def mean(self) -> tuple[Tensors, int, dict[str, float]]:
+    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
         if self._masked:
             terms = self.buffer[: len(self.buffer) - len(self.counters)]
             terms.copy_(self._secure.unmask(terms, self._stayed))
             self._masked = False
-        return super().mean()
+        return super().mean(own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gidef.errors import InputError
+from gidef.parallel.sharded_server import Slices
 from gidef.parallel.threads import run_on_threads
 from gidef.parallel.work import Schedule, turns_of
 from gidef.parallel.world import World
 from gidef.rng import stream_seed
 from gidef.types import Client, Tensors, Update
-from gidef.updates import CohortMean, FixedPointSum
+from gidef.updates import CohortMean, FixedPointSum, Float32Sum
 
 Groups = Callable[[Sequence[Client]], list[list[int]]]
 
@@ -24,6 +25,7 @@ Groups = Callable[[Sequence[Client]], list[list[int]]]
 def mean_over_world(
     world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None, schedule: Schedule = "longest_first",
     learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None, groups: Groups | None = None,
+    reduction: Literal["fixed_point", "float32"] = "fixed_point", slices: Slices | None = None,
 ) -> Callable[..., CohortMean]:  # fmt: skip
     """`mean_over(shared_update, cohort, *, template, metric_names)` over all ranks, for `run_round`'s `over_cohort`.
 
@@ -33,11 +35,13 @@ def mean_over_world(
     One all-reduce a round, which also tells every rank the seconds of every client; a rank without a client adds zeros. Every
     rank must pass the same cohort and template.
 
-    Args:    sum_of (of the returned callable): makes the sum.
+    Args:    sum_of (of the returned callable): makes the sum, in place of what `reduction` says.
              costs: client → expected cost, equal on all ranks; default `client.num_examples`.  schedule: as in `run_tasks`.
              learn: called with the cohort and the seconds that each of its clients took, the same on every rank.
              groups: cohort → positions of the clients that one program trains. The cohort is cut before it is dealt out; `shared_update` then
              takes a group's clients in the place of one, and returns their updates in order.
+             reduction: "float32" halves the bytes, and lets the last bits depend on ranks, workers and schedule.
+             slices: the mean's delta is this rank's slice alone; a reduce-scatter and a small all-reduce take the all-reduce's place.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -46,9 +50,10 @@ def mean_over_world(
 
     def over_cohort(
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = (),
-        sum_of: Callable[..., FixedPointSum] = FixedPointSum,
+        sum_of: Callable[..., FixedPointSum] | None = None,
     ) -> CohortMean:
-        total = sum_of(template, metric_names=metric_names, max_terms=len(cohort), counters=2 + len(cohort))
+        make = sum_of or (FixedPointSum if reduction == "fixed_point" else Float32Sum)
+        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=2 + len(cohort))
 
         def add(position: int, update: Update) -> None:
             total.add(update.delta, update.num_examples, update.metrics, client=cohort[position].id)
@@ -56,11 +61,19 @@ def mean_over_world(
         costs = [cost_of(client) for client in cohort]
         part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
         total.counters.copy_(part.counters())
-        world.all_reduce_sum_(total.buffer)
+        own = None
+        if reduction == "fixed_point" and slices is None:
+            world.all_reduce_sum_(total.buffer)
+        else:
+            world.all_reduce_sum_(total.tail)
         seconds = part.check(total.counters.tolist())
+        if slices is not None:
+            own = slices.cut(slices.reduce(total.body))
+        elif reduction == "float32":
+            world.all_reduce_sum_(total.body)
         if learn is not None:
             learn(cohort, seconds)
-        return CohortMean(*total.mean(), count=total.count, seconds=tuple(seconds))
+        return CohortMean(*total.mean(own), count=total.count, seconds=tuple(seconds))
 
     return over_cohort
 

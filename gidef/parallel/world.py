@@ -83,6 +83,17 @@ class World:
             dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
         return list(received.to(sent.device).split(list(lengths)))
 
+    def reduce_scatter_sum(self, parts: Tensor) -> Tensor:
+        """The sum over ranks of parts[rank]: parts (size, n) → (n,). Exact for integers."""
+        if self.size == 1:
+            return parts[0]
+        host = parts.cpu() if parts.is_cuda and self.nccl is None else parts
+        own = torch.empty_like(host[0])
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name, before torch 2.14
+        with self._together("reduce_scatter_sum"):
+            reduce_scatter(own, host.flatten(), group=self.nccl if host.is_cuda else None)
+        return own.to(parts.device)
+
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, of one shape and dtype, by rank."""
         if self.size == 1:

@@ -2,7 +2,7 @@
 
     python recipes/bench/minimax.py                         on one core, about six minutes
     python recipes/bench/minimax.py --small                 half a minute
-    python recipes/bench/minimax.py --device cuda           also the number of kernels that a step launches
+    python recipes/bench/minimax.py --device cuda --compile     also the number of kernels that a step launches
 
 The minimax game, on ResNet-18 (GroupNorm, ImageNet's stem) cut after its second stage, latent 128×4×4 at 32 px, learned Gaussian perturbation, a
 decoder of three convolutions with pixel shuffles; and on the small net with the library's decoder. Batch 32 both. E, H, D: encoder, predictor,
@@ -15,6 +15,7 @@ decoder; f, b: forward, backward (w: to the weights alone, in: to the inputs alo
     simultaneous    Ef Hf Df, Db(w), Db(in) Hb Eb               schedule="simultaneous": both steps at the same weights; another algorithm
       , reversed    Ef Hf Df, Db Hb Eb                          of the MSE and -lambda MSE: one backward pass, reversed on its way out of D
 
+The steps written by hand have PyTorch's default optimisers, the plain one and the library's fused ones (speed.fused_optimisers).
 DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), BiDO beside its authors' formulas, CVB beside a plain module.
 
     ms        of one step, optimisers included: median over turns in which all contenders take some steps each, and the quartiles. Ratios are those
@@ -22,7 +23,9 @@ DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), B
     clock     CPU time of this process on one CPU thread, so that other jobs count as far as they share caches; else the wall's.
     of peak   floating-point operations of the step (convolutions and products), over its time, over the fastest rate that this machine showed
               for a matrix product or a convolution.
-    flop      those operations over the plain step's: what a step would cost at the plain step's rate.
+    over      the ratio to the plain step over the ratio of operations.
+    flop      those operations over the plain step's: what a step would cost at the plain step's rate. Not counted for our DP-SGD, as the counter
+              takes the grouped convolutions of its images' own gradients for whole ones.
 
 Before the clock runs, the simultaneous step's gradients, of all players, are held against those of the naive step in float64.
 """
@@ -32,6 +35,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +50,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gidef.defence import LearnedDefence, PrivateDefence
+from gidef.defence import Defence, LearnedDefence, PrivateDefence
 from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.perturbation import MinimaxSettings, decoder_loss
@@ -85,6 +89,8 @@ class Options:
     batch: int = 32
     threads: int = 1
     device: str = "cpu"
+    compile: bool = False
+    """Also compiled steps; on a GPU as CUDA graphs."""
     small: bool = False
     """The small net, few turns."""
     out: Path = Path("runs/bench_minimax.json")
@@ -153,7 +159,7 @@ def floating(client: Client, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9, foreach=True)
+    return torch.optim.SGD(module.parameters(), lr=LR, momentum=0.9, fused=True)
 
 
 Step = Callable[[], None]
@@ -174,7 +180,7 @@ class ByHand:
         self.client = nn.ModuleList([self.front, self.perturbation, self.head])
         self.measure = functools.partial(dependence, settings.get("dependence", "pearson2"), mse_cap=settings.get("mse_cap", 0.1))
         self._noise = generator(0, "noise", 0, 0, device=device)
-        self._steps = sgd(self.client), torch.optim.Adam(self.decoder.parameters(), lr=DECODER_LR, fused=True)
+        self._steps = torch.optim.SGD(self.client.parameters(), lr=LR, momentum=0.9), torch.optim.Adam(self.decoder.parameters(), lr=DECODER_LR)
 
     def draw(self) -> Tensor:
         return unit_noise((len(self.images), *self.perturbation.latent_shape), law="gaussian", generator=self._noise, device=self.images.device, dtype=self.images.dtype)
@@ -248,8 +254,13 @@ def game_player(case: Case, game: str, schedule: str, device: torch.device, dtyp
     return LearnedDefence(case.model({}).to(device, dtype), case.decoder().to(device, dtype), settings).player()
 
 
-def minimax(case: Case, options: Options, device: torch.device) -> dict[str, Step]:
+def minimax(case: Case, options: Options, device: torch.device, console: Console) -> dict[str, Step]:
     contenders = {"plain": plain(case, options.batch, device)}
+    if options.compile:
+        players = {"plain": Defence(case.model().to(device)).player(), **{f"simultaneous {game}": game_player(case, game, "simultaneous", device) for game in GAMES}}
+        for name, player in players.items():
+            player.compile(graphs=device.type == "cuda", notice=console.notice)
+            contenders[f"{name}, compiled"] = played(player, a_client(case, options.batch, device))
     for game in GAMES:
         for name in ("naive", "thrifty"):
             contenders[f"{name} {game}"] = getattr(ByHand(case, game, options.batch, device), name)
@@ -306,6 +317,7 @@ def opacus_steps(case: Case, options: Options, device: torch.device) -> dict[str
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # images need no gradients, as Opacus knows
     client, found = a_client(case, options.batch, device), {}
     images = floating(client)
     more = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": options.batch}
@@ -447,7 +459,7 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
         step()
         took = watch.read()
         counts[name] = options.steps or max(2, round(0.33 / max(took.cpu if by_cpu else took.wall, 1e-6)))
-        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9}
+        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else float("nan")}
         if device.type == "cuda":
             rows[name]["kernels"] = launches(step)
     for _ in range(options.turns):
@@ -469,13 +481,13 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
     shown = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     shown.add_column("step")
     kernels = any("kernels" in row for row in rows.values())
-    for header in ("ms", "quartiles", "fastest", "× plain", "fastest", "flop", "of peak", "peak MiB", *(("kernels",) if kernels else ())):
+    for header in ("ms", "quartiles", "fastest", "× plain", "fastest", "flop", "over", "of peak", "peak MiB", *(("kernels",) if kernels else ())):
         shown.add_column(header, justify="right")
     for name, row in rows.items():
         low, high = row["quartiles"]
         shown.add_row(
             name, f"{row['ms']:.3g}", f"{low:.3g}–{high:.3g}", f"{row['fastest']:.3g}", f"{row['ratio']:.2f}", f"{row['ratio_fastest']:.2f}",
-            f"{row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             *((str(row.get("kernels", "–")),) if kernels else ()),
         )  # fmt: skip
     return shown
@@ -523,7 +535,7 @@ def main(options: Options) -> dict[str, Any]:
                     console.say(f"{case.title}: gradients of all players, simultaneous beside naive, differ by at most {max(apart[case.name].values()):.1e} of their tensor's largest entry")
                     if max(apart[case.name].values()) > 1e-9:
                         raise RuntimeError("the steps that were to be timed are not the same step")
-                contenders = minimax(case, options, device) if part == "minimax" else defences(case, options, device, console)
+                contenders = minimax(case, options, device, console) if part == "minimax" else defences(case, options, device, console)
                 rows = found[f"{case.name} {part}"] = measure(contenders, options, device, peak)
                 console.table(table(f"{case.title}, {part}", rows))
         told = verdicts(found)

@@ -88,6 +88,13 @@ def test_the_list_has_every_set_and_why_some_are_not_supported(capsys):
     assert "cifar10" in lines and "synthetic" in lines
 
 
+def test_converting_for_clients_writes_shards_of_each_and_says_how_to_stream_them(tmp_path, capsys):
+    code, out, _ = ended(capsys, "data", "convert", OWN, "--out", str(tmp_path), "--clients", "2", "--alpha", "0.5", "--kind", "npy")
+    assert code == 0 and f"--data.stream --data.path {tmp_path} --data.num-clients 2" in " ".join(out.split())
+    assert {path.name for path in tmp_path.glob("*.tar")} == {"client-00000-00000.tar", "client-00001-00000.tar", "val-00000.tar", "test-00000.tar"}
+    assert "give their number as --clients" in refused(capsys, "data", "convert", OWN, "--out", str(tmp_path), "--alpha", "0.5")
+
+
 def test_converted_images_come_back_bit_for_bit(tmp_path, capsys):
     folder = tmp_path / "shards"
     code, out, _ = ended(capsys, "data", "convert", OWN, "--out", str(folder), "--examples-per-shard", "10")

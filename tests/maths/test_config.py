@@ -38,9 +38,11 @@ from gidef.config import (
     InvertingGradients,
     IsotropicNoise,
     JointMatching,
+    Krum,
     LearnedPerturbation,
     LocalTraining,
     Matched,
+    Median,
     MixUp,
     Model,
     NaiveMatching,
@@ -59,6 +61,7 @@ from gidef.config import (
     Soteria,
     Speed,
     SurrogateModel,
+    TrimmedMean,
     Undefended,
     from_json,
     problems,
@@ -114,6 +117,8 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
+    for aggregate in (Median(), TrimmedMean(share=0.2), Krum(byzantine=2, chosen=3)):
+        yield Recipe(rounds=Rounds(aggregate=aggregate))
     yield Recipe(defences={
         "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
         "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),

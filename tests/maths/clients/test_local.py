@@ -132,6 +132,23 @@ def test_training_stops_after_so_many_steps_wherever_it_stands(steps, accumulate
         torch.testing.assert_close(result.delta[name], delta[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.9, "weight_decay": 0.1}, {"grad_clip": 0.3, "epochs": 2}])
+def test_plain_sgd_has_the_bits_of_pytorch_s_optimiser_and_clip(more):
+    settings, client, player = LocalSettings(**SGD | {"epochs": 2} | more), make_client(), Learner(make_net(torch.float32))
+    start = weights(player.model)
+    found = train_locally(player, start, client, settings, seed=1, round=2).delta
+    net = make_net(torch.float32)
+    load_parameters(net, start)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True)
+    for _, rows in player.seen:
+        optimiser.zero_grad()
+        F.cross_entropy(net(client.images[rows].float().div_(255)), client.labels[rows]).backward()
+        if settings.grad_clip:
+            assert nn.utils.clip_grad_norm_(net.parameters(), settings.grad_clip, foreach=True) > settings.grad_clip
+        optimiser.step()
+    assert all(torch.equal(found[name], p.detach() - start[name]) for name, p in net.named_parameters())
+
+
 def test_a_correction_is_added_to_every_step_after_clipping():
     settings, client, player = LocalSettings(**SGD | {"grad_clip": 0.2, "epochs": 2}), make_client(), Learner()
     start, shift = weights(player.model), weights(player.model, seed=9)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gidef.clients.local import LocalSettings, train_locally
@@ -54,7 +55,7 @@ def filled(module, seed):
 
 
 def make_defence(dtype=torch.float64, **settings):
-    settings = {"schedule": "simultaneous", "ramp": 0.0, "dependence_weight": 1.5} | settings
+    settings = {"schedule": "simultaneous", "ramp": 0.0, "dependence_weight": 1.3} | settings
     model = SplitModel(filled(Backbone(), 0), cut="front", perturbation={"std_init": 0.7}, image_shape=SHAPE, num_classes=CLASSES)
     decoder = filled(decoder_for(LATENT, 1, SHAPE, size="loop", width_factor=0.25), 3)
     return LearnedDefence(model.to(dtype), decoder.to(dtype), MinimaxSettings(**settings))
@@ -278,6 +279,30 @@ def test_bfloat16_goes_where_float32_goes(settings):
         deltas[precision] = torch.cat([step.flatten() for step in result.delta.values()])
     assert F.cosine_similarity(deltas["float32"], deltas["bfloat16"], dim=0) > 0.98
     assert not torch.equal(deltas["float32"], deltas["bfloat16"])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values that are read out of tensors: each would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dependence": "neg_mse", "decoder_loss": "mse", "decoder_steps": 2}, {"frozen": True, "dependence": "cka"}])
+def test_no_step_waits_for_a_value(settings):
+    defence, found = make_defence(torch.float32, **settings), []
+    for epochs in (1, 3):
+        player = begun(defence)
+        with Reads() as reads:
+            options = LocalSettings(batch_size=BATCH, epochs=epochs, optimiser="sgd", lr=0.1, fused=True)
+            train_locally(player, defence.initial_model(), make_client(), options, seed=1, round=2)
+        found.append(reads.count)
+    assert found[0] == found[1] <= 3  # once a client: whether its loss is finite
 
 
 def test_no_graph_outlives_its_step():

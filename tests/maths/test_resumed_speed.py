@@ -1,0 +1,59 @@
+"""What of `speed` reaches the clients' steps, and what a resumed run takes over of it."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from gidef import build, config, job
+from gidef.config import LAST_BITS, Recipe, Speed
+from gidef.defence import Defence
+from gidef.defence.bido import BiDODefence, BiDOSettings
+from gidef.defence.compiled import Compiled
+from gidef.models import SplitModel
+from gidef.parallel import World
+
+
+class Net(nn.Module):
+    cuts = ("front",)
+
+    def __init__(self):
+        super().__init__()
+        self.front, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), nn.Linear(144, 2)
+
+    def forward(self, images):
+        return self.head(self.front(images))
+
+
+def split():
+    return SplitModel(Net(), cut="front", image_shape=(3, 8, 8), num_classes=2)
+
+
+def test_a_resumed_run_goes_on_with_what_decides_the_last_bits(tmp_path, capsys):
+    before = torch.get_num_threads()
+    began = Recipe(speed=Speed(threads=1, fused_optimisers=True, channels_last=True, timeout_s=60.0))
+    job._write_recipe(began, "page", tmp_path)
+    mine = Recipe(speed=Speed(threads=1, compile_training=True, workers=3), resume=True)
+    try:
+        resumed = job._continued(mine, tmp_path, World())
+    finally:
+        torch.set_num_threads(before)
+    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, True, True, False]
+    assert (resumed.speed.workers, resumed.speed.timeout_s) == (3, mine.speed.timeout_s)  # only the seconds depend on these
+    said = capsys.readouterr().err
+    assert "speed.fused_optimisers=True" in said and "speed.compile_training=False" in said and "threads" not in said
+    assert job._continued(dataclasses.replace(began, resume=True), tmp_path, World()) == dataclasses.replace(began, resume=True)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_players_are_compiled_where_they_can_be_and_the_others_said_so(accumulate):
+    said, recipe = [], Recipe(clients=config.LocalTraining(accumulate=accumulate))
+    for defence, compiled in ((Defence(split()), True), (BiDODefence(split(), BiDOSettings()), False)):
+        players = [defence.player() for _ in range(2)]
+        build.compile_steps(SimpleNamespace(participation=SimpleNamespace(players=players), defence=defence), recipe, notice=said.append)
+        assert all(isinstance(getattr(player, "_forward", None), Compiled) == compiled for player in players)
+        assert len(said) == (0 if compiled else 1)
+    assert "BiDODefence" in said[0]
