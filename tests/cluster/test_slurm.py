@@ -117,7 +117,8 @@ def test_the_deepspeed_launcher_on_two_nodes_needs_no_flag(cluster, alone, tmp_p
 
 @pytest.mark.cluster
 def test_training_attacks_and_report_follow_one_another(cluster, alone, tmp_path):
-    said = cluster.run("bash", "slurm/chain.sh", FEW, "--out", tmp_path / "run", CHAIN_ATTACKS="naive joint", CHAIN_SBATCH=f"--output={cluster.folder}/job-%A-%a.log")
+    told = {"CHAIN_ATTACKS": "naive joint", "CHAIN_ATTACK_ARGS": "--iterations 2", "CHAIN_SBATCH": f"--output={cluster.folder}/job-%A-%a.log"}
+    said = cluster.run("bash", "slurm/chain.sh", FEW, "--out", tmp_path / "run", **told)
     words = said.split()
     jobs = dict(zip(words[::2], words[1::2], strict=True))
     assert jobs.pop("run") == str(tmp_path / "run")
