@@ -78,9 +78,10 @@ def test_a_batch_script_on_several_nodes_that_starts_no_step_stays_alone(shell):
 def test_deepspeed_is_given_hosts_without_ssh(shell, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra deepspeed is not installed")
-    assert shell("bash launch/deepspeed.sh x.py -a", GIDEF_RANKS="2") == [
-        "deepspeed", "--master_port", "29400", "--hostfile", "/dev/null", "--num_gpus", "2", "x.py", "-a",
-    ]  # fmt: skip
+    name, option, port, *rest = shell("bash launch/deepspeed.sh x.py -a", GIDEF_RANKS="2")
+    assert (name, option) == ("deepspeed", "--master_port") and 1024 < int(port) < 65536  # a free one
+    assert rest == ["--hostfile", "/dev/null", "--num_gpus", "2", "x.py", "-a"]
+    assert "7001" in shell("bash launch/deepspeed.sh x.py", GIDEF_PORT="7001")
     step = {"SLURM_JOB_ID": "41", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NODEID": "2"}
     said = shell("bash launch/deepspeed.sh x.py", GIDEF_RANKS="2", **step)
     assert said[-3:] == ["n1 slots=2", "n2 slots=2", "n3 slots=2"]
@@ -108,3 +109,39 @@ def test_python_torchrun_and_deepspeed_end_with_the_same_bits_from_the_same_line
         found[name] = results["weights_sha256"]
         assert results["world_size"] == (1 if name == "python" else 2)
     assert found["python"] == found["torchrun"] == found["deepspeed"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_zero_configurations_train_as_one_process_does_under_both_launchers(launcher, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra deepspeed is not installed")
+    environ = os.environ | {"GIDEF_RANKS": "2", "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    names = [f"zero{stage}.json" for stage in (1, 2, 3)]
+    line = ["bash", f"launch/{launcher}.sh", "tests/cluster/zero_steps.py", str(tmp_path / "losses.json"), *(f"launch/{name}" for name in names)]
+    done = subprocess.run(line, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = _plain_losses()
+    assert json.loads((tmp_path / "losses.json").read_text()) == {name: pytest.approx(expected, abs=2e-4) for name in names}
+    assert expected[0] - expected[-1] > 0.05  # it learns
+
+
+def _plain_losses() -> list[float]:
+    """The same steps on the whole batch, by torch alone."""
+    import torch
+
+    from gidef.data import synthetic_blood_cells
+    from gidef.models import make_backbone
+
+    net = make_backbone("small", num_classes=8, image_shape=(3, 28, 28), small_stem=True, norm="group", pretrained=None, activation="leaky_relu", seed=0)
+    optimiser, data, found = torch.optim.AdamW(net.parameters(), lr=1e-3), synthetic_blood_cells(train=16, val=8, test=8).train, []
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(data.images.float().div(255)), data.labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        optimiser.step()
+        found.append(float(loss.detach()))
+    return found
