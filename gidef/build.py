@@ -43,7 +43,7 @@ from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import World, mean_over_world
 from gidef.parallel.plan import longest_first
-from gidef.parallel.seats import allowed_cores
+from gidef.parallel.seat import allowed_cores
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round

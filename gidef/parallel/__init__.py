@@ -1,7 +1,7 @@
 """Ranks and worker threads: the executors that take the serial ones' places. The maths knows nothing of them."""
 
 from gidef.parallel.cohort import mean_over_world
-from gidef.parallel.seats import Seat, seated, seats
+from gidef.parallel.seat import Seat, seated, seats
 from gidef.parallel.work import run_tasks
 from gidef.parallel.world import World, open_world
 

@@ -32,7 +32,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
     cores: int = 0
-    """This rank's share of its host's cores (see `gidef.parallel.seats`); 0 while nobody has asked."""
+    """This rank's share of its host's cores (see `gidef.parallel.seat`); 0 while nobody has asked."""
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
