@@ -71,6 +71,15 @@ def test_several_hosts_come_from_a_list_or_the_scheduler(environ, meet, count, s
     assert said[said.index("x.py") :][:3] == ["x.py", "--seeds", "1"]
 
 
+@pytest.mark.parametrize(
+    ("listed", "hosts"),
+    [("a", "a"), ("a,b7", "a b7"), ("n[1-3]", "n1 n2 n3"), ("n[008-010,2]x,m[1-2]", "n008x n009x n010x n2x m1 m2"), ("r[1-2]n[1,3]", "r1n1 r1n3 r2n1 r2n3")],
+)
+def test_a_list_of_hosts_is_spelt_out_in_a_container_too(listed, hosts, shell, tmp_path):
+    (tmp_path / "bin" / "scontrol").write_text("#!/usr/bin/env bash\nexit 1\n")
+    assert shell(". launch/ranks.sh; gidef_hosts", SLURM_STEP_NODELIST=listed) == hosts.split()
+
+
 def test_a_batch_script_on_several_nodes_that_starts_no_step_stays_alone(shell):
     assert "--standalone" in shell("bash launch/torchrun.sh x.py", SLURM_JOB_ID="4", SLURM_JOB_NODELIST="n[1-3]")
 
@@ -91,6 +100,22 @@ def test_deepspeed_is_given_hosts_without_ssh(shell, tmp_path):
     assert said[said.index("--hostfile") + 1] == str(tmp_path / "hosts") and said[said.index("--node_rank") + 1] == "1"  # this is n2
     assert said[said.index("--module") :][:3] == ["--module", "gidef", "doctor"]
     assert "--no_ssh" not in shell("bash launch/deepspeed.sh x.py", GIDEF_HOSTFILE=str(tmp_path / "hosts"), GIDEF_SSH="1")
+
+
+def test_a_scaling_job_measures_whole_nodes_with_one_list_of_ranks(shell, tmp_path):
+    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "$GIDEF_RANKS per node: $*"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "3", "GIDEF_VENV": str(tmp_path / "venv")}
+
+    def started(**more: str) -> tuple[list[tuple[str, str]], str]:
+        lines = shell("bash slurm/scaling.sbatch --small", **job, **more)
+        assert all("launch/torchrun.sh recipes/scaling.py --small --out runs/slurm-5 --ranks" in line for line in lines)
+        assert len({line.split("--ranks ")[1] for line in lines}) == 1
+        return [(line[0], line.split("--nodes=")[1][0]) for line in lines], lines[0].split("--ranks ")[1]
+
+    assert started() == ([("1", "1"), ("1", "2")], "1 2")
+    assert started(GIDEF_RANKS="4") == ([("1", "1"), ("2", "1"), ("4", "1"), ("4", "2")], "1 2 4 8")
+    assert started(GIDEF_RANKS="3") == ([("1", "1"), ("2", "1")], "1 2")
 
 
 @pytest.mark.cluster

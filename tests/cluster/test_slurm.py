@@ -108,6 +108,12 @@ def test_a_recipe_under_srun_alone_needs_no_flag(cluster, alone, tmp_path):
 
 
 @pytest.mark.cluster
+def test_the_doctor_looks_at_both_nodes(cluster, tmp_path):
+    said = cluster.run("srun", "--nodes=2", "--ntasks=2", sys.executable, "-m", "gidef", "doctor", "--out", tmp_path / "run", MASTER_ADDR="127.0.0.1")
+    assert f"{tmp_path}/run is shared by 2 ranks" in said and "the same versions on 2 ranks" in said and said.count("Everything that gidef needs") == 1
+
+
+@pytest.mark.cluster
 def test_the_deepspeed_launcher_on_two_nodes_needs_no_flag(cluster, alone, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra deepspeed is not installed")
