@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ from gidef.cells import Cell, Task, mark
 from gidef.checkpoint import save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
-from gidef.errors import InputError
-from gidef.inversions import load_marked, sound
+from gidef.errors import StorageError
+from gidef.inversions import failures, load_marked, sound, worded
 from gidef.rng import generator
 from gidef.training import Run
 from gidef.types import Observation, Reconstruction
@@ -47,18 +46,12 @@ def _doer(run: Run, cell: Cell, folder: Path, invert: Callable[[Run, Cell, Path]
         began = time.perf_counter()
         try:
             found = sound(invert(run, cell, folder))
-        except InputError:
+        except StorageError:
             raise
         except Exception as error:  # of the model's code or the device: this attack failed, which is a result; the others go on
-            text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+            text = worded(error)
             run.console.notice(f"{cell.label}: the attack failed: {text}")
-            granted = getattr(cell.attack, "labels", "known") == "known"
-            found = [
-                Reconstruction(
-                    torch.full(images.shape, 0.5), labels if granted else torch.zeros_like(labels), math.inf, torch.tensor([math.inf]), status="failed", error=text
-                )
-                for images, labels in zip(cell.victims.images, cell.victims.labels, strict=True)
-            ]  # fmt: skip
+            found = failures(cell, text)
         tensors = {"images": torch.stack([one.images for one in found]), "labels": torch.stack([one.labels for one in found])}
         told = [{"loss": one.loss, "status": one.status, "error": one.error} for one in found]
         save_file(_path(cell), {name: tensor.cpu() for name, tensor in tensors.items()}, {"mark": mark(run, cell), "seconds": time.perf_counter() - began, "told": told})

@@ -18,7 +18,7 @@ from gidef.clients.cohort import draw_cohort
 from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
 from gidef.clients.store import ClientStore
-from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
+from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, places_of_clients, split_roles
 from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
 from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
 from gidef.defence.bido import BiDODefence, BiDOSettings
@@ -34,6 +34,7 @@ from gidef.defence.noise import AddNoise
 from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
+from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
@@ -41,12 +42,15 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import World, mean_over_world
+from gidef.parallel import Costs, World, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seat import allowed_cores
 from gidef.rng import stream_seed
+from gidef.rounds import robust
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
+from gidef.spans import span
+from gidef.streams import load_streamed
 from gidef.types import Client, ServerState, Tensors
 
 
@@ -60,6 +64,8 @@ class Setting:
     counts: torch.Tensor
     roles: Roles
     clients: list[Client]
+    positions: torch.Tensor | None = None
+    """Of streamed clients, of whose images `dataset.train` and `parts` hold those in memory: each row's position in its client's data."""
 
     @property
     def rounds(self) -> int:
@@ -76,7 +82,7 @@ class Setting:
         for number, part in enumerate(self.parts):
             position = int(torch.searchsorted(part, row))
             if position < len(part) and int(part[position]) == row:
-                return number, position
+                return number, position if self.positions is None else int(self.positions[row])
         raise KeyError(row)
 
 
@@ -87,6 +93,8 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     data.load_dataset, the partitions and roles.
     """
     data, device, failed = recipe.data, world.device, None
+    if data.stream:
+        return _streamed_setting(recipe, world=world, notice=notice)
     if world.rank != 0:
         world.broadcast_json(None)  # rank 0 has loaded, or failed
     arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
@@ -114,6 +122,20 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     train = dataset.train.to(_home(dataset.train.images, device, notice))
     clients = [Client(k, train.images[part.to(train.images.device)], train.labels[part.to(train.images.device)]) for k, part in enumerate(parts)]
     return Setting(recipe, dataset, parts, class_counts(labels, parts, dataset.num_classes), roles, clients)
+
+
+def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None]) -> Setting:
+    """The same where clients stream their images. See streams.load_streamed."""
+    data, evaluation = recipe.data, recipe.evaluation
+    found = load_streamed(
+        places_of_clients(data.path, data.client_shards, data.num_clients), name=data.name, size=data.size, keep=data.stream_sample, seed=data.split_seed,
+        buffer=data.stream_buffer, decoders=recipe.speed.decoders, world=world, notice=notice,
+    )  # fmt: skip
+    small = [client.id for client in found.clients if client.num_examples < data.min_examples]
+    if small:
+        raise InputError(f"clients {small[:5]} train on fewer than data.min_examples={data.min_examples} images: lower it, or give them more.")
+    roles = split_roles(found.dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=data.split_seed)
+    return Setting(recipe, found.dataset, found.parts, found.counts, roles, found.clients, found.positions)
 
 
 def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], None]) -> torch.device:
@@ -167,10 +189,12 @@ def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *
     """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`. spends: see `privacy_budget`;
     a private defence without it can be looked at, not trained."""
     parts = chosen if isinstance(chosen, tuple) else (chosen,)
-    trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
+    trained = [part for part in parts if config.trains(part)]
     defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed, spends=spends)
     defence.transforms = tuple(_make_transform(part, recipe, spends) for part in parts if getattr(part, "changes_update", False))
     defence.encoders = tuple(_make_encoder(part, dataset.num_classes) for part in parts if getattr(part, "changes_data", False))
+    secure = [part for part in parts if isinstance(part, config.SecureAggregation)]
+    defence.secure = SecureCohorts(secure[0].dropouts, seed) if secure else None
     defence.budget = spends
     return defence
 
@@ -244,7 +268,8 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
         case config.CapacityNoise():
             model = build_model(cut=chosen.cut, perturbation={"std_init": chosen.std_init, "std_floor": chosen.std_floor})
             own = MinimaxSettings(
-                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen"
+                dependence_weight=0.0, frozen=chosen.frozen, bits_weight=chosen.bits_weight, front_frozen=chosen.front == "frozen",
+                level_frozen=chosen.level == "fixed",
             )
             return LearnedDefence(model, None, own)
         case config.IsotropicNoise():
@@ -337,6 +362,19 @@ def server_step(server: config.Server, *, num_clients: int, cohort_size: int) ->
             return servers.scaffold(lr=server.lr, participation=cohort_size / num_clients)
 
 
+def robust_rule(aggregate: config.Aggregate) -> robust.Rule | None:
+    """None for the mean, which needs no single updates."""
+    match aggregate:
+        case config.Mean():
+            return None
+        case config.Median():
+            return robust.median()
+        case config.TrimmedMean(share=share):
+            return robust.trimmed_mean(share=share)
+        case config.Krum(byzantine=byzantine, chosen=chosen):
+            return robust.krum(byzantine=byzantine, chosen=chosen)
+
+
 def local_settings(clients: config.Clients) -> LocalSettings:
     match clients:
         case config.SingleGradient():
@@ -375,6 +413,8 @@ class Training:
     draw: Callable[[int], list[int]]
     run: Callable[..., Any]
     shared: tuple[str, ...]
+    costs: Costs
+    """What the next round's plan goes by."""
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
@@ -394,14 +434,35 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         share=defence.share if defence.transforms else None,
         alike=defence.budget is not None and defence.budget.unit == "client",
     )  # fmt: skip
+    costs = Costs()
+    dealt = {
+        "workers": workers, "threads": recipe.speed.threads, "costs": costs, "learn": costs.learn, "schedule": recipe.speed.clients_schedule,
+        "groups": participation.groups,
+    }  # fmt: skip
+    rule = robust_rule(recipe.rounds.aggregate)
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        mean_over_world(world, **dealt) if rule is None else robust_over_world(world, rule, **dealt),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
+    draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
+    run = functools.partial(span("round")(run_round), train=participation.train_group, step=step, over_cohort=over_cohort)
+    if defence.secure is not None:
+        draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(
-        defence=defence, participation=participation, store=store, shared=shared,
+        defence=defence, participation=participation, store=store, shared=shared, costs=costs,
         server=ServerState({name: initial[name] for name in shared}),
-        draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
-        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+        draw=draw, run=run,
     )  # fmt: skip
+
+
+def _draw(number: int, *, num_clients: int, size: int, seed: int) -> list[int]:
+    return draw_cohort(num_clients=num_clients, size=size, seed=seed, round=number)
+
+
+def _run_summed(
+    secure: SecureCohorts, drawn: Callable[[int], list[int]], run: Callable[..., Any], over_cohort: Callable[..., Any], server: ServerState, cohort: list[Client]
+) -> Any:  # fmt: skip
+    """A round of those who stayed of its cohort, whose sum alone the server sees."""
+    sum_of = secure.sum_of(drawn(server.round), [client.id for client in cohort], server.round)
+    return run(server, cohort, over_cohort=functools.partial(over_cohort, sum_of=sum_of))

@@ -18,6 +18,10 @@ from gidef.types import Reconstruction
 
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
+READ_SUMS = (
+    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.PostHocDecoder
+)  # fmt: skip
+"""Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
 
 
@@ -53,6 +57,8 @@ class Cell:
     reconstructions: list[Reconstruction] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """One per attack: observation, start, seed, iterations, status, error, loss, fit, seconds of its chunk."""
+    failure: str = ""
+    """Why none of its attacks could begin; they are failed rows."""
     calibration: Calibration | None = None
     in_loop_psnr_db: float | None = None
     """Of the decoder that the clients trained against, beside a post-hoc one."""
@@ -106,8 +112,14 @@ def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) 
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
             cells += here
-    for name in sorted((hindered.keys() & run.recipe.attacks.keys()) - {cell.name for cell in cells}):
-        run.console.notice(f"{name} was left out, as it has nothing to attack here: {hindered[name]}.")
+    idle = {name: hindered[name] for name in sorted(hindered.keys() - {cell.name for cell in cells})}
+    for name in (name for name in idle if name in run.recipe.attacks):
+        run.console.notice(f"{name} was left out, as it has nothing to attack here: {idle[name]}.")
+    for ensemble in (name for name, attack in run.recipe.attacks.items() if isinstance(attack, config.Standard)):
+        members = {name: reason for name, reason in idle.items() if name.startswith(f"{ensemble} - ")}
+        for reason in dict.fromkeys(members.values()):
+            names = ", ".join(name.removeprefix(f"{ensemble} - ") for name in members if members[name] == reason)
+            run.console.notice(f"{ensemble} goes without {names}: {reason}.")
     return cells
 
 
@@ -130,6 +142,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a front that is shared, and share_policy is head"
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and run.recipe.evaluation.release != "gradient":
         return "it reads single gradients, and evaluation.release is delta"
+    if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
+        return "it reads one client's update, and the server sees sums of cohorts alone"
     return ""
 
 
@@ -146,6 +160,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
             said.append(words[attack.decoder])
     if one.training.defence.encoders:
         said.append("the client trains on encoded images; scored against the private ones")
+    if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):
+        said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file as write_safetensors
 from torch import Tensor
 
-from gidef.errors import InputError
+from gidef.errors import InputError, StorageError
 from gidef.types import Tensors
 
 FORMAT = "gidef-1"
@@ -32,7 +32,7 @@ def save_file(path: Path | str, tensors: Tensors, meta: dict[str, Any]) -> None:
     of the folder. A file of that name is replaced. The folder is made. Any device, dtype and layout; tied tensors are written twice.
     A SHA-256 over metadata, names, dtypes, shapes and bytes is stored with them.
 
-    Raises: InputError when the disk or quota is full: nothing half-written stays, and what was there before is intact.
+    Raises: StorageError when the disk or quota is full: nothing half-written stays, and what was there before is intact.
     """
     path = Path(path)
     packed = _pack(tensors)
@@ -54,7 +54,7 @@ def save_file(path: Path | str, tensors: Tensors, meta: dict[str, Any]) -> None:
         if not _is_full(error):
             raise
         size = sum(tensor.nbytes for tensor in packed.values()) / 2**20
-        raise InputError(
+        raise StorageError(
             f"disk full: {path} needs {size:.1f} MiB; free space or raise the quota, or choose another output folder, and start again: "
             "the run goes on from its last checkpoint, which is intact"
         ) from error
@@ -66,7 +66,7 @@ def save_file(path: Path | str, tensors: Tensors, meta: dict[str, Any]) -> None:
 def load_file(path: Path | str, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, Any]]:
     """(tensors, metadata) as saved, dtypes kept, in memory of their own.
 
-    Raises: InputError when the file is missing, truncated, damaged in any byte that matters, or not written by gidef.
+    Raises: StorageError when the file is missing, truncated, damaged in any byte that matters, or not written by gidef.
     """
     path = Path(path)
     try:
@@ -75,13 +75,13 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> tuple[Ten
             # Copied before the checksum: the file is only mapped, and another host may remove it under us.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except FileNotFoundError as error:
-        raise InputError(f"{path} does not exist") from error
+        raise StorageError(f"{path} does not exist") from error
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}): take another copy, or an older checkpoint") from error
+        raise StorageError(f"{path} is truncated or damaged ({error}): take another copy, or an older checkpoint") from error
     if header.get("format") != FORMAT:
-        raise InputError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}: it was not written by this version of gidef")
+        raise StorageError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}: it was not written by this version of gidef")
     if header.get("sha256") != _checksum(tensors, header.get("meta", "")):
-        raise InputError(f"{path} is damaged: its SHA-256 does not match; take another copy, or an older checkpoint")
+        raise StorageError(f"{path} is damaged: its SHA-256 does not match; take another copy, or an older checkpoint")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, json.loads(header["meta"])
 
 

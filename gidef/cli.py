@@ -1,9 +1,10 @@
-"""`gidef data | attack | report | doctor`. Training starts from a recipe."""
+"""`gidef data | attack | report | profile | plan | doctor`. Training starts from a recipe."""
 
 import argparse
+import os
 import sys
 
-from gidef.main import fail, launched, share, speaks
+from gidef.main import ending, launched, share, speaks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -12,14 +13,8 @@ def main(argv: list[str] | None = None) -> None:
     if not hasattr(arguments, "run"):
         _parser().print_help()
         sys.exit(2)
-    try:
+    with ending():
         arguments.run(arguments)
-    except ValueError as error:  # InputError is one; importing it here would import torch's users for --help
-        from gidef.errors import InputError
-
-        if not isinstance(error, InputError):
-            raise
-        fail(str(error), everywhere=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,10 +28,14 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument("name")
     download.add_argument("--size", type=int, default=None, help="28, 64, 128 or 224 pixels")
     download.set_defaults(run=_data_download)
-    convert = data.add_parser("convert", help="write a data set as WebDataset shards (PNG, lossless)")
+    convert = data.add_parser("convert", help="write a data set as WebDataset shards, lossless, also per client")
     _source(convert)
     convert.add_argument("--out", required=True, help="folder for the .tar files")
     convert.add_argument("--examples-per-shard", type=int, default=1000)
+    convert.add_argument("--kind", choices=("png", "npy"), default="png", help="of images: PNG, or raw bytes, larger and faster to stream")
+    convert.add_argument("--clients", type=int, default=None, metavar="N", help="shards per client, to stream from (--data.stream)")
+    convert.add_argument("--alpha", type=float, default=None, help="of a Dirichlet split of the classes over the clients; IID without it")
+    convert.add_argument("--seed", type=int, default=0, help="of that split")
     convert.set_defaults(run=_data_convert)
     preview = data.add_parser("preview", help="a picture with some images of every class")
     _source(preview)
@@ -71,6 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="rebuild tables, pictures and report.html from a run's record")
     report.add_argument("folder", metavar="RUN", nargs="+", help="a run's folder; of several, report.html in the first shows all")
     report.set_defaults(run=_report)
+
+    profile = commands.add_parser("profile", help="where the seconds of a recipe's training go: top costs, shares, a trace to look at")
+    profile.add_argument("recipe", metavar="RECIPE", help="a recipe's file, e.g. recipes/tiny.py")
+    profile.add_argument("rest", metavar="ARGS", nargs=argparse.REMAINDER, help="the recipe's own arguments, and --out FOLDER, --profiled-rounds N (default 2)")
+    profile.set_defaults(run=_profile)
+
+    plan = commands.add_parser("plan", help="forecast the round time on many GPUs from a run on one, or from numbers")
+    plan.add_argument("folder", metavar="RUN", nargs="?", default=None, help="a run on one rank; what follows overrides what it measured")
+    plan.add_argument("--times", type=float, nargs="+", default=None, metavar="S", help="seconds of each client's local training")
+    plan.add_argument("--megabytes", type=float, default=None, help="of the sum over ranks: 8 bytes per shared number by default")
+    plan.add_argument("--cohort", type=int, default=None, help="clients per round")
+    plan.add_argument("--clients-per-rank", type=int, default=None, help="let the cohort grow with the ranks (weak scaling)")
+    plan.add_argument("--scale", type=float, default=1.0, help="times a client's time: 0.1 for GPUs ten times as fast as what was measured")
+    plan.add_argument("--spread", type=float, default=None, help="standard deviation of a client's log time over rounds")
+    plan.add_argument("--rest", type=float, default=None, help="seconds of a round that more ranks do not shorten")
+    plan.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])
+    for name, value in (("gpus-per-node", 8), ("intra-gbytes", 300.0), ("inter-gbytes", 20.0), ("intra-us", 5.0), ("inter-us", 15.0), ("meet-us", 40.0)):
+        plan.add_argument(f"--{name}", type=type(value), default=value)
+    plan.add_argument("--algorithm", choices=("ring", "tree", "hierarchical"), default="hierarchical")
+    plan.add_argument("--out", default=None, help="folder for plan.csv and plan.png")
+    plan.set_defaults(run=_plan)
 
     doctor = commands.add_parser("doctor", help="versions, devices, backends, stale locks; what is missing and how to get it")
     doctor.add_argument("--out", default=None, metavar="DIR", help="a run's folder: can it be written to, and under torchrun or srun, do all ranks share it?")
@@ -115,13 +135,20 @@ def _data_download(arguments: argparse.Namespace) -> None:
 
 
 def _data_convert(arguments: argparse.Namespace) -> None:
-    from gidef.data import write_webdataset
+    from gidef.data import partition, write_webdataset
+    from gidef.errors import InputError
     from gidef.report import Console
 
+    if arguments.alpha is not None and arguments.clients is None:
+        raise InputError("--alpha splits the images over clients: give their number as --clients.")
     with Console() as console:
-        dataset = _load(arguments, console)
-        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard)
-        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with --data.path {arguments.out}")
+        dataset, clients, use = _load(arguments, console), None, f"--data.path {arguments.out}"
+        if arguments.clients is not None:
+            cut = partition.iid if arguments.alpha is None else partition.dirichlet
+            clients = cut(dataset.train.labels, num_clients=arguments.clients, seed=arguments.seed, **({} if arguments.alpha is None else {"alpha": arguments.alpha}))
+            use = f"--data.stream --data.path {arguments.out} --data.num-clients {arguments.clients}"
+        shards = write_webdataset(dataset, arguments.out, examples_per_shard=arguments.examples_per_shard, clients=clients, kind=arguments.kind)
+        console.say(f"{dataset.title}: {len(shards)} shards in {arguments.out}; use them with {use}")
 
 
 def _data_preview(arguments: argparse.Namespace) -> None:
@@ -149,6 +176,19 @@ def _report(arguments: argparse.Namespace) -> None:
     from gidef.job import report_again
 
     report_again(arguments.folder)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library reads it when it is loaded; it would tell of every start and stop
+    from gidef.profiling import profile
+
+    profile(arguments.recipe, arguments.rest)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from gidef.forecasts import plan
+
+    plan(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gidef import config, metrics
+from gidef import build, config, metrics, observe
 from gidef.cells import CONTROL, Cell
 from gidef.checkpoint import load_file, save_file
-from gidef.defence.capacity import certify
+from gidef.defence.capacity import certify, fano_bound, lifetime_releases
 from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
-from gidef.scores import MEASURES, Scorer, measured
+from gidef.scores import ABOVE, JUDGED, MEASURES, Scorer, by_judge, measured
 from gidef.training import Run
 
 Scored = dict[int, dict[str, Tensor]]
@@ -35,9 +36,11 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels", "searched": "knows no labels"}
     knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
-    said = f"{server} server, {seen} of {evaluation.batch_size}, {knows}, no BatchNorm"
+    count = observe.members(run, cell.trained)
+    seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
+    said = f"{server} server, {seen}, {knows}, no BatchNorm"
     return {
-        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps,
+        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
         "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": "none in the model",
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip
@@ -51,14 +54,27 @@ def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
         here = [cell for cell in cells if (cell.defence, cell.checkpoint) == (defence, checkpoint)]
         for name in dict.fromkeys(cell.name for cell in here):
             group = [cell for cell in here if cell.name == name]
-            found.append(_row(run, group, {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored)}))
+            found.append(_row(run, group, _pooled([scored[id(cell)] for cell in group], _keys(scored))))
         for ensemble in dict.fromkeys(cell.ensemble for cell in here if cell.ensemble):
             found.append(_worst_row(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble))
     return found
 
 
 def _keys(scored: Scored) -> tuple[str, ...]:
-    return (*MEASURES, "recovered", "oracle_psnr_db")
+    judged = [key for key in next(iter(scored.values()), {}) if key.startswith(JUDGED)]
+    return (*MEASURES, ABOVE, *judged, "recovered", "oracle_psnr_db")
+
+
+def _pooled(seeds: list[dict[str, Tensor]], keys: tuple[str, ...]) -> dict[str, Tensor]:
+    """Each victim's values, averaged over seeds; of `recovered` those of attacks that did not fail."""
+    found = {key: torch.stack([values[key] for values in seeds]) for key in keys}
+    return {key: values.nanmean(0) if key == "recovered" else values.mean(0) for key, values in found.items()}
+
+
+def _mean_of_known(values: Tensor) -> float | None:
+    """The mean of the values that are there, None without any."""
+    known = values[~values.isnan()]
+    return float(known.mean()) if len(known) else None
 
 
 def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
@@ -76,8 +92,8 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
         "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * first.victims.rows.shape[1],
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
-        **{name: measured(values[name], name, seed=0) for name in MEASURES},
-        "label_recovery": float(values["recovered"].mean()), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
+        **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
+        "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
@@ -107,15 +123,38 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
         for private in cell.victims.private:
             own = {name.removeprefix("perturbation."): tensor.cpu() for name, tensor in private.items() if name.startswith("perturbation.")}
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
-    once = bool(getattr(settings, "frozen", False)) and bool(getattr(settings, "front_frozen", False))
-    images, releases = max(len(run.setting.dataset.train), 2), getattr(group[0].attack, "rounds", 1)
+    frozen, front_frozen = bool(getattr(settings, "frozen", False)), bool(getattr(settings, "front_frozen", False))
+    once = frozen and front_frozen
+    images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
+        if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
+            raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
         found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
     except InputError as error:
         return {"certified_bits": None, "uncertified": str(error)}, "no certificate"
-    told = {"certified_bits": found.bits, "releases": found.releases, "lifetime_bits": found.lifetime_bits if once else None, "fano": found.fano}
+    told = {"certified_bits": found.bits, "releases": found.releases, "fano": found.fano, "lifetime_bits": None}
     what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
-    return told, f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
+    said = f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
+    try:
+        count = lifetime_releases(
+            policy="head", frozen_noise=frozen, front_frozen=front_frozen, level_still=noise.mode == "fixed" or settings.level_still,
+            encoded=bool(defence.encoders), draws=_draws(run, group),
+        )  # fmt: skip
+    except InputError as error:
+        return told | {"uncertified_lifetime": str(error)}, f"{said}; no lifetime bound: {error}"
+    told |= {"lifetime_bits": count * found.bits, "lifetime_releases": count, "lifetime_fano": fano_bound(count * found.bits, images)}
+    if not once:
+        said += f"; {count * found.bits:.1f} bits in the {count} releases of the whole training ({100 * told['lifetime_fano']:.0f} %)"
+    return told, said
+
+
+def _draws(run: Run, group: list[Cell]) -> int:
+    """Releases of a victim's image over all rounds of the recipe, also those that patience leaves out: the most of any victim's client and seed."""
+    most = 0
+    for cell in group:
+        taken = Counter(client for number in range(run.setting.rounds) for client in cell.trained.training.draw(number))
+        most = max(most, *(taken[owner] for owner in cell.victims.owners))
+    return most * build.local_settings(run.recipe.clients).epochs
 
 
 def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> dict[str, Any]:
@@ -126,12 +165,10 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         here = [cell for cell in members if cell.seed == seed]
         best = torch.stack([scored[id(cell)]["psnr_db"] for cell in here]).argmax(0)
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best.tolist()]
-        per_seed.append({
-            key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)
-        })  # fmt: skip
+        per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     first = next(cell for cell in members if cell.seed == next(iter(seeds)))
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, {key: torch.stack([values[key] for values in per_seed]).mean(0) for key in _keys(scored)})
+    row = _row(run, group, _pooled(per_seed, _keys(scored)))
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     per_victim = torch.stack([torch.tensor([found.status == "failed" for found in cell.reconstructions]) for cell in members])
@@ -151,7 +188,8 @@ def control_bound(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
     if not group:
         return []
     values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
-    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}}]
+    judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
+    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}, **by_judge(judged)}]
 
 
 def record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from gidef.checkpoint import load_file, save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.data import Images
+from gidef.errors import StorageError
 from gidef.fit import fit_decoder, fit_judge
-from gidef.inversions import load_marked, sound
-from gidef.models import decoder_for, make_judge
+from gidef.inversions import Unfit, failures, load_marked, sound, worded
+from gidef.models import decoder_for, judge_called
 from gidef.models.inverter import inverter_for
 from gidef.models.prior import Generator, autoencoder_for, gan_for
 from gidef.rng import generator, stream_seed
@@ -34,37 +35,65 @@ from gidef.types import Observation, Reconstruction, Tensors
 SURROGATE_STEPS = 600
 
 
+def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit: Callable[[Callable[[float], None]], Tensors]) -> Task:
+    """A task that keeps what fit(report) returns under a mark, or why there is nothing: attacks that need it are failed rows then, and the others go on."""
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began, meta = time.perf_counter(), {"mark": own}
+        try:
+            tensors = fit(report)
+        except StorageError:
+            raise
+        except Exception as error:  # of the model's code or the device
+            tensors, meta["unfit"] = {}, f"{what} could not be trained: {worded(error)}"
+            run.console.notice(f"{name}: {meta['unfit']}")
+        save_file(path, tensors, {**meta, "seconds": time.perf_counter() - began})
+
+    return Task(name, cost, path, do)
+
+
+def _follow(fit: Iterator[int], report: Callable[[float], None]) -> None:
+    """Run a fit that yields its steps to its end."""
+    before = 0
+    for step in fit:
+        report(step - before)
+        before = step
+
+
 # --- the judge -----------------------------------------------------------------------------------------------------------
 
 
-def judge_path(run: Run, folder: Path) -> Path:
-    """Named by what it is trained on."""
+def judge_path(run: Run, folder: Path, which: str | None = None) -> Path:
+    """Named by what it is trained on. which: of `evaluation.judges`; None is the evaluator's own."""
     roles, epochs = run.setting.roles, run.recipe.evaluation.judge_epochs
-    named = hashlib.sha256(f"{run.fingerprint}|{epochs}|{roles.judge.tolist()}".encode()).hexdigest()[:12]
+    which = "" if which is None else "|{}@{}".format(*run.recipe.evaluation.judge_named(which))
+    named = hashlib.sha256(f"{run.fingerprint}|{epochs}|{roles.judge.tolist()}{which}".encode()).hexdigest()[:12]
     return folder / f"judge-{named}.safetensors"
 
 
-def judge_task(run: Run, path: Path) -> Task:
-    setting, recipe = run.setting, run.recipe
-    rows = setting.roles.judge
+def judge_task(run: Run, path: Path, which: str | None = None) -> Task:
+    setting, evaluation = run.setting, run.recipe.evaluation
+    rows, epochs = setting.roles.judge, evaluation.judge_epochs if which is None else evaluation.judge_named(which)[1]
     train = Images(setting.dataset.train.images[rows], setting.dataset.train.labels[rows])
-    steps = recipe.evaluation.judge_epochs * -(-len(train) // 64)
+    steps = epochs * -(-len(train) // 64)
 
     def do(worker: int, report: Callable[[float], None]) -> None:
-        judge = make_judge(setting.dataset.num_classes, setting.dataset.image_shape, seed=0).to(run.world.device)
-        before = 0
-        for step in fit_judge(judge, train, epochs=recipe.evaluation.judge_epochs, seed=0):
-            report(step - before)
-            before = step
+        judge = _new_judge(run, which)
+        _follow(fit_judge(judge, train, epochs=epochs, seed=0), report)
         save_file(path, dict(judge.state_dict()), {"fingerprint": run.fingerprint})
 
-    return Task("judge", steps, path, do)
+    return Task("judge" if which is None else f"judge {which}", steps, path, do)
 
 
-def load_judge(run: Run, path: Path) -> torch.nn.Module:
-    judge = make_judge(run.setting.dataset.num_classes, run.setting.dataset.image_shape, seed=0).to(run.world.device)
+def load_judge(run: Run, path: Path, which: str | None = None) -> torch.nn.Module:
+    judge = _new_judge(run, which)
     judge.load_state_dict(load_file(path, run.world.device)[0])
     return judge.eval()
+
+
+def _new_judge(run: Run, which: str | None) -> torch.nn.Module:
+    dataset, name = run.setting.dataset, "judge" if which is None else run.recipe.evaluation.judge_named(which)[0]
+    return judge_called(name, num_classes=dataset.num_classes, image_shape=dataset.image_shape).to(run.world.device)
 
 
 # --- decoders of the latent ----------------------------------------------------------------------------------------------
@@ -92,17 +121,14 @@ def decoder_task(run: Run, cell: Cell) -> Task:
     path = cell.folder / "decoded.safetensors"
     latents = _public_latents(run, cell)
 
-    def do(worker: int, report: Callable[[float], None]) -> None:
-        began, dataset, training = time.perf_counter(), run.setting.dataset, cell.trained.training
+    def fit(report: Callable[[float], None]) -> Tensors:
+        dataset, training, settings = run.setting.dataset, cell.trained.training, cell.attack
         model = copy.deepcopy(training.defence.model)
         decoder = decoder_for(
             model.latent_shape, model.channel_dim, dataset.image_shape, size="posthoc", seed=stream_seed(cell.seed, "post-hoc decoder") % 2**31
         ).to(run.world.device)
         public = dataset.val.to(run.setting.clients[0].images.device)
-        before, settings = 0, cell.attack
-        for step in fit_decoder(decoder, latents, public, steps=settings.steps, seed=cell.seed, batch_size=settings.batch_size, lr=settings.lr):
-            report(step - before)
-            before = step
+        _follow(fit_decoder(decoder, latents, public, steps=settings.steps, seed=cell.seed, batch_size=settings.batch_size, lr=settings.lr), report)
         in_loop = copy.deepcopy(training.defence.decoder)
         images, guesses = [], []
         with torch.no_grad():
@@ -119,15 +145,18 @@ def decoder_task(run: Run, cell: Cell) -> Task:
                 if in_loop is not None:  # the opponent that the client trained against, for the gap
                     load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})
                     guesses.append(in_loop(perturbed).clamp(0, 1).cpu())
-        saved = {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
-        save_file(path, saved, {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+        return {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
 
-    return Task(cell.label, cell.attack.steps, path, do)
+    return _task(run, cell.label, "the decoder", cell.attack.steps, path, mark(run, cell), fit)
 
 
 def collect_decoded(run: Run, cell: Cell) -> None:
     """Read what a post-hoc decoder made of the latents."""
-    tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", mark(run, cell.twin or cell))
+    try:
+        tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", mark(run, cell.twin or cell))
+    except Unfit as error:
+        cell.reconstructions = failures(cell, worded(error))
+        return
     cell.seconds += meta["seconds"] if cell.twin is None else 0.0
     if "in_loop" in tensors and tensors["in_loop"].isfinite().all():
         truth = cell.victims.images.flatten(0, 1).cpu()
@@ -152,15 +181,12 @@ def surrogate_task(run: Run, cell: Cell) -> Task:
     """The attacker's own decoder of the in-loop kind, fitted on public images."""
     latents, path = _public_latents(run, cell), surrogate_path(run, cell)
 
-    def do(worker: int, report: Callable[[float], None]) -> None:
+    def fit(report: Callable[[float], None]) -> Tensors:
         decoder = copy.deepcopy(cell.trained.training.defence.decoder)
-        before = 0
-        for step in fit_decoder(decoder, latents, run.setting.dataset.val, steps=SURROGATE_STEPS, seed=stream_seed(cell.seed, "surrogate") % 2**31):
-            report(step - before)
-            before = step
-        save_file(path, {DECODER + name: p for name, p in decoder.named_parameters()}, {"mark": _surrogate_mark(run, cell)})
+        _follow(fit_decoder(decoder, latents, run.setting.dataset.val, steps=SURROGATE_STEPS, seed=stream_seed(cell.seed, "surrogate") % 2**31), report)
+        return {DECODER + name: p for name, p in decoder.named_parameters()}
 
-    return Task(f"{cell.label}: surrogate", SURROGATE_STEPS, path, do)
+    return _task(run, f"{cell.label}: surrogate", "the surrogate decoder", SURROGATE_STEPS, path, _surrogate_mark(run, cell), fit)
 
 
 def surrogate(run: Run, cell: Cell) -> Tensors:
@@ -191,25 +217,22 @@ def _inverter(run: Run, cell: Cell) -> nn.Module:
 
 
 def inverter_task(run: Run, cell: Cell) -> Task:
-    path = cell.folder / "inverter.safetensors"
-    def do(worker: int, report: Callable[[float], None]) -> None:
-        began = time.perf_counter()
+    def fit(report: Callable[[float], None]) -> Tensors:
         params, known = _seen_by_network(run, cell)
         drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
         simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
         simulate = observe.changed(run, cell.trained, simulate, seed=cell.seed)
-        inverter, public, before = _inverter(run, cell), run.setting.dataset.val, 0
-        fit = fit_inverter(
+        inverter, public = _inverter(run, cell), run.setting.dataset.val
+        running = fit_inverter(
             inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
             mode="vmap" if defence.budget is None and not defence.transforms and not defence.encoders else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
-        for step in fit:
-            report(step - before)
-            before = step
-        save_file(path, dict(inverter.state_dict()), {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+        _follow(running, report)
+        return dict(inverter.state_dict())
 
-    return Task(f"{cell.label}: inverter", cell.attack.steps + cell.attack.gradients / 4, path, do)
+    cost, path = cell.attack.steps + cell.attack.gradients / 4, cell.folder / "inverter.safetensors"
+    return _task(run, f"{cell.label}: inverter", "the inverter", cost, path, mark(run, cell), fit)
 
 
 def learned(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
@@ -238,24 +261,21 @@ def latent_decoder_task(run: Run, cell: Cell) -> Task:
     path, attack, defence = cell.folder / "latent-decoder.safetensors", cell.attack, cell.trained.training.defence
     latents = None if _shadowed(run, cell) else _public_latents(run, cell)
 
-    def do(worker: int, report: Callable[[float], None]) -> None:
-        began, public, before = time.perf_counter(), run.setting.dataset.val, 0
-        given = latents
+    def fit(report: Callable[[float], None]) -> Tensors:
+        public, given = run.setting.dataset.val, latents
         if given is None:
             shadow = copy.deepcopy(defence.model).to(run.world.device)
             load_parameters(shadow, {name: tensor.to(run.world.device) for name, tensor in defence.initial_model().items()})
-            fit = fit_shadow(shadow, cell.snapshot.params, public.images, public.labels, steps=attack.shadow_steps, seed=cell.seed, draw_noise=defence.draw_noise)
-            for step in fit:
-                report(step - before)
-                before = step
+            _follow(
+                fit_shadow(shadow, cell.snapshot.params, public.images, public.labels, steps=attack.shadow_steps, seed=cell.seed, draw_noise=defence.draw_noise), report
+            )
             given = front_latents(shadow, defence.draw_noise)
-        decoder, before = _latent_decoder(run, cell), 0
-        for step in fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed):
-            report(step - before)
-            before = step
-        save_file(path, dict(decoder.state_dict()), {"mark": mark(run, cell), "seconds": time.perf_counter() - began})
+        decoder = _latent_decoder(run, cell)
+        _follow(fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed, batch_size=attack.batch_size), report)
+        return dict(decoder.state_dict())
 
-    return Task(f"{cell.label}: decoder", attack.steps + (attack.shadow_steps if latents is None else 0), path, do)
+    cost = attack.steps + (attack.shadow_steps if latents is None else 0)
+    return _task(run, f"{cell.label}: decoder", "the latent's decoder", cost, path, mark(run, cell), fit)
 
 
 def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
@@ -307,15 +327,13 @@ def _generator_mark(run: Run, cell: Cell) -> str:
 def generator_task(run: Run, cell: Cell, folder: Path) -> Task:
     path = generator_path(run, cell, folder)
 
-    def do(worker: int, report: Callable[[float], None]) -> None:
-        (model, made, critic), public, before = _generator(run, cell), run.setting.dataset.val.images, 0
+    def fit(report: Callable[[float], None]) -> Tensors:
+        (model, made, critic), public = _generator(run, cell), run.setting.dataset.val.images
         budget = {"steps": cell.attack.fit_steps, "seed": cell.seed}
-        for step in fit_autoencoder(model, public, **budget) if critic is None else fit_gan(model, critic, public, **budget):
-            report(step - before)
-            before = step
-        save_file(path, dict(made.state_dict()), {"mark": _generator_mark(run, cell)})
+        _follow(fit_autoencoder(model, public, **budget) if critic is None else fit_gan(model, critic, public, **budget), report)
+        return dict(made.state_dict())
 
-    return Task(f"{cell.label}: generator", cell.attack.fit_steps, path, do)
+    return _task(run, f"{cell.label}: generator", "the generator", cell.attack.fit_steps, path, _generator_mark(run, cell), fit)
 
 
 # --- all of them ---------------------------------------------------------------------------------------------------------

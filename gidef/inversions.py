@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from gidef.attack.ladder import climb
 from gidef.attack.large import on_module
 from gidef.cells import Cell, Task, mark
 from gidef.checkpoint import load_file, save_file
-from gidef.errors import InputError
+from gidef.errors import InputError, StorageError
 from gidef.report.files import write_atomically
 from gidef.training import Run
 from gidef.types import Reconstruction, Tensors
@@ -29,11 +30,28 @@ SHORT_S = 10.0
 """An attack that is over sooner than this is not calibrated: it runs eight at once as one program."""
 
 
+class Unfit(Exception):
+    """A network that an attack needs was not trained. The message says which, and why."""
+
+
+def worded(error: Exception) -> str:
+    """An error in one line, for a row; its kind, unless it was written to be read."""
+    text = str(error) if isinstance(error, (InputError, Unfit)) else f"{type(error).__name__}: {error}"
+    return (text.strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def matching_tasks(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str, Any]], folder: Path) -> list[Task]:
     """One task per chunk of attacks that is not done yet. Every rank gets the same list, so all call this together."""
     tasks = []
     for cell in cells:
-        plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        try:
+            plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        except StorageError:
+            raise
+        except Exception as error:  # what it needs was not trained, or it cannot be planned: it failed, which is a result; the others go on
+            cell.failure = worded(error)
+            run.console.notice(f"{cell.label}: the attack failed: {cell.failure}")
+            continue
         if cell.control:
             plan = methods.Plan(methods.shuffled(plan.observations, seed=cell.seed), plan.make_simulate, plan.matching, plan.refine)
         tasks += _tasks_of(run, cell, plan, folder)
@@ -58,37 +76,53 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
         total = sum(stage.iterations for stage in stages) * len(chunk)
 
         def do(worker: int, report: Callable[[float], None]) -> None:
-            began, errors, reported, over = time.perf_counter(), {}, 0.0, 0.0
+            began, errors, reported = time.perf_counter(), {}, 0.0
             options = {"seed": cell.seed, "mode": mode, "at_once": at_once, "device": run.world.device, "precision": precision}
-            result: Tensors = {}
-            try:
+
+            def advance(now: float) -> None:
+                nonlocal reported
+                report(max(0.0, now - reported))
+                reported = max(reported, now)
+
+            def attacked(some: attacks.Chunk) -> Tensors:
+                result, over = {}, 0.0
                 for number, stage in enumerate(stages):
                     settings = stage if number == 0 else methods.refined(plan, result)
                     recorded = programs if number == 0 else attacks.Programs()
                     running = climb(
-                        chunk, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
+                        some, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
                         programs=recorded, large=_large(run, cell, plan), **options,
                     )  # fmt: skip
                     while True:
                         try:
-                            progress = next(running)
+                            advance(over + next(running).done)
                         except StopIteration as end:
                             result = end.value
                             break
-                        now = over + progress.done
-                        report(max(0.0, now - reported))
-                        reported = max(reported, now)
-                    over += stage.iterations * len(chunk)
+                    over += stage.iterations * len(some)
                     for text in recorded.notices:
                         _notice(run, cell, programs, text)
-            except InputError:
-                raise
-            except Exception as error:  # of the model's code or the device: these attacks failed, which is a result; the others go on
-                text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-                result = attacks.broken(chunk, plan.observations, stages[-1])
-                errors = {f"{o},{s}": text for o, s in chunk}
-                run.console.notice(f"{cell.label}: {len(chunk)} attacks failed: {text}")
-            report(max(0.0, total - reported))
+                return result
+
+            def tried(some: attacks.Chunk) -> Tensors | str:
+                try:
+                    return attacked(some)
+                except StorageError:
+                    raise
+                except Exception as error:  # of the model's code or the device: these attacks failed, which is a result; the others go on
+                    return worded(error)
+
+            parts = [(chunk, tried(chunk))]
+            if isinstance(parts[0][1], str) and len(victims := dict.fromkeys(o for o, _ in chunk)) > 1:  # it may be one victim's fault alone
+                parts = [(some, tried(some)) for some in (tuple(one for one in chunk if one[0] == victim) for victim in victims)]
+            for some, text in parts:
+                if isinstance(text, str):
+                    errors |= {f"{o},{s}": text for o, s in some}
+            for text in dict.fromkeys(errors.values()):
+                run.console.notice(f"{cell.label}: {sum(one == text for one in errors.values())} attacks failed: {text}")
+            found = [attacks.broken(some, plan.observations, stages[-1]) if isinstance(one, str) else one for some, one in parts]
+            result = found[0] if len(found) == 1 else {name: torch.cat([one[name] for one in found]) for name in found[0] if all(name in one for one in found)}
+            advance(float(total))
             meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": errors, "mode": mode, "at_once": at_once}
             save_file(path, result, meta)
 
@@ -125,9 +159,9 @@ def _done(folder: Path, own: str) -> list[list[int]]:
             with safe_open(path, framework="pt") as file:
                 meta = json.loads((file.metadata() or {})["meta"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}): remove it, and its attacks run again.") from error
+            raise StorageError(f"{path} cannot be read ({error}): remove it, and its attacks run again.") from error
         if meta["mark"] != own:
-            raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+            raise StorageError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
         found += meta["attacks"]
     return found
 
@@ -136,6 +170,12 @@ def collect(run: Run, cell: Cell) -> None:
     """Read a cell's results from the files of whoever computed them."""
     source = cell.twin or cell
     results, errors, own = [], {}, mark(run, source)
+    if source.failure:
+        cell.reconstructions = failures(cell, source.failure)
+        starts = [(o, s) for o in range(len(cell.victims.rows)) for s in range(getattr(cell.attack, "restarts", 1))]
+        common = {"iterations": 0, "status": "failed", "error": source.failure, "loss": math.inf, "fit": math.inf, "seconds": 0.0, "mark": own[:16]}
+        cell.attempts = [{"observation": observation, "start": start, **common} for observation, start in starts]
+        return
     for path in sorted(source.folder.glob("attacks-*.safetensors")):
         tensors, meta = load_marked(path, own)
         results.append(tensors)
@@ -155,11 +195,24 @@ def collect(run: Run, cell: Cell) -> None:
 
 
 def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, Any]]:
-    """A task's result file, which must be of this recipe, victims and attack."""
+    """A task's result file, which must be of this recipe, victims and attack. Raises StorageError if it is not; Unfit if the task failed."""
     tensors, meta = load_file(path, device)
     if meta["mark"] != own:
-        raise InputError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+        raise StorageError(f"{path} is of another recipe: remove {path.parent}, or choose another --out.")
+    if meta.get("unfit"):
+        raise Unfit(meta["unfit"])
     return tensors, meta
+
+
+def failures(cell: Cell, error: str) -> list[Reconstruction]:
+    """A failure, mid-grey, for each of a cell's observations, with the labels that its threat model grants (zeros where it grants none)."""
+    granted = getattr(cell.attack, "labels", "known") == "known"
+    return [
+        Reconstruction(
+            torch.full(images.shape, 0.5), (labels if granted else torch.zeros_like(labels)).cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=error
+        )
+        for images, labels in zip(cell.victims.images, cell.victims.labels, strict=True)
+    ]  # fmt: skip
 
 
 def sound(found: list[Reconstruction]) -> list[Reconstruction]:
@@ -205,15 +258,19 @@ def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Program
     try:
         first = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=size, iterations=1, **common)
         seconds = first.candidates[0].ms * 1e-3 * share * (matching.iterations + 1)
-    except InputError:
-        first, seconds = None, float("inf")  # not vectorisable: a loop may do
+    except Exception:  # not vectorisable: a loop may do
+        first, seconds = None, float("inf")
     if first is not None and seconds < SHORT_S:
         return first
     candidates = modes or ["vmap", "loop", "traced", *(["compiled"] if speed.compile or run.world.device.type == "cuda" else [])]
-    return attacks.calibrate(
-        plan.observations, simulate, matching, modes=candidates, at_once=speed.attacks_at_once or None, budget_s=min(60.0, 0.1 * seconds),
-        measured=first.candidates if first is not None else (), **common,
-    )  # fmt: skip
+    try:
+        return attacks.calibrate(
+            plan.observations, simulate, matching, modes=candidates, at_once=speed.attacks_at_once or None, budget_s=min(60.0, 0.1 * seconds),
+            measured=first.candidates if first is not None else (), **common,
+        )  # fmt: skip
+    except Exception as error:  # the attacks will say so themselves, each in its row
+        run.console.notice(f"{cell.label}: no program could be measured: {worded(error)}")
+        return attacks.Calibration(candidates[0] if modes else "loop", 1, ())
 
 
 def _key(run: Run, cell: Cell, plan: methods.Plan) -> str:

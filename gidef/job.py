@@ -8,25 +8,27 @@ import dataclasses
 import json
 import os
 import platform
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, tuning
+from gidef import audit, build, cells, config, findings, importing, restart, tuning
 from gidef.data import summary as partition_summary
-from gidef.errors import InputError
+from gidef.errors import InputError, RankFailure
+from gidef.models import judge_called
 from gidef.parallel import World, open_world, seated, seats
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
 from gidef.stopping import leave_on_sigterm
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
-RECIPE = "recipe.json"
+RECIPE = restart.RECIPE
 
 
 def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
@@ -36,19 +38,24 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     """
     began = time.perf_counter()
     leave_on_sigterm(recipe.out)
-    with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
+    with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
         world = seated(world)
-        _settle_threads(recipe)
-        folder = _choose_folder(recipe, name, world)
-        leave_on_sigterm(folder, clear=world.rank == 0)
-        recipe = _continued(recipe, folder, world)
+        settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
+        folder, again = _choose_folder(recipe, name, world)
+        leave_on_sigterm(folder, clear=world.rank == 0)
+        if again:
+            recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
+            said.append(f"{again} was started again, so its run in {folder} goes on.")
+        recipe = _continued(recipe, folder, world)
         setting = build.load_setting(recipe, world=world, notice=said.append)
         for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
                 build.make_defence(one, recipe, setting.dataset, seed=0)
                 for seed in recipe.seeds:
                     build.privacy_budget(setting, one, seed=seed)
+        for judge in recipe.evaluation.judges:
+            judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
         world.agree("the recipe and the data", mark)
         world.agree("the threads of an operator", str(recipe.speed.threads))
@@ -57,8 +64,10 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         world.barrier()
         damaged: list[str] = []
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
-        with record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt") as console:
+        own = rank_log(folder, world.rank)
+        with _last_lines(folder), record or contextlib.nullcontext(), Console(rank=world.rank, log=folder / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
+            console.note(f"rank {world.rank} of {world.size} on {socket.gethostname()}, process {os.getpid()}, {_device_name(world.device)}")
             _introduce(run, name, said)
             for text in damaged:
                 console.notice(text)
@@ -72,7 +81,27 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     return content
 
 
-def _settle_threads(recipe: config.Recipe) -> None:
+def rank_log(folder: Path, rank: int) -> Path:
+    """A rank's own log."""
+    return folder / "logs" / f"rank-{rank:05d}.txt"
+
+
+@contextlib.contextmanager
+def _last_lines(folder: Path) -> Iterator[None]:
+    """A failure of another rank goes out with that rank's last lines, and the name of its log."""
+    try:
+        yield
+    except RankFailure as error:
+        for rank in error.ranks[:1]:
+            path = rank_log(folder, rank)
+            with contextlib.suppress(OSError):
+                error.lines = error.lines or tuple(path.read_text(errors="replace").splitlines()[-12:])
+                error.log = path
+        raise
+
+
+def settle_threads(recipe: config.Recipe) -> None:
+    """Threads and kernels as `speed` asks for them."""
     torch.set_num_threads(recipe.speed.threads)
     if recipe.speed.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,46 +110,56 @@ def _settle_threads(recipe: config.Recipe) -> None:
         torch.backends.cudnn.benchmark = not recipe.speed.deterministic
 
 
-def _choose_folder(recipe: config.Recipe, name: str, world: World) -> Path:
-    """The run's folder, the same on every rank; an existing run is refused without --resume."""
-    chosen, error = recipe.out, None
+def _choose_folder(recipe: config.Recipe, name: str, world: World) -> tuple[Path, str | None]:
+    """(the run's folder, the same on every rank; the name of the job whose earlier life began it, if this is a later one).
+
+    An existing run is refused without --resume, unless the launcher started its job again.
+    """
+    chosen, error, again = recipe.out, None, None
     if world.rank == 0:
-        if chosen is None:
-            stem = Path("runs") / name / time.strftime("%Y-%m-%d-%H%M%S")
+        runs = Path("runs") / name
+        if chosen is None and (found := restart.recall(runs)):
+            chosen = str(found)
+        elif chosen is None:
+            stem = runs / time.strftime("%Y-%m-%d-%H%M%S")
             chosen, number = str(stem), 1
             while Path(chosen).exists():
                 number += 1
                 chosen = f"{stem}-{number}"
+            with contextlib.suppress(OSError):  # a folder that cannot be written to is refused later, in better words
+                restart.remember(runs, Path(chosen))
         folder = Path(chosen)
         if (folder / RECIPE).exists() and not recipe.resume:
-            error = f"{folder} holds a run already: continue it with --resume, or choose another --out."
+            again = restart.began(folder)
+            error = None if again else f"{folder} holds a run already: continue it with --resume, or choose another --out."
         elif folder.exists() and not folder.is_dir():
             error = f"{folder} is a file: choose another --out."
-    chosen, error = world.broadcast_json([chosen, error])
+    chosen, error, again = world.broadcast_json([chosen, error, again])
     if error:
         raise InputError(error)
-    return Path(chosen)
+    return Path(chosen), again
 
 
 def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Recipe:
-    """Check a resumed run's recipe against the one that began it, and take over its threads: they decide the last bits."""
+    """Check a resumed run's recipe against the one that began it, and take over its threads and clients at once: they decide the last bits."""
     path = folder / RECIPE
     if not recipe.resume or not path.exists():
         return recipe
     mine = config.to_json(recipe)
     try:
         saved = json.loads(path.read_text())["recipe"]
-        differing, threads = _differences(mine, saved), int(saved["speed"]["threads"])
+        differing, kept = _differences(mine, saved), {name: int(saved["speed"].get(name, 1)) for name in ("threads", "clients_at_once")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
         )
-    if threads != recipe.speed.threads and world.rank == 0:
-        print(f"gidef: the run goes on with {threads} thread(s) per operator, as it began.", file=sys.stderr)
-    recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, threads=threads))
-    torch.set_num_threads(threads)
+    for name, value in kept.items():
+        if value != getattr(recipe.speed, name) and world.rank == 0:
+            print(f"gidef: the run goes on with speed.{name}={value}, as it began.", file=sys.stderr)
+    recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
+    torch.set_num_threads(recipe.speed.threads)
     return recipe
 
 
@@ -137,7 +176,7 @@ def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
-    content = {"name": name, "gidef": gidef.__version__, "recipe": config.to_json(recipe)}
+    content = {"name": name, "gidef": gidef.__version__, "job": restart.job(), "recipe": config.to_json(recipe)}
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -172,14 +211,14 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     recipe, dataset, console = run.recipe, run.setting.dataset, run.console
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
-    console.say(f"images    {dataset.title}, {shape}, {len(dataset.train)} for training, from {dataset.source}")
+    console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
     for note in dict.fromkeys([*dataset.notes, *said]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
     cohort = recipe.rounds.cohort_size or recipe.data.num_clients
     console.say(
-        f"clients   {recipe.data.num_clients} ({type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
+        f"clients   {recipe.data.num_clients} ({'streamed' if recipe.data.stream else type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
         f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
@@ -237,7 +276,7 @@ def _results(
         "data": {
             "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
             "counts": {
-                "train": len(dataset.train), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
+                "train": int(run.setting.counts.sum()), "val": len(dataset.val), "test": len(dataset.test), "victims": len(roles.victims),
                 "tuning": len(roles.tuning), "judge": len(roles.judge),
             },
         },
@@ -288,6 +327,9 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.table(tables.training_table(content))
     console.say("")
     console.table(tables.table(content, width=console.width))
+    if (judges := tables.judges_table(content)) is not None:
+        console.say("")
+        console.table(judges)
     console.heading("What this run shows")
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))
@@ -345,9 +387,9 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
-    with open_world(new.speed.device, new.speed.timeout_s) as world:
+    with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
         world = seated(world)
-        _settle_threads(new)
+        settle_threads(new)
         said: list[str] = []
         setting = build.load_setting(new, world=world, notice=said.append)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
@@ -357,7 +399,8 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
         record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
-        with record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt") as console:
+        own = rank_log(out, world.rank)
+        with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
             for note in dict.fromkeys([*setting.dataset.notes, *said]):

@@ -1,15 +1,19 @@
 """`main(RECIPE)` or `sweep(RECIPES)`: the last line of every recipe. Parses and checks before anything heavy is imported or any process group starts."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gidef.config import Recipe, problems
+from gidef.restart import began
 from gidef.stopping import leave_on_sigterm
 
 ERROR = 2
@@ -62,7 +66,7 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
     wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
     for row, recipe in wanted.items():
         if (base / row / "results.json").exists():
-            if not recipe.resume:
+            if not recipe.resume and not began(base / row):
                 fail(f"{base / row} holds results already: continue with --resume, or choose another --out.")
             continue
         _run(dataclasses.replace(recipe, resume=recipe.resume and (base / row / "recipe.json").exists()), f"{name} {row}")
@@ -140,9 +144,7 @@ def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
 def _run(recipe: Recipe, name: str, ranks: int = 0) -> None:
     """ranks: only tell what the run would do on so many."""
     leave_on_sigterm(recipe.out)  # before the seconds that the imports take
-    from gidef.errors import InputError
-
-    try:
+    with ending():
         if ranks:
             from gidef.dryrun import rehearse
 
@@ -151,8 +153,62 @@ def _run(recipe: Recipe, name: str, ranks: int = 0) -> None:
             from gidef.job import run_recipe
 
             run_recipe(recipe, name)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """How a run ends that does not end well.
+
+    Bad input: one message, status 2. A failure of another rank: a summary by one of the ranks that are left, with the last lines of
+    the first that failed, status 1 (2 if it was bad input). SIGTERM: at once, whatever worker threads still compute. Under torchrun the error also
+    goes into the launcher's closing message.
+    """
+    from gidef.errors import InputError, RankFailure
+
+    try:
+        yield
     except InputError as error:
+        _tell_launcher(error)
         fail(str(error), everywhere=True)
+    except RankFailure as error:
+        rank, first = _rank(), min(set(range(len(error.ranks) + 1)) - set(error.ranks))
+        if rank == first:
+            print(f"gidef: the run ended, because {error}", file=sys.stderr)
+            if error.lines:
+                print(f"gidef: its last lines{f' (all of them: {error.log})' if error.log else ''}:", file=sys.stderr)
+                print("\n".join(f"    {line.rstrip()}" for line in error.lines), file=sys.stderr)
+            print("gidef: what was saved is whole: --resume goes on from it.", file=sys.stderr, flush=True)
+        sys.exit(ERROR if error.bad_input else 1)
+    except SystemExit as error:
+        if error.code != 128 + signal.SIGTERM:
+            raise
+        deadline = time.monotonic() + GRACE_S
+        for thread in threading.enumerate():  # the interpreter itself would wait for them without end
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code)
+    except Exception as error:
+        _tell_launcher(error)
+        raise
+
+
+GRACE_S = 5.0
+"""After SIGTERM, worker threads may save what they have for so long; attack chunks look at a flag."""
+
+
+def _tell_launcher(error: Exception) -> None:
+    """torchrun prints the first failure of all its workers when it exits, if they write it down for it."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def _rank() -> int:
+    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(text) if text.isdigit() else 0
 
 
 def parse(recipe: Recipe, args: list[str], name: str) -> Recipe:

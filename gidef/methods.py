@@ -96,11 +96,11 @@ def make_case(
     model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
     unknowns = searched_of(defence.encoders, run.setting.dataset.image_shape, recipe.evaluation.batch_size) if observe.adapts(attack) else {}
     return Case(
-        attack=attack, rounds=seen, simulator=observe.observed_simulator(
+        attack=attack, rounds=seen, simulator=observe.cohort_simulator(run, trained, observe.observed_simulator(
             run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
-        ),
+        )),
         gradient=defence.simulator(terms="utility", progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
-        num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained), latent_shape=defence.noise_shape,
+        num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gidef import config
-from gidef.attack import local_sgd, recover_labels
+from gidef.attack import local_sgd
+from gidef.attack.simulate import MEMBERS, cohort_mean
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
 from gidef.defence.share import imitated, revealed
@@ -29,7 +30,8 @@ class Victims:
     """Private batches in one release. O batches of B images; rows: of the training split, int64 (O, B); owners: a client per batch.
 
     images: float32 (O, B, C, H, W) in [0, 1].  labels: int64 (O, B).  noise: each batch's draw, (B, *latent_shape) or with
-    a leading axis of local steps, or None.  private: what the client keeps.  updates: what it released.
+    a leading axis of local steps, or None.  private: what the client keeps.  updates: what it released; where the server sees sums alone, the mean
+    over a cohort.  company: the other clients of each batch's cohort then, else empty.
     """
 
     rows: Tensor
@@ -39,6 +41,22 @@ class Victims:
     noise: list[Tensor | None]
     private: list[Tensors]
     updates: list[Tensors]
+    company: list[Company] = field(default_factory=list)
+
+    def all_labels(self, batch: int) -> Tensor:
+        """Of everybody in the observed sum, the victims' first: int64 (M · B,)."""
+        return torch.cat([self.labels[batch], self.company[batch].labels.flatten()]) if self.company else self.labels[batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """The M − 1 other clients in the sum with a batch, B images each: images (M − 1, B, C, H, W), labels int64 (M − 1, B); noise, private: of each."""
+
+    owners: list[int]
+    images: Tensor
+    labels: Tensor
+    noise: list[Tensor | None]
+    private: list[Tensors]
 
 
 def observed_simulator(
@@ -59,14 +77,25 @@ def observed_simulator(
     return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
 
 
-def noise_shape(run: Run, trained: Trained) -> tuple[int, ...] | None:
-    """Shape of one observation's noise: (B, *latent), with a leading axis of steps where there are several; None without noise."""
+def members(run: Run, trained: Trained) -> int:
+    """M, clients in an observed update: those that stay of a cohort where the server sees sums alone, else 1."""
+    return 1 if trained.training.defence.secure is None else len(trained.training.draw(0))
+
+
+def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate]) -> Callable[[], Simulate]:
+    """A factory of simulators of what the server sees, from one of a client's update."""
+    count = members(run, trained)
+    return make if trained.training.defence.secure is None else lambda: cohort_mean(make(), count, stepped=run.recipe.evaluation.release == "delta")
+
+
+def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:
+    """Shape of one observation's noise: (M · B, *latent), with a leading axis of steps where there are several; None without noise."""
     evaluation, latent = run.recipe.evaluation, trained.training.defence.noise_shape
     if latent is None:
         return None
     if evaluation.release == "gradient":
-        return (evaluation.batch_size, *latent)
-    return (evaluation.local_steps, evaluation.batch_size // evaluation.local_steps, *latent)
+        return (members * evaluation.batch_size, *latent)
+    return (evaluation.local_steps, members * evaluation.batch_size // evaluation.local_steps, *latent)
 
 
 def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0) -> Victims:
@@ -79,6 +108,9 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
 
     A batch belongs to the client that holds its first image: that client's decoder and front are used. Images, and so rows, are
     sorted by owner before they are cut into batches; with more images per batch than victims per client, a batch mixes clients.
+
+    Where the server sees sums alone, other clients are drawn into each batch's cohort, and of each as many of its images, from (seed, checkpoint,
+    batch); what is released is the mean over the cohort, with equal weights.
     """
     setting, recipe, device = run.setting, run.recipe, run.world.device
     size, defence, participation = recipe.evaluation.batch_size, trained.training.defence, trained.training.participation
@@ -90,35 +122,62 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     steps = Generator()
     simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss, drawn=steps)()
     shape, model = noise_shape(run, trained), copy.deepcopy(defence.model)
-    owners, noises, privates, updates = [], [], [], []
+    owners, noises, privates, updates, companies = [], [], [], [], []
     participation.versions = dict(snapshot.versions)
-    for batch, members in enumerate(rows.tolist()):
-        owner = setting.owner(members[0])[0]
+    again = [repeat] if repeat else []
+
+    def sent(owner: int, images: Tensor, labels: Tensor, frozen: Tensor | None, batch: int | str) -> tuple[Tensor | None, Tensors, Tensors]:
+        """(noise, private, update) of a client and its batch."""
         private = {name: tensor.to(device) for name, tensor in participation.state(owner).items()}
-        noise = None
+        noise = frozen
         if shape is not None:
-            noise = _frozen(run, trained, members, seed=seed)
             if noise is None:
                 count = math.prod(shape[: len(shape) - len(defence.noise_shape)])
-                stream = ("victim-noise", snapshot.name, batch, *([repeat] if repeat else []))
-                noise = defence.draw_noise(count, generator=generator(seed, *stream))
+                noise = defence.draw_noise(count, generator=generator(seed, "victim-noise", snapshot.name, batch, *again))
             noise = noise.view(shape).to(device)
-        again = [repeat] if repeat else []
         steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
-        inputs, targets = trained_on(run, trained, snapshot, images[batch], labels[batch], owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
+        inputs, targets = trained_on(run, trained, snapshot, images, labels, owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
         update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
         own = _at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
-        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
+        return noise, private, defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
+
+    for batch, row in enumerate(rows.tolist()):
+        owner = setting.owner(row[0])[0]
+        noise, private, update = sent(owner, images[batch], labels[batch], _frozen(run, trained, row, seed=seed), batch)
+        if defence.secure is not None:
+            company, beside = _company(run, trained, snapshot, sent, owner=owner, batch=batch, seed=seed)
+            update = {name: torch.stack([tensor, *(other[name] for other in beside)]).mean(0) for name, tensor in update.items()}
+            companies.append(company)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
         updates.append(update)
-    return Victims(rows, owners, images, labels, noises, privates, updates)
+    return Victims(rows, owners, images, labels, noises, privates, updates, companies)
+
+
+def _company(
+    run: Run, trained: Trained, snapshot: Snapshot, sent: Callable[..., Any], *, owner: int, batch: int, seed: int
+) -> tuple[Company, list[Tensors]]:
+    """The other clients of a batch's cohort, and their updates."""
+    setting, size, device = run.setting, run.recipe.evaluation.batch_size, run.world.device
+    draw = generator(seed, "victim-company", snapshot.name, batch)
+    others = [client for client in torch.randperm(len(setting.clients), generator=draw).tolist() if client != owner]
+    owners = sorted(others[: members(run, trained) - 1])
+    images, labels, found = [], [], []
+    for number in owners:
+        client = setting.clients[number]
+        rows = torch.randint(client.num_examples, (size,), generator=draw)
+        images.append(client.images[rows.to(client.images.device)].to(device, torch.float32).div_(255))
+        labels.append(client.labels[rows.to(client.labels.device)].to(device))
+        table = trained.training.defence.frozen_noise(client, seed=seed)
+        found.append(sent(number, images[-1], labels[-1], None if table is None else table[rows], f"{batch} beside {number}"))
+    noises, privates, updates = ([one[place] for one in found] for place in range(3))
+    return Company(owners, torch.stack(images), torch.stack(labels), noises, privates), updates
 
 
 def trained_on(
-    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int, seed: int, repeat: int = 0
+    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int | str, seed: int, repeat: int = 0
 ) -> tuple[Tensor, Tensor]:
     """What a victim's client computes its update of: its batch and the classes as probabilities, encoded where the defence encodes."""
     defence, targets = trained.training.defence, F.one_hot(labels, run.setting.dataset.num_classes).to(images.dtype)
@@ -187,16 +246,16 @@ def observations(
     initial = training.defence.initial()
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
+    others = [name for name in _ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
     found = []
-    for private, update, labels in zip(victims.private, victims.updates, victims.labels, strict=True):
-        if attack.labels == "recovered" and isinstance(attack, config.SkipLayers):  # from the classifier, which it sees but does not match
-            labels = recover_labels(Observation(snapshot.params, update, len(labels), kind=run.recipe.evaluation.release), run.setting.dataset.num_classes)
+    for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
+        labels = victims.all_labels(batch)
         if not isinstance(attack, config.JointMatching):
             granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
-        elif attack.decoder == "surrogate":
-            granted = {name: surrogate[name].to(tensor) if name.startswith(DECODER) else tensor for name, tensor in private.items()}
         else:
-            granted = private
+            everybody = [private, *(victims.company[batch].private if victims.company else ())]
+            granted = [{name: surrogate[name].to(t) if guessed and name.startswith(DECODER) else t for name, t in one.items()} for one in everybody]
+            granted = {MEMBERS + name: torch.stack([one[name] for one in granted]) for name in private} if victims.company else granted[0]
         matched_update = {name: update[name] for name in matched}
         found.append(
             Observation(
@@ -206,6 +265,7 @@ def observations(
                 kind=run.recipe.evaluation.release,
                 labels=_granted_labels(attack, labels),
                 known={**rest, **granted, **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
+                unmatched={name: update[name] for name in others},
             )
         )
     return found
@@ -222,14 +282,12 @@ def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | No
     stays unknown."""
     if attack.labels == "counts":
         return labels.sort().values
-    return labels if attack.labels == "known" or isinstance(attack, config.SkipLayers) else None
+    return labels if attack.labels == "known" else None
 
 
 def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str]:
     """Released tensors that an attack matches, the classifier's last, where label recovery looks for them."""
-    defence = trained.training.defence
-    order = {name: place for place, name in enumerate(defence.initial())}
-    names = sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
+    defence, names = trained.training.defence, _ordered(trained, snapshot)
     match attack:
         case config.JointMatching(decoder="unused"):
             return [name for name in names if name in set(defence.model.parts["predictor"])]
@@ -242,6 +300,12 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
     layer = defence.model.perturbation
     noise = tuple("perturbation." + prefix for prefix in layer.noise_only) if layer is not None else ()
     return [name for name in names if not name.startswith((*noise, DECODER))]
+
+
+def _ordered(trained: Trained, snapshot: Snapshot) -> list[str]:
+    """Released tensors in the model's order, what is no backbone's first."""
+    order = {name: place for place, name in enumerate(trained.training.defence.initial())}
+    return sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
 
 
 def terms(attack: config.NaiveMatching, released: str) -> str:

@@ -38,12 +38,18 @@ def gated(run: Run, cell: Cell, *, mode: str, at_once: int, path: Path) -> str:
         known = kept(path)
         key = hashlib.sha256(json.dumps([config.to_json(cell.attack), cell.defence, cell.checkpoint]).encode()).hexdigest()[:16]
         if key not in known:
-            known[key] = shift_db(run, cell, asked, mode=mode, at_once=at_once)
+            try:
+                known[key] = shift_db(run, cell, asked, mode=mode, at_once=at_once)
+            except Exception as error:  # of the model's code or the device: the attack itself will say so, each in its row
+                known[key] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
             write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
         found = known[key]
     shift = run.world.broadcast_json(found)
     if shift is None:
         run.console.notice(f"{cell.label}: no images are kept for tuning (evaluation.num_tuning), so {asked} cannot be checked: float32 is used.")
+        return "float32"
+    if isinstance(shift, str):
+        run.console.notice(f"{cell.label}: {asked} cannot be checked ({shift}): float32 is used.")
         return "float32"
     if abs(shift) >= SHIFT_DB:
         run.console.notice(f"{cell.label}: {asked} shifts the mean PSNR by {shift:+.2f} dB, {SHIFT_DB} is allowed: float32 is used.")

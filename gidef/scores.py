@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +16,19 @@ from gidef.training import Run
 from gidef.types import Reconstruction
 
 MEASURES = ("mse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
+ABOVE = "above_class_mean_db"
+"""A victim's PSNR less that of its class mean: paired, so that its interval is that of the difference."""
+JUDGED = "attacker_accuracy by "
+"""Before the name of a further judge, in `Scorer.measure`."""
 POOL = 2000
 """Further images, beside the victims, among which a reconstruction has to be identified (IIP)."""
 
 
 class Scorer:
-    """Scores reconstructions against the truth, as the evaluator, with the judge and the trivial bounds."""
+    """Scores reconstructions against the truth, as the evaluator, with the judge and the trivial bounds. more: further judges, by name."""
 
-    def __init__(self, run: Run, judge: torch.nn.Module) -> None:
-        self._run, self._judge = run, judge
+    def __init__(self, run: Run, judge: torch.nn.Module, more: Mapping[str, torch.nn.Module] | None = None) -> None:
+        self._run, self._judge, self._more = run, judge, dict(more or {})
         dataset, roles = run.setting.dataset, run.setting.roles
         train, device = dataset.train, run.world.device
         self.rows = roles.victims
@@ -42,23 +48,26 @@ class Scorer:
                 "attacker_accuracy": metrics.attacker_correct(self._judge, images, labels),
                 "iip": metrics.iip(images, truth, labels, self._pool, self._pool_labels),
                 "feature_distance": metrics.feature_distance(self._judge.features, images, truth),
+                **{JUDGED + name: metrics.attacker_correct(judge, images, labels) for name, judge in self._more.items()},
             }  # fmt: skip
         return {name: value.double().cpu() for name, value in values.items()}
 
     def score(self, victims: Victims, reconstructions: list[Reconstruction]) -> dict[str, Tensor]:
-        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels, the PSNR of the
-        start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
+        """Values per victim in the order of victims.rows, after pairing each batch with its truth; plus `recovered` labels (NaN of failed
+        attacks, which guessed none), the PSNR of the start that the truth would choose, and psnr_on_the_way (observations, snapshots) where attacks kept any."""
         paired, oracle, recovered, curves = [], [], [], []
-        for found, truth, labels in zip(reconstructions, victims.images, victims.labels, strict=True):
+        for batch, (found, truth) in enumerate(zip(reconstructions, victims.images, strict=True)):
             images = found.images.to(truth)
             paired.append(images[metrics.pair(images, truth)])
-            recovered.append(metrics.label_recovery(found.labels.cpu(), labels.cpu()))
+            recovered.append(_recovered(found.labels.cpu(), victims, batch) if found.status == "ok" else math.nan)
             starts = found.restart_images if found.restart_images is not None else found.images[None]
             oracle.append(float(torch.stack([_paired_psnr(start, truth) for start in starts]).max()))
             if found.snapshots is not None:
                 curves.append(torch.stack([_paired_psnr(images, truth) for images in found.snapshots.float()]))
         images = torch.cat(paired)
         values = self.measure(images, victims.images.flatten(0, 1), victims.labels.flatten())
+        truth, labels = victims.images.flatten(0, 1), victims.labels.flatten()
+        values[ABOVE] = values["psnr_db"] - metrics.psnr_db(self.guess("class mean", truth, labels), truth).double().cpu()
         values["images"] = images.cpu()
         values["recovered"] = torch.tensor(recovered, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
         values["oracle_psnr_db"] = torch.tensor(oracle, dtype=torch.float64).repeat_interleave(victims.labels.shape[1])
@@ -84,26 +93,39 @@ class Scorer:
         found = []
         for name in ("constant grey", "mean image", "class mean", "nearest public neighbour"):
             values = self.measure(self.guess(name, self.truth, self.labels), self.truth, self.labels)
-            found.append({"name": name, **{key: measured(values[key], key, seed=0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}})
+            measures = {key: measured(values[key], key, seed=0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
+            found.append({"name": name, **measures, **by_judge(values)})
         return found
 
     def judge_record(self) -> dict[str, Any]:
+        others = {name: self._known(judge) for name, judge in self._more.items()}
+        own = self._known(self._judge) | {"chance": 1 / self._run.setting.dataset.num_classes, "pool": len(self._pool)}
+        return own | ({"others": others} if others else {})
+
+    def _known(self, judge: torch.nn.Module) -> dict[str, float]:
         test = self._run.setting.dataset.test
         with torch.no_grad():
-            outputs = [
-                self._judge(batch.to(self._run.world.device, torch.float32).div_(255)).cpu() for batch in test.images.split(500)
-            ]
-            truth = metrics.attacker_accuracy(self._judge, self.truth, self.labels)
-        return {
-            "accuracy_on_truth": truth, "accuracy_on_test": metrics.accuracy(torch.cat(outputs), test.labels.cpu()),
-            "chance": 1 / self._run.setting.dataset.num_classes, "pool": len(self._pool),
-        }  # fmt: skip
+            outputs = [judge(batch.to(self._run.world.device, torch.float32).div_(255)).cpu() for batch in test.images.split(500)]
+            truth = metrics.attacker_accuracy(judge, self.truth, self.labels)
+        return {"accuracy_on_truth": truth, "accuracy_on_test": metrics.accuracy(torch.cat(outputs), test.labels.cpu())}
+
+
+def _recovered(found: Tensor, victims: Victims, batch: int) -> float:
+    """Share of the labels that an attacker had right: of everybody's where it recovered the sum of a cohort."""
+    everybody = victims.all_labels(batch) if len(found) > victims.labels.shape[1] else victims.labels[batch]
+    return metrics.label_recovery(found, everybody.cpu())
 
 
 def _paired_psnr(images: Tensor, truth: Tensor) -> Tensor:
     """Mean PSNR of a batch after pairing, in dB."""
     images = images.to(truth)
     return metrics.psnr_db(images[metrics.pair(images, truth)], truth).mean()
+
+
+def by_judge(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A row's field with the attacker accuracy by each further judge; none without any."""
+    found = {name.removeprefix(JUDGED): measured(value, "attacker_accuracy", seed=0) for name, value in values.items() if name.startswith(JUDGED)}
+    return {"attacker_accuracy_by": found} if found else {}
 
 
 def measured(values: Tensor, name: str, *, seed: int) -> dict[str, float]:

@@ -22,6 +22,8 @@ from gidef.errors import InputError
 # B samples, C channels, H, W
 DEPENDENCE = ("pearson2", "ssim", "neg_mse", "dcor", "cka")
 """Names that `dependence` knows."""
+COUPLES_BATCH = ("dcor", "cka")
+"""Those of them that have no value per image."""
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -154,17 +156,28 @@ def dependence(name: str, x: Tensor, y: Tensor, *, ssim_threshold: float = 0.1, 
     _check_images(x, y)
     x, y = _widened(x), _widened(y)
     match name:
-        case "pearson2":
-            return pearson2(x, y).mean()
-        case "ssim":
-            flat = _is_flat(_without_channel_means(x)) | _is_flat(_without_channel_means(y))
-            return torch.where(flat, 0.0, (ssim(x, y) - ssim_threshold).clamp(min=0)).mean()
-        case "neg_mse":
-            return -(x - y).square().mean((-3, -2, -1)).clamp(max=mse_cap).mean()
         case "dcor":
             return distance_correlation(x, y)
         case "cka":
             return cka(x, y)
+    return dependence_of_each(name, x, y, ssim_threshold=ssim_threshold, mse_cap=mse_cap).mean()
+
+
+def dependence_of_each(name: str, x: Tensor, y: Tensor, *, ssim_threshold: float = 0.1, mse_cap: float = 0.1) -> Tensor:
+    """The values (B,) whose mean is `dependence`, of the names that have one per image: "pearson2", "ssim" and "neg_mse".
+
+    Raises:  ValueError for another name, and for shapes that differ.
+    """
+    _check_images(x, y)
+    x, y = _widened(x), _widened(y)
+    match name:
+        case "pearson2":
+            return pearson2(x, y)
+        case "ssim":
+            flat = _is_flat(_without_channel_means(x)) | _is_flat(_without_channel_means(y))
+            return torch.where(flat, 0.0, (ssim(x, y) - ssim_threshold).clamp(min=0))
+        case "neg_mse":
+            return -(x - y).square().mean((-3, -2, -1)).clamp(max=mse_cap)
     raise InputError(f"dependence {name!r} is unknown: choose one of {', '.join(DEPENDENCE)}")
 
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import socket
+import statistics
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gidef import build, config, metrics
+from gidef import at_once, build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -22,6 +27,7 @@ from gidef.parallel import World
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
+from gidef.spans import span
 from gidef.types import ServerState, Tensors
 
 CHECKPOINTS = ("untrained", "early", "final")
@@ -137,6 +143,7 @@ def fronts(training: build.Training, params: Tensors, clients: list[int]) -> lis
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
 
 
+@span("evaluation")
 def accuracies(run: Run, training: build.Training, params: Tensors, images: Images, *, seed: int, split: str, clients: list[int]) -> list[float]:
     """Accuracy on a split, of the server's model or of each client's own front under `head`."""
     return [
@@ -159,6 +166,12 @@ class _Progress:
     seconds: float = 0.0
 
 
+def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]]:
+    """Per client: the median of its turns' seconds, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
+    logs = {client: [math.log(max(one, 1e-6)) for one in seconds] for client, seconds in turns.items()}
+    return {str(client): {"median": statistics.median(seconds), "spread": statistics.pstdev(logs[client])} for client, seconds in sorted(turns.items())}
+
+
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """Train one defence and seed to its end, or continue it; every rank calls this together.
 
@@ -176,13 +189,16 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     state = _load_checkpoint(run, key)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
+        training.costs.load(state[1]["costs"])
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
-    world.agree(f"{key}: state before round {server.round}", weights_sha256(server.params))
+    participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
+    _compare_states(world, key, server.round, _state_hash(server, best, participation.versions, progress))
     if server.round == 0:
         _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
+    turns: dict[int, list[float]] = defaultdict(list)
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
@@ -191,6 +207,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         for number, server, cohort, mean in () if stop else rounds:
             before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
+            for client, seconds in zip(cohort, mean.seconds, strict=True):
+                turns[client].append(seconds)
             values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
             accuracy = sum(values) / len(values)
             if accuracy > progress.best_accuracy:
@@ -203,9 +221,11 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             run.append(
                 "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
+                client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress)
+                at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
+                _save_checkpoint(run, key, server, best, participation.versions, progress, at_hand)
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -220,13 +240,30 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
+    times = _client_seconds(turns)
+    reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
+    run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
         meta |= _shape(run)
         export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
     world.barrier()
     return Trained(training, _snapshots(run, key), summary, sha)
+
+
+def _clients_at_once(run: Run, name: str, training: build.Training, server: ServerState) -> int:
+    """K of a training that begins; says what was found, and once for each defence."""
+    speed, path, participation = run.recipe.speed, run.folder / at_once.FILE, training.participation
+    cohort = [run.setting.clients[number] for number in training.draw(server.round)]
+    chosen = at_once.choose(
+        speed.clients_at_once, participation, server, cohort, world=run.world, slots=run.world.size * len(participation.players), path=path, name=name
+    )
+    if chosen.reason:
+        run.console.say(f"{name}: clients train one by one, as they cannot be vectorised: {chosen.reason}.")
+    elif chosen.milliseconds:
+        table = ", ".join(f"{size}: {value:.2f}" for size, value in chosen.milliseconds.items())
+        run.console.say(f"{name}: {chosen.at_once} clients at once (ms of a client's step by clients at once: {table}).")
+    return chosen.at_once
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
@@ -248,7 +285,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": sum(t.numel() for t in best.values()),
+        "parameters_shared": sum(t.numel() for t in best.values()), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
@@ -287,34 +324,69 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
-def _save_checkpoint(run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> None:
+@span("checkpoint")
+def _save_checkpoint(
+    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
+) -> None:
+    """speed: what decides, or only speeds up, how the next rounds are computed."""
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
     meta = {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
-        "seconds": progress.seconds,
+        "seconds": progress.seconds, **speed,
     }  # fmt: skip
     save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 
 
 def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | None:
-    """Rank 0 finds the newest whole checkpoint, the others read the same one."""
+    """Rank 0 finds the newest whole checkpoint, the others read the same one; what one of them cannot read is told on all."""
     if not run.recipe.resume:
         return None
-    found = load_latest(run.folder / "checkpoints" / key, notice=run.console.notice) if run.leads else None
-    number = run.world.broadcast_json(found[0] if found else None)
+    folder, found, error = run.folder / "checkpoints" / key, None, None
+    try:
+        found = load_latest(folder, notice=run.console.notice) if run.leads else None
+    except InputError as refused:
+        error = str(refused)
+    number, error = run.world.broadcast_json([found[0] if found else None, error])
+    if error is not None:
+        raise InputError(error)
     if number is None:
         return None
-    if found is None:
-        found = load_latest(run.folder / "checkpoints" / key, notice=lambda text: None, at=number)
-    if found is None or found[2]["fingerprint"] != run.fingerprint:
-        raise InputError(
-            f"the checkpoint of round {number} in {run.folder / 'checkpoints' / key} belongs to another recipe or other data: "
-            "resume with the recipe and data that began it, or choose another --out."
-        )
+    try:
+        found = found or load_latest(folder, notice=lambda text: None, at=number)
+        if found is None or found[2]["fingerprint"] != run.fingerprint:
+            error = (
+                f"the checkpoint of round {number} in {folder} belongs to another recipe or other data: "
+                "resume with the recipe and data that began it, or choose another --out."
+            )
+    except InputError as refused:
+        error = str(refused)
+    told = run.world.all_gather_json([socket.gethostname(), error])
+    bad = [(rank, host, text) for rank, (host, text) in enumerate(told) if text is not None]
+    if bad:
+        rank, host, text = bad[0]
+        raise InputError(text if run.world.size == 1 else f"rank {rank} on host {host}: {text}")
     return found[1], found[2]
+
+
+def _state_hash(server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> str:
+    """SHA-256 of all that the next round depends on."""
+    slots = {f"{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
+    plain = [sorted(versions.items()), progress.best_round, progress.best_accuracy, sorted(progress.best_versions.items()), sorted(slots)]
+    return hashlib.sha256("|".join([weights_sha256(server.params), weights_sha256(slots), weights_sha256(best), json.dumps(plain)]).encode()).hexdigest()
+
+
+def _compare_states(world: World, key: str, number: int, state: str) -> None:
+    """All ranks must be where rank 0 is. Raises InputError on every rank, with those that are elsewhere."""
+    told = world.all_gather_json([number, state, socket.gethostname()])
+    odd = [f"rank {rank} on host {host} (round {at})" for rank, (at, one, host) in enumerate(told) if (at, one) != tuple(told[0][:2])]
+    if odd:
+        raise InputError(
+            f"{key}: rank 0 on host {told[0][2]} starts after round {told[0][0]}, and {', '.join(odd)} with another state: all ranks must see the same "
+            "run folder, on a disk that all hosts share. Give such a folder as --out, or remove what differs."
+        )
 
 
 def _unpack(tensors: Tensors, meta: dict[str, Any], participation: Any, device: torch.device) -> tuple[ServerState, Tensors, _Progress]:
@@ -335,6 +407,7 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
     return {int(client): int(version) for client, version in versions.items()}
 
 
+@span("checkpoint")
 def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
     if run.leads:
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +13,34 @@ Tensors = dict[str, Tensor]
 """Named tensors, such as a model's parameters or an update. The order of names carries no meaning."""
 
 
+class Source(Protocol):
+    """A client's training data where they do not fit in memory.
+
+    batches: (epoch, rows, images uint8 (b, C, H, W), labels int64 (b,)) of each batch, on the CPU; rows int64 (b,): positions in the client's
+             data. A function of (seed, round, client) alone; a generator, which `close` ends early.
+    """
+
+    @property
+    def num_examples(self) -> int: ...
+    def batches(self, *, batch_size: int, epochs: int, seed: int, round: int) -> Generator[tuple[int, Tensor, Tensor, Tensor]]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """One client's own data.
 
     images: uint8 (n, C, H, W) in [0, 255].  labels: int64 (n,) in [0, num_classes).
+    source: what it trains on in their place, if they are only a part of its data, kept in memory.
     """
 
     id: int
     images: Tensor
     labels: Tensor
+    source: Source | None = None
 
     @property
     def num_examples(self) -> int:
-        return int(self.labels.shape[0])
+        return int(self.labels.shape[0]) if self.source is None else self.source.num_examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,7 @@ class Observation:
     num_examples: B, images in the private batch.
     labels:       int64 (B,) when the threat model grants them, else None.
     known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
+    unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
 
     The private images are not a field: nothing that attacks can reach them.
     """
@@ -84,6 +100,7 @@ class Observation:
     kind: Literal["gradient", "delta"] = "gradient"
     labels: Tensor | None = None
     known: Tensors = field(default_factory=dict)
+    unmatched: Tensors = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""Several attackers, and a judge after few and after many epochs (E5): does the verdict depend on who attacks or on who judges?
+"""Several attackers, and judges of several architectures and trainings (E5): does the verdict depend on who attacks or on who judges?
 
-Shows:  attacker accuracy by judges of 2, 6 and 12 epochs beside PSNR and SSIM, for attacks with and without knowledge of the labels.
+Shows:  attacker accuracy by the evaluator's own net after 2, 6 and 12 epochs, the client's small net, a ResNet-18 and a small vision transformer, beside PSNR
+        and SSIM, for attacks with and without knowledge of the labels.
 Expect: the order of the defences is the same for every judge.
 Costs:  an hour on 2 CPU cores; --small: some minutes.
 """
@@ -23,7 +24,7 @@ from gidef.config import (
     Rounds,
     Undefended,
 )
-from gidef.main import sweep
+from gidef.main import main
 
 RECIPE = Recipe(
     data=Data(name="bloodmnist", num_clients=10),
@@ -36,17 +37,12 @@ RECIPE = Recipe(
         "Inverting Gradients": InvertingGradients(iterations=1000), "its later settings": ModernInvertingGradients(iterations=1000),
         "GradInversion": GradInversion(iterations=1000, restarts=2), "joint": JointMatching(iterations=1000),
     },
-    evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
+    evaluation=Evaluation(num_victims=32, checkpoints=("early",), judges=("judge@2", "judge@12", "small@6", "resnet18@4", "vit_tiny_patch16_224@6")),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,
-    rounds=Rounds(count=2), evaluation=Evaluation(num_victims=4, checkpoints=("final",)), only=("undefended", "isotropic"),
+    rounds=Rounds(count=2), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2, judges=("judge@1", "small@2", "resnet10t@1")), only=("undefended", "isotropic"),
     attacks={"naive": NaiveMatching(iterations=60), "Inverting Gradients": InvertingGradients(iterations=60), "joint": JointMatching(iterations=60)},
 )  # fmt: skip
 
-
-def rows(recipe: Recipe, epochs: tuple[int, ...]) -> dict[str, Recipe]:
-    return {f"{number} epochs": replace(recipe, evaluation=replace(recipe.evaluation, judge_epochs=number)) for number in epochs}
-
-
-sweep(rows(RECIPE, (2, 6, 12)), small=rows(SMALL, (1, 3)))
+main(RECIPE, small=SMALL)

@@ -1,8 +1,8 @@
-"""Combinations (E11): the learned perturbation with changed updates and with differential privacy.
+"""Combinations (E11): the learned perturbation with changed updates, with differential privacy and with secure aggregation.
 
 Shows:  whether two defences add up, under the attack that adapts to both.
-Expect: pruning adds nothing against an attacker who matches what was sent.
-Costs:  an hour on 2 CPU cores; --small: some minutes. Needs the extra `dp`.
+Expect: pruning adds nothing against an attacker who matches what was sent; a sum over ten clients is a batch of ten times the size.
+Costs:  some hours on 2 CPU cores; --small: some minutes. Needs the extra `dp`.
 """
 
 from dataclasses import replace
@@ -21,6 +21,7 @@ from gidef.config import (
     Quantisation,
     Recipe,
     Rounds,
+    SecureAggregation,
     Undefended,
 )
 from gidef.main import main
@@ -39,6 +40,9 @@ RECIPE = Recipe(
         "learned + quantisation": (LearnedPerturbation(), Quantisation(bits=4)),
         "learned + client DP": (LearnedPerturbation(), DPSGD(target_epsilon=8.0, level="client")),
         "DP-SGD": DPSGD(target_epsilon=8.0),
+        "secure sum": SecureAggregation(),
+        "learned + secure sum": (LearnedPerturbation(), SecureAggregation()),
+        "learned + client DP + secure sum": (LearnedPerturbation(), DPSGD(target_epsilon=8.0, level="client"), SecureAggregation()),
     },
     attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early",)),

@@ -31,7 +31,7 @@ REASONS = {
     NOT_FINITE: "the observed update is not finite",
     LOST: "the attacker's loss became infinite or NaN at iteration {}",
     BROKEN: "the attack's program raised an error",
-    UNTOLD: "the labels cannot be recovered: the last layer's update is zero",
+    UNTOLD: "the labels cannot be recovered: the last layer's update is zero, not finite or degenerate",
 }
 
 
@@ -132,9 +132,10 @@ def _labels_of(observation: Observation, matching: Matching) -> tuple[Tensor, bo
     if labels is None and matching.search_labels:
         return torch.zeros(size, dtype=torch.int64), False  # unknowns of the attack; the likeliest ones are returned
     if labels is None:
+        params, update = {**observation.known, **observation.params}, {**observation.update, **observation.unmatched}
         try:
-            return recover_labels(observation, classes).cpu(), False
-        except LabelsHidden:
+            return recover_labels(dataclasses.replace(observation, params=params, update=update), classes).cpu(), False
+        except (LabelsHidden, torch.linalg.LinAlgError):
             return torch.zeros(size, dtype=torch.int64), True
     if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")

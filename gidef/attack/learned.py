@@ -263,7 +263,7 @@ def invert_learned(observations: Sequence[Observation], inverter: Inverter, *, s
             continue
         try:
             labels = (recover_labels(observation, classes) if observation.labels is None else observation.labels).long().cpu()
-        except LabelsHidden as error:
+        except (LabelsHidden, torch.linalg.LinAlgError) as error:
             images, labels = torch.full((size, *inverter.image_shape), 0.5), torch.zeros(size, dtype=torch.int64)
             found.append(Reconstruction(images, labels, math.inf, torch.tensor([math.inf]), status="failed", error=str(error)))
             continue

@@ -15,6 +15,8 @@ from gidef.types import Observation, Tensors
 
 DRAWS = "draws"
 """Under this name in `known`, `averaged` finds the noise of an iteration: (samples, *noise_shape)."""
+MEMBERS = "members/"
+"""Prefix in `known` of what the M clients of a cohort do not have in common, (M, *shape), as `cohort_mean` looks for it."""
 ALPHA, FINAL = "alpha", "final/"
 """Of `surrogate_model`: the unknown in `known`, and the prefix there of the client's weights after its local training."""
 
@@ -105,6 +107,30 @@ def without_noise(simulate: Simulate) -> Simulate:
     if hasattr(simulate, "loss"):
         noise_free.loss = lambda params, known, images, labels, noise: simulate.loss(params, known, images, labels, None)
     return noise_free
+
+
+def cohort_mean(simulate: Simulate, members: int, *, stepped: bool = False) -> Simulate:
+    """The mean update of a cohort of M clients, as secure aggregation shows it.
+
+    Args:    simulate: of one client.  members: M.  stepped: its noise has a leading axis of local steps.
+    Returns: simulate(params, known, images, labels, noise): images (M · B, C, H, W) and labels (M · B, K) stand client after client; noise is
+             (M · B, *latent), or if stepped (steps, M · B / steps, *latent), in each step client after client. known: tensors under MEMBERS are one for each client, all others are everybody's.
+    """
+
+    def mean(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+        own = {name.removeprefix(MEMBERS): tensor for name, tensor in known.items() if name.startswith(MEMBERS)}
+        common = {name: tensor for name, tensor in known.items() if not name.startswith(MEMBERS)}
+        parts = [tensor.unflatten(0, (members, -1)) for tensor in (images, labels)]
+        if noise is not None:
+            noise = noise.unflatten(1, (members, -1)).movedim(1, 0) if stepped else noise.unflatten(0, (members, -1))
+
+        def of_one(own: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+            return simulate(params, {**common, **own}, images, labels, noise)
+
+        updates = vmap(of_one, in_dims=(0, 0, 0, None if noise is None else 0))(own, *parts, noise)
+        return {name: tensor.mean(0) for name, tensor in updates.items()}
+
+    return mean
 
 
 def averaged(simulate: Simulate) -> Simulate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gidef.errors import InputError
 from gidef.rng import generator
+from gidef.spans import span
 from gidef.types import Client, Tensors
 
 
@@ -24,8 +26,9 @@ class Player(Protocol):
     loss:   scalar for one batch; may first take steps on `kept`. images float32 (B, C, H, W) in [0, 1], labels
             int64 (B,), rows int64 (B,): the examples' positions in the client's data, epoch: from 0.
 
-    Two more may be there, and then take the place of what this page has.
+    Three more may be there, and then take the place of what this page has.
     draw_batches:   as `batches`; a batch may be empty.
+    backward:       of the loss's backward pass, without an argument and without autocast, for a player whose gradients are not all `loss`'s.
     fill_gradients: of `loss` and its backward pass: leaves in every parameter's `grad` what the client's optimiser is to step by, and returns
                     the loss. Called without autocast.
     """
@@ -71,8 +74,28 @@ def batches(client: Client, *, batch_size: int, epochs: int, seed: int, round: i
     """(epoch, rows) of each batch: a fresh permutation per epoch, a function of (seed, round, client) alone. The last batch may be smaller."""
     order = generator(seed, "order", round, client.id)
     for epoch in range(epochs):
-        for rows in torch.randperm(client.num_examples, generator=order).split(batch_size):
+        # to the images' device once an epoch: each copy waits for the device
+        for rows in torch.randperm(client.num_examples, generator=order).to(client.images.device).split(batch_size):
             yield epoch, rows
+
+
+def examples(
+    player: Player, client: Client, settings: LocalSettings, *, device: torch.device, seed: int, round: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(epoch, rows, images float32 (b, C, H, W) in [0, 1], labels) of each batch of a client's round, on the device; from memory or streamed.
+
+    Raises: InputError for a streamed client whose player draws its batches itself: they would need every image at hand.
+    """
+    drawn = {"batch_size": settings.batch_size, "epochs": settings.epochs, "seed": seed, "round": round}
+    if client.source is None:
+        for epoch, rows in getattr(player, "draw_batches", batches)(client, **drawn):
+            yield epoch, *_batch(client, rows, device)
+        return
+    if hasattr(player, "draw_batches"):
+        raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
+    with contextlib.closing(client.source.batches(**drawn)) as streamed:
+        for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
+            yield epoch, rows.to(client.images.device), images.to(device).to(torch.float32).div_(255), labels.to(device)
 
 
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
@@ -82,6 +105,7 @@ def load_parameters(module: nn.Module, tensors: Tensors) -> None:
         torch._foreach_copy_([parameters[name] for name in tensors], [value.to(parameters[name].device) for name, value in tensors.items()])
 
 
+@span("steps")
 def train_locally(
     player: Player,
     start: Tensors,
@@ -116,6 +140,7 @@ def train_locally(
     device = parameters[0].device
     total, num_batches, steps, pending = torch.zeros((), dtype=torch.float64, device=device), 0, 0, 0
 
+    @span("optimiser")
     def step() -> None:
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         if pending > 1:
@@ -133,18 +158,15 @@ def train_locally(
 
     optimiser.zero_grad(set_to_none=True)
     per_epoch = -(-client.num_examples // settings.batch_size)
-    draw_batches, fill_gradients = getattr(player, "draw_batches", batches), getattr(player, "fill_gradients", None)
-    for epoch, rows in draw_batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
-        rows = rows.to(client.images.device)
-        images = client.images[rows].to(device, torch.float32).div_(255)
-        labels = client.labels[rows].to(device)
+    fill_gradients = getattr(player, "fill_gradients", None)
+    for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
         if fill_gradients is not None:
             loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
         else:
             # without the cache: it would give a player that steps inside its loss the rounded weights of before the step
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
                 loss = player.loss(images, labels, rows=rows, epoch=epoch)
-            loss.backward()
+            (player.backward if hasattr(player, "backward") else loss.backward)()
         total += loss.detach()
         num_batches, pending = num_batches + 1, pending + 1
         if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own
@@ -157,6 +179,13 @@ def train_locally(
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
     delta = torch._foreach_sub([p.detach() for p in parameters], origin)
     return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
+
+
+@span("data")
+def _batch(client: Client, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """rows, images float32 in [0, 1], labels."""
+    rows = rows.to(client.images.device)
+    return rows, client.images[rows].to(device, torch.float32).div_(255), client.labels[rows].to(device)
 
 
 def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

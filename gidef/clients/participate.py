@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
+from gidef.clients.local import LocalResult, LocalSettings, Player, load_parameters, train_locally
+from gidef.clients.vectorised import cut_into_groups, train_together
 from gidef.rng import generator
+from gidef.spans import span
 from gidef.types import Client, Own, ServerState, Tensors, Update
 
 SharePolicy = Literal["full", "head", "all"]
@@ -22,6 +25,16 @@ AT_HAND = 8
 class Store(Protocol):
     def get(self, client_id: int, version: int | None) -> Tensors | None: ...
     def put(self, client_id: int, round: int, tensors: Tensors) -> None: ...
+
+
+class _Begun(NamedTuple):
+    """What a client starts its round with: all tensors, the model's, SCAFFOLD's correction and control variate, and whether it is new."""
+
+    tensors: Tensors
+    start: Tensors
+    correction: Callable[[str], torch.Tensor] | None
+    control: Tensors
+    first: bool
 
 
 def shared_names(initial: Tensors, predictor: Sequence[str], policy: SharePolicy) -> tuple[str, ...]:
@@ -54,6 +67,9 @@ class Participation:
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
         self._share, self._alike = share, alike or scaffold
         self._private = tuple(name for name in initial if name not in self._shared)
+        self._stacked = [getattr(player, "stacked", lambda: None)() for player in players]
+        self.at_once = 1
+        """Clients that train as one program, see `groups`."""
         self.versions: dict[int, int] = {}
         """client → the last round in which it took part; the consumer of the rounds keeps it, the same on every rank."""
 
@@ -74,25 +90,75 @@ class Participation:
         stored = self._store.get(client_id, self.versions.get(client_id)) if self._private or self._scaffold else None
         return stored if stored is not None else {name: self._initial[name] for name in self._private}
 
+    @property
+    def can_vectorise(self) -> bool:
+        """Whether the players' game can be stacked at all."""
+        return None not in self._stacked
+
+    def groups(self, cohort: Sequence[Client]) -> list[list[int]]:
+        """Positions in the cohort of the clients that train as one program: a function of the cohort and `at_once` alone."""
+        if self.at_once == 1:
+            return [[position] for position in range(len(cohort))]
+        return cut_into_groups([client.num_examples for client in cohort], self.at_once)
+
+    @span("client")
     def train(self, server: ServerState, client: Client, worker: int = 0) -> Update:
         """Local training in round `server.round`; only the returned update leaves the client."""
+        begun = self._begin(server, client)
+        return self._end(server, client, self.players[worker], begun, *self._alone(server, client, begun, self._settings, worker))
+
+    def train_group(self, server: ServerState, clients: Sequence[Client], worker: int = 0) -> list[Update]:
+        """`train` of several clients as one program, or of one."""
+        if len(clients) == 1:
+            return [self.train(server, clients[0], worker)]
+        begun = [self._begin(server, client) for client in clients]
+        results = self._together(server, clients, begun, self._settings, worker)
+        return [self._end(server, client, self.players[worker], own, *result) for client, own, result in zip(clients, begun, results, strict=True)]
+
+    def rehearse(self, server: ServerState, clients: Sequence[Client], steps: int) -> int:
+        """The first steps of `train_group`, of which nothing is left; returns how many all clients took together."""
+        settings, begun = dataclasses.replace(self._settings, steps=steps), [self._begin(server, client) for client in clients]
+        if len(clients) == 1:
+            return self._alone(server, clients[0], begun[0], settings, 0)[0].steps
+        return sum(result.steps for result, _ in self._together(server, clients, begun, settings, 0))
+
+    def _alone(self, server: ServerState, client: Client, begun: _Begun, settings: LocalSettings, worker: int) -> tuple[LocalResult, Tensors]:
+        """What local training makes of the model, and the decoder as it is then."""
         player = self.players[worker]
+        if player.kept is not None:
+            load_parameters(player.kept, _decoders(begun.tensors))
+        player.begin(client, seed=self._seed, round=server.round, progress=self._progress(server), first=begun.first)
+        result = train_locally(player, begun.start, client, settings, seed=self._seed, round=server.round, correction=begun.correction)
+        return result, {name: p.detach().clone() for name, p in player.kept.named_parameters()} if player.kept is not None else {}
+
+    def _together(
+        self, server: ServerState, clients: Sequence[Client], begun: Sequence[_Begun], settings: LocalSettings, worker: int
+    ) -> list[tuple[LocalResult, Tensors]]:
+        """`_alone` of each, as one program."""
+        return train_together(
+            self._stacked[worker], [own.start for own in begun], [_decoders(own.tensors) for own in begun], clients, settings,
+            seed=self._seed, round=server.round, progress=self._progress(server), first=[own.first for own in begun],
+            corrections=[own.correction for own in begun] if self._scaffold else None,
+        )  # fmt: skip
+
+    def _progress(self, server: ServerState) -> float:
+        return server.round / max(self._rounds, 1)
+
+    def _begin(self, server: ServerState, client: Client) -> _Begun:
         kept = self._kept(client.id)
         tensors = {name: server.params.get(name, kept.get(name)) for name in self._initial}
         start = {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
-        if player.kept is not None:
-            load_parameters(player.kept, {name.removeprefix(DECODER): t for name, t in tensors.items() if name.startswith(DECODER)})
-        progress = server.round / max(self._rounds, 1)
-        player.begin(client, seed=self._seed, round=server.round, progress=progress, first=client.id not in self.versions)
         correction, control = self._correction(server, kept) if self._scaffold else (None, {})
-        result = train_locally(player, start, client, self._settings, seed=self._seed, round=server.round, correction=correction)
+        return _Begun(tensors, start, correction, control, client.id not in self.versions)
 
+    def _end(self, server: ServerState, client: Client, player: Player, begun: _Begun, result: LocalResult, decoder: Tensors) -> Update:
+        """What leaves and what stays."""
+        tensors, start, control = begun.tensors, begun.start, begun.control
         after = {name: start[name] + step.to(start[name].device) for name, step in result.delta.items()}
         delta = {name: step.to(start[name].device) for name, step in result.delta.items()}
-        if player.kept is not None:
-            decoder = {DECODER + name: p.detach().clone().to(tensors[DECODER + name].device) for name, p in player.kept.named_parameters()}
-            after |= decoder
-            delta |= {name: tensor - tensors[name] for name, tensor in decoder.items()}
+        decoder = {DECODER + name: tensor.to(tensors[DECODER + name].device) for name, tensor in decoder.items()}
+        after |= decoder
+        delta |= {name: tensor - tensors[name] for name, tensor in decoder.items()}
         keep = {name: after[name] for name in self._private}
         sent = {name: delta[name] for name in self._initial if name in self._shared}
         if self._share is not None:
@@ -112,7 +178,7 @@ class Participation:
 
     def _at_hand(self, player: Player, params: Tensors, client: Client, round: int) -> Own:
         """Some of the client's images, beside its model."""
-        rows = torch.randperm(client.num_examples, generator=generator(self._seed, "at hand", round, client.id))[:AT_HAND].to(client.images.device)
+        rows = torch.randperm(len(client.labels), generator=generator(self._seed, "at hand", round, client.id))[:AT_HAND].to(client.images.device)
         device = next(player.model.parameters()).device
         images = client.images[rows].to(device, torch.float32).div_(255)
         return Own(player.model, {name: tensor.to(device) for name, tensor in params.items()}, images, client.labels[rows].to(device))
@@ -128,3 +194,8 @@ class Participation:
             return server_control.get(name, zero) - control.get(name, zero) if name in self._shared else zero
 
         return correction, control
+
+
+def _decoders(tensors: Tensors) -> Tensors:
+    """The decoder's tensors under its own names."""
+    return {name.removeprefix(DECODER): tensor for name, tensor in tensors.items() if name.startswith(DECODER)}

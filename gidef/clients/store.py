@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gidef.checkpoint import load_file, save_file
-from gidef.errors import InputError
+from gidef.errors import InputError, StorageError
 from gidef.types import Tensors
 
 _FILE = re.compile(r"client-(\d+)\.round-(\d+)\.safetensors(\.[0-9a-f]+\.tmp)?")
@@ -81,12 +81,12 @@ class ClientStore:
         try:
             state, meta = load_file(self._path(client, version))
         except InputError as error:
-            raise InputError(
+            raise StorageError(
                 f"client {client} took part in round {version}, but its state of that round cannot be read: {error}. "
                 "All ranks must see the same folder; restore the file, or start over in an empty folder"
             ) from error
         if meta != {"client": client, "round": version}:
-            raise InputError(f"{self._path(client, version)} holds the state of {meta}: a renamed file? Restore it, or start over")
+            raise StorageError(f"{self._path(client, version)} holds the state of {meta}: a renamed file? Restore it, or start over")
         return state
 
     def _remember(self, client: int, version: int, state: Tensors) -> None:

@@ -61,9 +61,11 @@ from gidef.config.defences import (  # noqa: F401  (the page of defences)
     Precode,
     Pruning,
     Quantisation,
+    SecureAggregation,
     Sign,
     Soteria,
     Undefended,
+    trains,
 )
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +121,15 @@ class Data:
     """Each client holds at least this many images."""
     split_seed: int = 0
     """Seeds the partition, the victims and a missing validation split; the same for all `seeds`."""
+    stream: bool = False
+    """Clients read their images from WebDataset shards of their own while they train: `path` with a {client} in it, such as
+    "shards/client-{client:05d}-*.tar", a folder that `gidef data convert --clients` filled, or `client_shards`. `partition` has no say."""
+    client_shards: tuple[str, ...] = ()
+    """One shard pattern per client, in the place of `path`."""
+    stream_sample: int = 4000
+    """Of streams: images that stay in memory, of all clients, for victims, tuning, judge and, without shards of their own, validation and test."""
+    stream_buffer: int = 1024
+    """Of streams: examples that are shuffled among one another; a client with no more trains in the order, and to the bits, of images in memory."""
 
 
 # --- model ---------------------------------------------------------------------------------------------------------
@@ -230,6 +241,34 @@ class Scaffold:
 
 
 @_config
+class Mean:
+    """Weighted by examples, summed exactly."""
+
+
+@_config
+class Median:
+    """Of every coordinate over the clients; Yin et al. 2018. Holds while fewer than half of them lie."""
+
+
+@_config
+class TrimmedMean:
+    """Of every coordinate, without the smallest and the largest values; Yin et al. 2018."""
+
+    share: float = 0.1
+    """Of the cohort, left out at each end, in [0, 1/2), rounded up to clients."""
+
+
+@_config
+class Krum:
+    """The update nearest to its neighbours, or the mean of several; Blanchard et al. 2017."""
+
+    byzantine: int = 1
+    """Clients f that may lie; the cohort has at least 2 f + 3."""
+    chosen: int = 1
+    """Updates that are averaged; more than 1 is Multi-Krum."""
+
+
+@_config
 class Rounds:
     """How many rounds, over how many clients, and the server's step."""
 
@@ -240,6 +279,8 @@ class Rounds:
     cohort_size: int | None = None
     """Clients drawn per round without replacement; None takes all."""
     server: FedAvg | FedAdam | FedYogi | FedAdagrad | Scaffold = FedAvg()
+    aggregate: Mean | Median | TrimmedMean | Krum = Mean()
+    """What becomes of the cohort's updates; all but the mean need every client's own, and count no examples."""
     patience: int | None = 40
     """Stop after so many rounds without a better validation accuracy; None never stops early. The best round's model is kept."""
 
@@ -267,6 +308,16 @@ class Evaluation:
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
     judge_epochs: int = 6
+    judges: tuple[str, ...] = ()
+    """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as
+    NAME or NAME@EPOCHS, e.g. ("judge@2", "resnet18@4"); without epochs those of `judge_epochs`."""
+
+    def judge_named(self, text: str) -> tuple[str, int]:
+        """(network, epochs) of one of `judges`.  Raises: ValueError for epochs that are no positive whole number."""
+        name, at, epochs = text.partition("@")
+        if not name or (at and not (epochs.isdecimal() and int(epochs) > 0)):
+            raise ValueError(f"evaluation.judges holds {text!r}: expected NAME or NAME@EPOCHS, e.g. resnet18@4.")
+        return name, int(epochs) if at else self.judge_epochs
 
 
 @_config
@@ -279,25 +330,35 @@ class Speed:
     """Threads inside one operator. One by default on every machine, because it changes the last bits; cores are used by `workers`."""
     workers: int = 0
     """Clients (or attack chunks) that a rank works on at the same time; 0 takes the rank's share of the cores, 1 on a GPU."""
+    clients_at_once: int = 1
+    """K: clients that a worker trains as one program, to rounding what 1, a loop, gives. 0 finds it by a short calibration on the first cohort,
+    kept in the run's folder; it pays for small nets and batches. Clients that cannot be vectorised take the loop, and the run says so."""
     attacks_at_once: int = 0
     """K: attacks in one program; 0 finds it by a short calibration, whose table is shown and kept in the run's folder."""
     attack_mode: Literal["auto", "loop", "vmap", "traced", "compiled"] = "auto"
     """How a program runs, see gidef.attack.program; auto takes the fastest in the calibration."""
     compile: bool = False
     """Let the calibration try compiled programs: worth it for long attacks, as compiling takes up to minutes."""
+    decoders: int = 2
+    """Threads that read and decode images for each client that streams them."""
     attack_precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     """Of the simulated client's pass, behind a parity gate on victims kept for tuning; the matching loss is float32 always. tf32 needs a GPU."""
     schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
     """How attacks are dealt out to ranks: by expected cost, in turn, or from a common queue as ranks become free."""
+    clients_schedule: Literal["longest_first", "static", "dynamic"] = "longest_first"
+    """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
+    or from a common queue as ranks become free. The model's bits are the same."""
     deterministic: bool = False
     """Deterministic kernels on a GPU (slower)."""
-    timeout_s: float = 3600.0
-    """A collective that waits longer ends the run with an error. A rank that died is noticed at once; this bounds a silent cut, and
-    must exceed the longest single attack chunk, for which idle ranks wait."""
+    timeout_s: float = 180.0
+    """A rank that gives no sign of life for so long (stopped, cut off) ends the run, with its name; one that was killed is noticed at once."""
+    stall_s: float = 3600.0
+    """Longest wait for a rank that is alive but does not come: above the longest attack chunk, and the longest training of one client."""
 
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew
 Server = FedAvg | FedAdam | FedYogi | FedAdagrad | Scaffold
+Aggregate = Mean | Median | TrimmedMean | Krum
 Clients = LocalTraining | SingleGradient
 
 
@@ -337,8 +398,8 @@ class Recipe:
 
 _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of this page that has the field
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
-    "per_client": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
-    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
+    "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
+    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
@@ -346,11 +407,12 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
-_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
+_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
-_LESS_THAN |= {"delta": 1}
+_LESS_THAN |= {"delta": 1, "dropouts": 1}
+_AT_LEAST |= {"dropouts": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
@@ -366,6 +428,8 @@ def problems(recipe: Recipe) -> list[str]:
             f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
             "replacement. Lower one or raise the other."
         )
+    found.extend(_stream_problems(recipe))
+    found.extend(_aggregate_problems(recipe))
     if not recipe.seeds:
         found.append("seeds is empty: give at least one, e.g. --seeds 0.")
     if len(set(recipe.seeds)) != len(recipe.seeds):
@@ -400,12 +464,14 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
         found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
-        if sum(not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False) for part in parts) > 1 and not _coupled(parts):
+        found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
+        if sum(map(trains, parts)) > 1 and not _coupled(parts):
             found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
         for part in parts:
             if isinstance(part, CapacityNoise):
-                if part.front == "frozen" and getattr(recipe.clients, "weight_decay", 0):
-                    found.append(f"defences.{name}: front=frozen, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                still = [f"{what}={how}" for what, how in (("front", part.front), ("level", part.level)) if how in ("frozen", "fixed")]
+                if still and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: {' and '.join(still)}, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
                 if not part.std_floor:
                     found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
             if isinstance(part, CVB) and part.kernel % 2 == 0:
@@ -428,7 +494,7 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered or searched labels.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
-        if isinstance(attack, (MultiRound, ImprintServer)) and recipe.evaluation.release != "gradient":
+        if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":
             found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
         found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
@@ -442,10 +508,54 @@ def problems(recipe: Recipe) -> list[str]:
             f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
             "each local step takes an equal slice of the batch. Change one of them."
         )
+    for text in recipe.evaluation.judges:
+        try:
+            recipe.evaluation.judge_named(text)
+        except ValueError as error:
+            found.append(str(error))
+    if len(set(recipe.evaluation.judges)) != len(recipe.evaluation.judges):
+        found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
     if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _stream_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of streaming clients."""
+    data, found = recipe.data, []
+    if not data.stream:
+        return ["data.client_shards names shards to stream from: set data.stream=True, or leave it out."] if data.client_shards else []
+    if (data.path is None) == (not data.client_shards):
+        found.append("data.stream needs the clients' shards: give data.path with a {client}, or data.client_shards, and not both.")
+    for name, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+            found.append(f"defences.{name}: a DPSGD of images draws each step from all of a client's images: set level=client, or data.stream=False.")
+    return found
+
+
+def _aggregate_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of an aggregation that needs single updates."""
+    rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    if isinstance(rule, Mean):
+        return []
+    name = type(rule).__name__
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
+    for key, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+            found.append(f"defences.{key}: the noise of a DPSGD of clients is measured out for their mean, not for {name}: set level=sample, or aggregate=Mean.")
+    if isinstance(rule, TrimmedMean) and (not 0 <= rule.share < 0.5 or 2 * math.ceil(rule.share * size - 1e-9) >= size):
+        found.append(f"rounds.aggregate.share={rule.share} of a cohort of {size} is negative or leaves no client in the middle: change it, or draw more clients.")
+    if isinstance(rule, Krum) and size < 2 * rule.byzantine + 3:
+        found.append(f"rounds.aggregate.byzantine={rule.byzantine} needs a cohort of {2 * rule.byzantine + 3} or more, not {size}: lower it, or draw more.")
+    elif isinstance(rule, Krum) and rule.chosen > size - rule.byzantine:
+        found.append(f"rounds.aggregate.chosen={rule.chosen} of {size} clients with byzantine={rule.byzantine}: give at most {size - rule.byzantine}.")
     return found
 
 
@@ -472,9 +582,27 @@ def _data_problems(parts: tuple[Any, ...]) -> list[str]:
             found.append(f"blend={part.blend}: expected a share in [0, 1].")
     if data and any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
         found.append(f"{type(data[0]).__name__} changes the images of a batch that DPSGD counts one by one: take level=client, or leave one out.")
-    apart = [part for part in parts if not getattr(part, "changes_update", False) and part not in data and not isinstance(part, Undefended)]
+    apart = [part for part in parts if trains(part) and not isinstance(part, Undefended)]
     if any(isinstance(part, DCS) for part in data) and apart:
         found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
+
+
+def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a combination's secure aggregation, without its name."""
+    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.rounds.cohort_size or recipe.data.num_clients
+    if not secure:
+        return []
+    found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
+    if size < 2:
+        found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
+    gone = int(secure[0].dropouts * size)
+    if size - gone < min(size, 2 * size // 3 + 1):
+        found.append(f"dropouts={secure[0].dropouts} leave {size - gone} of {size} clients, fewer than the {2 * size // 3 + 1} that restore a sum: lower it.")
+    if any(getattr(part, "changes_data", False) for part in parts):
+        found.append("attacks on the sums of encoded batches are not simulated: leave SecureAggregation or the defence of data out.")
+    if gone and any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+        found.append(f"dropouts={secure[0].dropouts} take a part of DPSGD's noise along, which epsilon counts: set dropouts=0.")
     return found
 
 

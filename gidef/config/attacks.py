@@ -192,6 +192,8 @@ class LatentDecoding:
     restarts: int = 1
     steps: int = 1500
     """Of the decoder's training."""
+    batch_size: int = 64
+    """Of the decoder's training."""
     front: Literal["shadow", "known"] = "shadow"
     """Under `head`: a front that the attacker trains under the known predictor on public images, or the true one (a bound)."""
     shadow_steps: int = 500

@@ -1,5 +1,5 @@
-"""The defences that a recipe may choose. Those with `changes_update` act on what leaves, those with `changes_data` on what is trained on; both combine
-with any other in a tuple."""
+"""The defences that a recipe may choose. Those with `changes_update` act on what leaves, those with `changes_data` on what is trained on, those
+with `changes_sum` on what of a cohort the server sees; all combine with any other in a tuple."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -42,6 +42,11 @@ class LearnedPerturbation:
     decoder_lr: float = 1e-3
     decoder_width: float = 1.0
     """Multiplies the decoder's channels."""
+    decoder_loss: Literal["mse_ssim", "mse"] = "mse_ssim"
+    """L_d: MSE + (1 - SSIM) / 2, or the MSE alone, for which with dependence="neg_mse" both players play for one scalar."""
+    schedule: Literal["alternating", "simultaneous"] = "alternating"
+    """Whose step comes first. alternating: the decoder's, then the client's against the new decoder. simultaneous: both from one pass, at the same
+    weights, then the decoder's further steps: faster, and another algorithm."""
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
     cut: str | None = None
@@ -121,6 +126,9 @@ class CapacityNoise:
     """sigma_min, enforced by the client whatever the server sends."""
     frozen: bool = False
     """One noise draw per image for ever; with front="frozen" the level stands still as well, and the whole training is one release."""
+    level: Literal["learned", "fixed"] = "learned"
+    """"fixed" keeps std_init. With front="frozen" the bits of all releases of an image then add up to a lifetime bound; a level that learns from
+    the images would tell of them beside the noise."""
     front: Literal["trained", "frozen"] = "trained"
     """Of the private front: trained by the client, or kept as it is, e.g. as model.pretrained has it."""
     cut: str | None = None
@@ -322,6 +330,27 @@ class DPSGD:
         return self.level == "client"
 
 
+# --- of sums: what the server sees at all --------------------------------------------------------------------------------
+
+
+@_config
+class SecureAggregation:
+    """The server learns the sum of a cohort and no update of it: pairwise masks over exact sums (Bonawitz et al. 2017), simulated.
+
+    Attacks are given the mean over a cohort: of the victims' batch and of as many images of every other client in it. Where nobody drops out, the
+    model is that of the open sum, bit for bit. Two clients or more.
+    """
+
+    changes_sum: ClassVar[bool] = True
+    dropouts: float = 0.0
+    """Share of a drawn cohort that drops out of a round after masks were agreed, rounded down; at most a third, so that the others can unmask the sum."""
+
+
+def trains(part: Any) -> bool:
+    """Whether a defence is one of training: not of what leaves, of what is trained on, or of sums."""
+    return not any(getattr(part, name, False) for name in ("changes_update", "changes_data", "changes_sum"))
+
+
 # --- at a wanted accuracy ----------------------------------------------------------------------------------------------
 
 
@@ -375,4 +404,4 @@ def _fields(part: Any) -> set[str]:
 
 
 DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)
-DEFENCES += (MixUp, InstaHide, ATS, DCS)
+DEFENCES += (MixUp, InstaHide, ATS, DCS, SecureAggregation)

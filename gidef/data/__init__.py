@@ -7,7 +7,7 @@ from gidef.data.medmnist_sets import Entry
 from gidef.data.partition import class_counts, summary
 from gidef.data.roles import Roles, split_roles
 from gidef.data.synthetic import synthetic_blood_cells
-from gidef.data.webdataset_shards import write_webdataset
+from gidef.data.webdataset_shards import places_of_clients, write_webdataset
 
 __all__ = [
     "Dataset",
@@ -21,6 +21,7 @@ __all__ = [
     "find_local",
     "load_dataset",
     "partition",
+    "places_of_clients",
     "split_roles",
     "summary",
     "synthetic_blood_cells",

@@ -1,7 +1,8 @@
-"""PNG, JPEG, BMP and TIFF to tensors, nothing else: no format that could run code is ever opened."""
+"""PNG, JPEG, BMP, TIFF and plain arrays to tensors, nothing else: no format that could run code is ever opened."""
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Iterable
@@ -38,6 +39,40 @@ def decode(data: bytes, formats: tuple[str, ...] = ("PNG", "JPEG")) -> Tensor:
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ... on broken files
         raise InputError(f"not a readable {'/'.join(formats)} image ({error})") from error
     return torch.from_numpy(array)[None] if grey else torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def decode_array(data: bytes) -> Tensor:
+    """uint8 (C, H, W) of an .npy file that holds uint8 (C, H, W), (H, W, C) or (H, W), 1 or 3 channels, in C order.
+
+    Its bytes are taken as they are: no pickle is ever opened, and nothing is allocated by what a header claims. Raises InputError.
+    """
+    try:
+        begin, shape = _layout(data[:128])
+    except Exception as error:  # numpy raises ValueError, SyntaxError, EOFError, ... on broken headers
+        raise InputError(f"not a readable npy array ({error})") from error
+    count = int(np.prod(shape, dtype=np.float64))
+    if len(data) - begin != count:
+        raise InputError(f"an npy array of shape {shape} with {len(data) - begin} bytes")
+    array = np.frombuffer(data, np.uint8, count, begin).reshape(shape)
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and array.shape[0] not in (1, 3):
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3 or array.shape[0] not in (1, 3) or array.shape[1] * array.shape[2] > MAX_PIXELS:
+        raise InputError(f"an npy array of shape {shape}: expected (C, H, W), (H, W, C) or (H, W) with 1 or 3 channels")
+    return torch.from_numpy(array.copy())
+
+
+@functools.lru_cache(64)  # the headers of a set are alike, and parsing one takes longer than copying a small image
+def _layout(header: bytes) -> tuple[int, tuple[int, ...]]:
+    """(where the entries begin, shape) of an .npy file in format 1.0, whose header of so few dimensions has 128 bytes."""
+    stream = io.BytesIO(header)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("expected format 1.0")
+    shape, transposed, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype != np.uint8 or transposed or not shape:
+        raise ValueError(f"{dtype}{' in Fortran order' if transposed else ''} of shape {shape}: expected uint8 in C order")
+    return stream.tell(), shape
 
 
 def stack(images: Iterable[Tensor], size: int | None, where: str) -> tuple[Tensor, tuple[str, ...]]:

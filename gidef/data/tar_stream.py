@@ -19,12 +19,15 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from gidef.data.decode import decode
+from gidef.data.decode import decode, decode_array
 from gidef.data.download import open_url
 from gidef.errors import InputError
 
 INDEX = "dataset.json"
-IMAGES, LABEL, JSON = ("png", "jpg", "jpeg"), "cls", "json"
+PICTURES, ARRAY, LABEL, JSON = ("png", "jpg", "jpeg"), "npy", "cls", "json"
+IMAGES = (*PICTURES, ARRAY)
+Sample = dict[str, Any]
+"""One example as it stands in a shard: its members' bytes by kind, and `__key__`."""
 
 
 def remote(place: str) -> bool:
@@ -38,24 +41,40 @@ def name_of(place: str) -> str:
 class ShardReader:
     """Reads shards one after another and counts what it leaves out."""
 
-    def __init__(self) -> None:
-        self.digest = hashlib.md5(usedforsecurity=False)
+    def __init__(self, *, digest: bool = True) -> None:
+        self.digest = hashlib.md5(usedforsecurity=False) if digest else None
         self.broken: list[str] = []
         self.foreign: dict[str, int] = {}
 
     def examples(self, place: str, expected: int | None) -> Iterator[tuple[Tensor, int]]:
         """Decoded images (C, H, W) and classes of one shard. InputError if the archive is broken or holds other than `expected` examples."""
-        from webdataset.tariterators import group_by_keys
-
-        count = 0
-        for sample in group_by_keys(self._members(place), handler=self._duplicate):
-            count += 1
+        for sample in self.samples(place, expected):
             try:
-                yield _image(sample), _label(sample)
+                yield image_of(sample), label_of(sample)
             except (InputError, ValueError) as error:
-                self.broken.append(f"{name_of(place)}: {sample['__key__']}: {error}")
+                self.refuse(place, sample, error)
+
+    def refuse(self, place: str, sample: Sample, error: Exception) -> None:
+        """Count an example that could not be decoded."""
+        self.broken.append(f"{name_of(place)}: {sample['__key__']}: {error}")
+
+    def samples(self, place: str, expected: int | None = None) -> Iterator[Sample]:
+        """The examples of one shard in their order, not yet decoded. Raises as `examples`, which decodes them."""
+        count = 0
+        for sample in self._grouped(self._members(place)):
+            count += 1
+            yield sample
         if expected is not None and count != expected:
             raise InputError(f"{place}: {count} examples, {INDEX} says {expected}: the shard is cut or was changed.")
+
+    def spans(self, place: str) -> Iterator[Sample]:
+        """As `samples`, of an uncompressed file: in the place of each member's bytes (where they begin, how many), so that only headers are read."""
+        return self._grouped(self._spans(place))
+
+    def _grouped(self, members: Iterator[dict[str, Any]]) -> Iterator[Sample]:
+        from webdataset.tariterators import group_by_keys
+
+        return group_by_keys(members, handler=self._duplicate)
 
     def notes(self) -> tuple[str, ...]:
         notes = []
@@ -63,23 +82,35 @@ class ShardReader:
             notes.append(f"{len(self.broken)} broken examples were skipped (first: {self.broken[0]}).")
         if self.foreign:
             number, kinds = sum(self.foreign.values()), ", ".join(sorted(self.foreign)[:5])
-            notes.append(f"{number} members of other kinds ({kinds}) were left out: only png, jpg, cls and json are ever decoded.")
+            notes.append(f"{number} members of other kinds ({kinds}) were left out: only png, jpg, npy, cls and json are ever decoded.")
         return tuple(notes)
 
     def _members(self, place: str) -> Iterator[dict[str, Any]]:
         try:
             with _opened(place, self.digest) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-                for member in tar:
-                    tar.members = []  # or a long stream collects them
-                    suffix = Path(member.name).name.partition(".")[2].lower()
-                    if not member.isfile() or suffix not in (*IMAGES, LABEL, JSON):
-                        if not member.isdir():
-                            self.foreign[suffix or "no ending"] = self.foreign.get(suffix or "no ending", 0) + 1
-                        continue
+                for member in self._known(tar):
                     yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": place}
                 stream.check_end(tar.offset)
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise InputError(f"{place}: not a whole tar archive ({error}).") from error
+
+    def _spans(self, place: str) -> Iterator[dict[str, Any]]:
+        try:
+            with tarfile.open(place, mode="r:") as tar:
+                for member in self._known(tar):
+                    yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": place}
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise InputError(f"{place}: not a whole tar archive ({error}).") from error
+
+    def _known(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        """The members that may be decoded; the others are counted."""
+        for member in tar:
+            tar.members = []  # or a long stream collects them
+            suffix = Path(member.name).name.partition(".")[2].lower()
+            if member.isfile() and not member.issparse() and suffix in (*IMAGES, LABEL, JSON):
+                yield member
+            elif not member.isdir():
+                self.foreign[suffix or "no ending"] = self.foreign.get(suffix or "no ending", 0) + 1
 
     def _duplicate(self, error: Exception) -> bool:
         """webdataset's handler, called for a second member of one name: count it and go on."""
@@ -128,14 +159,17 @@ def _opened(place: str, digest: Any) -> Iterator[_Stream]:
             raise OSError(f"the transfer broke off {file.length} bytes before the end")
 
 
-def _image(sample: dict[str, Any]) -> Tensor:
-    data = next((sample[kind] for kind in IMAGES if kind in sample), None)
-    if data is None:
-        raise InputError("no png or jpg")
-    return decode(data)
+def image_of(sample: Sample) -> Tensor:
+    """uint8 (C, H, W). Raises InputError if there is none or it is broken."""
+    data = next((sample[kind] for kind in PICTURES if kind in sample), None)
+    if data is not None:
+        return decode(data)
+    if ARRAY not in sample:
+        raise InputError("no png, jpg or npy")
+    return decode_array(sample[ARRAY])
 
 
-def _label(sample: dict[str, Any]) -> int:
+def label_of(sample: Sample) -> int:
     """The class number: text in .cls, else "label" or "cls" in .json."""
     if LABEL in sample:
         label = int(sample[LABEL].decode("ascii"))

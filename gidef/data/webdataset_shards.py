@@ -1,4 +1,4 @@
-"""WebDataset shards: .tar files of `key.png` (or .jpg) beside `key.cls`, read without running anything, and written losslessly.
+"""WebDataset shards: .tar files of `key.png` (or .jpg, or .npy) beside `key.cls`, read without running anything, and written losslessly.
 
 `write_webdataset` adds `dataset.json`, which keeps the splits, the names and the number of examples of every shard.
 """
@@ -10,12 +10,13 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urljoin
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -28,6 +29,7 @@ from gidef.errors import InputError
 
 FORMAT = "gidef-webdataset-1"
 MAX_SHARDS = 100_000
+_CLIENT = re.compile(r"\{client(?::(\d*d))?\}")
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,30 @@ def read_shards(path: str, size: int | None) -> Shards:
     Members are decoded by gidef, from PNG, JPEG and text alone; webdataset's own decoders, which know pickles, are not used. Broken
     examples and members of other kinds are left out and counted in the notes. See tar_stream.
     """
-    places = _places(path)
-    index, notes = _read_index(places[0])
-    splits = _splits_of(path, places, index)
+    places = places_of(path)
+    index, notes = read_index(places[0])
+    found = _read(path, places, _splits_of(path, places, index), index, size)
+    return replace(found, notes=(*notes, *found.notes))
+
+
+def read_splits(place: str, index: dict[str, Any] | None, size: int | None) -> Shards | None:
+    """Validation and test from the shards beside one of `place`, which dataset.json lists, or which are there as `val-*` and `test-*`; None unless
+    both are. Raises as `read_shards`."""
+    splits: dict[str, list[str]] = {}
+    for split in ("val", "test"):
+        if index is not None:
+            names = index["splits"].get(split, {})
+            splits[split] = [urljoin(place, name) if remote(place) else str(Path(place).with_name(name)) for name in names]
+        elif not remote(place):
+            splits[split] = sorted(str(file) for file in Path(place).parent.glob(f"{split}-*.tar*"))
+    if not splits or not all(splits.values()):
+        return None
+    places = [place for names in splits.values() for place in names]
+    return _read(place, places, [split for split, names in splits.items() for _ in names], index, size)
+
+
+def _read(path: str, places: list[str], splits: list[str], index: dict[str, Any] | None, size: int | None) -> Shards:
+    """All examples of the shards, by split."""
     reader = ShardReader()
     rows: list[tuple[str, int]] = []
 
@@ -78,13 +101,38 @@ def read_shards(path: str, size: int | None) -> Shards:
     stacked, resized = stack(itertools.chain([first], examples), size, path)
     everything = Images(stacked, torch.tensor([label for _, label in rows]))
     found = {split: everything[torch.tensor([row[0] == split for row in rows])] for split in dict.fromkeys(splits)}
-    return Shards(found, index, reader.digest.hexdigest(), (*notes, *resized, *reader.notes()))
+    return Shards(found, index, reader.digest.hexdigest(), (*resized, *reader.notes()))
 
 
-def write_webdataset(dataset: Dataset, folder: str | Path, *, examples_per_shard: int) -> list[Path]:
-    """Write `{split}-{number}.tar` and dataset.json; images as PNG, so that reading them back gives the same bits.
+def places_of_clients(path: str | None, shards: Sequence[str], num_clients: int) -> list[list[str]]:
+    """The shards of every client, in order.
+
+    Args:   path: a pattern with `{client}` or `{client:05d}`, client numbers from 0, or a folder that `write_webdataset` filled for clients.
+            shards: in its place, one pattern per client; each as in `read_shards`.
+    Raises: InputError as `read_shards`; for a number of patterns other than `num_clients`.
+    """
+    if shards:
+        if len(shards) != num_clients:
+            raise InputError(f"data.client_shards names the shards of {len(shards)} clients: data.num_clients={num_clients}. Make them equal.")
+        return [places_of(pattern) for pattern in shards]
+    if path is not None and not remote(path) and Path(path).is_dir():
+        there = {match[1] for file in Path(path).glob("client-*.tar*") if (match := re.match(r"client-(\d{5})-", file.name))}
+        if len(there) != num_clients:
+            raise InputError(f"{path} holds shards of {len(there)} clients (client-00000-*.tar, …): data.num_clients={num_clients}. Make them equal.")
+        path = str(Path(path) / "client-{client:05d}-*.tar*")
+    if path is None or not _CLIENT.search(path):
+        raise InputError(f"data.stream takes shards per client: give data.path={path!r} a {{client}}, e.g. shards/client-{{client:05d}}-*.tar, or data.client_shards.")
+    return [places_of(_CLIENT.sub(lambda match, k=k: format(k, match[1] or ""), path)) for k in range(num_clients)]
+
+
+def write_webdataset(
+    dataset: Dataset, folder: str | Path, *, examples_per_shard: int, clients: Sequence[Tensor] | None = None, kind: Literal["png", "npy"] = "png"
+) -> list[Path]:
+    """Write `{split}-{number}.tar` and dataset.json; images as PNG or raw, so that reading them back gives the same bits.
 
     Args:    folder: created; must hold no shards yet.  examples_per_shard: >= 1.
+             clients: rows of dataset.train by client: they become `client-{client}-{number}.tar` in the place of `train-*`.
+             kind: "npy" takes more space than "png", and next to no time to decode.
     Returns: the shards' paths. Equal data sets give equal bytes.
     Raises:  InputError if the folder holds shards already or cannot be written.
     """
@@ -101,17 +149,21 @@ def write_webdataset(dataset: Dataset, folder: str | Path, *, examples_per_shard
         for split in SPLITS:
             part: Images = getattr(dataset, split)
             sizes = index["splits"][split] = {}
-            for number, start in enumerate(range(0, len(part), examples_per_shard)):
-                path = folder / f"{split}-{number:05d}.tar"
-                sizes[path.name] = _write_shard(path, part, split, range(start, min(start + examples_per_shard, len(part))))
-                paths.append(path)
+            owners = {split: torch.arange(len(part))}
+            if clients is not None and split == "train":
+                owners = {f"client-{number:05d}": rows for number, rows in enumerate(clients)}
+            for owner, rows in owners.items():
+                for number, chosen in enumerate(rows.split(examples_per_shard)):
+                    path = folder / f"{owner}-{number:05d}.tar"
+                    sizes[path.name] = _write_shard(path, part, split, chosen.tolist(), kind)
+                    paths.append(path)
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")  # last: its presence says that all shards are there
     except OSError as error:
         raise InputError(f"{folder}: shards cannot be written ({error.strerror or error}).") from error
     return paths
 
 
-def _write_shard(path: Path, part: Images, split: str, rows: range) -> int:
+def _write_shard(path: Path, part: Images, split: str, rows: list[int], kind: str) -> int:
     """Write one shard through a temporary file; returns its number of examples."""
     from webdataset import TarWriter
 
@@ -119,16 +171,19 @@ def _write_shard(path: Path, part: Images, split: str, rows: range) -> int:
     try:
         with open(temporary, "wb") as file, TarWriter(file, encoder=False, mtime=0, user="gidef", group="gidef") as tar:
             for row in rows:
-                pixels, buffer = part.images[row].permute(1, 2, 0).squeeze(2).cpu().numpy(), io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG")
-                tar.write({"__key__": f"{split}-{row:08d}", "png": buffer.getvalue(), LABEL: str(int(part.labels[row])).encode()})
+                image, buffer = part.images[row].cpu(), io.BytesIO()
+                if kind == "npy":
+                    np.lib.format.write_array(buffer, image.contiguous().numpy(), version=(1, 0), allow_pickle=False)
+                else:
+                    Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(buffer, "PNG")
+                tar.write({"__key__": f"{split}-{row:08d}", kind: buffer.getvalue(), LABEL: str(int(part.labels[row])).encode()})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return len(rows)
 
 
-def _places(path: str) -> list[str]:
+def places_of(path: str) -> list[str]:
     """The shards that a path means, in order."""
     from braceexpand import UnbalancedBracesError, braceexpand
 
@@ -155,7 +210,7 @@ def _places(path: str) -> list[str]:
     return places
 
 
-def _read_index(place: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+def read_index(place: str) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     """dataset.json beside a shard, checked, or None; and notes."""
     try:
         if remote(place):

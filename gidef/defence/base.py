@@ -12,7 +12,9 @@ from torch.func import functional_call, grad
 
 from gidef.defence.accounting import Budget
 from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
+from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform, apply_all
+from gidef.defence.stacked import StackedPlain
 from gidef.models import SplitModel
 from gidef.types import Client, Own, Tensors
 
@@ -37,6 +39,7 @@ class Defence:
     noise_shape: of one image's noise, or None if the training has none.
     transforms:  what happens to an update before it leaves, in order (see defence.share).
     encoders:    what happens to images and labels before they are trained on, in order (see defence.encode).
+    secure:      who stays in a round whose updates the server sees the sum of alone, None where it sees each (see defence.secure_sum).
     budget:      the (ε, δ) of the training, None where it is not differentially private.
     """
 
@@ -45,6 +48,7 @@ class Defence:
     own_terms: bool = False
     """Whether the client's loss has terms beside cross-entropy although there is no noise."""
     budget: Budget | None = None
+    secure: SecureCohorts | None = None
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None = None) -> None:
         self.model, self.decoder = model, decoder
@@ -128,3 +132,9 @@ class Plain:
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(self.model(images), labels)
+
+    def stacked(self) -> StackedPlain | None:
+        """This game as functions (see clients.vectorised.Stacked); None for a player that plays another."""
+        own = type(self)
+        same = own.loss is Plain.loss and own.begin is Plain.begin and not hasattr(own, "fill_gradients") and not hasattr(own, "draw_batches")
+        return StackedPlain(self.model) if same else None

@@ -97,3 +97,28 @@ def certify(
     bits = max(float(capacity_bits(std.double())) for std in stds)
     releases = 1 if frozen_noise else draws
     return Certificate(bits, releases, bits * releases, candidates, fano_bound(bits * releases, candidates))
+
+
+def lifetime_releases(*, policy: str, frozen_noise: bool, front_frozen: bool, level_still: bool, encoded: bool, draws: int | None) -> int:
+    """Noisy releases of one image over a whole training: its bits, times this, bound what anybody learns of it from all of them.
+
+    With fresh noise every release adds its own: I(x; z̃₁, …, z̃_T) ≤ Σ_t I(x; z̃_t), as given x they are independent. That needs a front and a level
+    that do not learn from the images: else the releases of other images tell of x as well, and none of these is counted.
+
+    Args:    policy: of sharing.  frozen_noise: one draw per image for ever.  front_frozen: the encoder stood still.  level_still: the level did.
+             encoded: images are mixed or changed before they are trained on.  draws: rounds in which the client takes part × local epochs.
+    Raises:  InputError, with the assumption that fails.
+    """
+    if policy != "head":
+        raise InputError(f"share policy {policy!r} releases the encoder's gradients, which are no functions of the noisy latent: there is no such bound. Use head.")
+    if encoded:
+        raise InputError("images are encoded before they are trained on, so that one stands in the releases of others, which are not counted. Train on them as they are.")
+    if not front_frozen:
+        raise InputError('the front trains on the images, so that releases of other images tell of this one, and they are not counted. Set front="frozen".')
+    if not level_still:
+        raise InputError('the level learns from the images, so that releases of other images tell of this one, and they are not counted. Set level="fixed".')
+    if frozen_noise:
+        return 1
+    if draws is None:
+        raise InputError("fresh noise adds up over the releases of an image, and they were not counted: give draws.")
+    return draws

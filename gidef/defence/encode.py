@@ -99,8 +99,9 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def partners(client: Client, count: int, *, num_classes: int, generator: Generator, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Images of the client, drawn evenly with replacement: float32 (count, C, H, W) in [0, 1], labels (count, K); on the device of `like`."""
-    rows = torch.randint(client.num_examples, (count,), generator=generator).to(client.images.device)
+    """Images of the client, drawn evenly with replacement: float32 (count, C, H, W) in [0, 1], labels (count, K); on the device of `like`.
+    A client that streams its images takes them from those that it keeps in memory."""
+    rows = torch.randint(len(client.labels), (count,), generator=generator).to(client.images.device)
     return client.images[rows].to(like.device, torch.float32).div_(255), probabilities(client.labels[rows].to(like.device), num_classes)
 
 
@@ -132,3 +133,9 @@ class EncodedPlayer:
         with torch.autocast(images.device.type, enabled=False):
             images, labels = self._encode(images, labels, client=self._client, generator=self._generator, model=self.model, params=params)
         return self._player.loss(images, labels, rows=rows, epoch=epoch)
+
+    def __getattr__(self, name: str) -> Any:
+        """`backward`, where the player has one; what else it has would see the images as they are."""
+        if name == "backward":
+            return self._player.backward
+        raise AttributeError(name)

@@ -11,9 +11,10 @@ public, so this reconstructs the published idea; the choices are the defaults he
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,11 @@ from torch.func import functional_call, grad
 
 from gidef.defence.base import DECODER, Defence, Simulate
 from gidef.defence.capacity import capacity_bits
+from gidef.defence.stacked import StackedMinimax
 from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
 from gidef.rng import generator
-from gidef.similarity import dependence, ssim
+from gidef.similarity import COUPLES_BATCH, dependence, ssim
 from gidef.types import Client, Tensors
 
 MIN_CKA = 4
@@ -44,19 +46,28 @@ class MinimaxSettings:
     decoder_steps: int = 1
     decoder_steps_first: int = 5
     decoder_lr: float = 1e-3
+    decoder_loss: Literal["mse_ssim", "mse"] = "mse_ssim"
+    schedule: Literal["alternating", "simultaneous"] = "alternating"
     ssim_threshold: float = 0.1
     mse_cap: float = 0.1
     bits_weight: float = 0.0
     front_frozen: bool = False
+    level_frozen: bool = False
+
+    @property
+    def level_still(self) -> bool:
+        """Whether the level keeps its start: under frozen noise before a frozen front too, as releases of m + σ ε at two levels would give m away."""
+        return self.level_frozen or (self.front_frozen and self.frozen)
 
     def weight(self, progress: float) -> float:
         """λ when a share `progress` of the rounds is over: rises linearly from 0 over the first `ramp` of them."""
         return self.dependence_weight * (1.0 if self.ramp <= 0 else min(1.0, progress / self.ramp))
 
 
-def decoder_loss(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """L_d = MSE + ½ (1 − SSIM), scalar; both (B, C, H, W) in [0, 1]."""
-    return F.mse_loss(reconstruction, images) + 0.5 * (1 - ssim(images, reconstruction).mean())
+def decoder_loss(images: Tensor, reconstruction: Tensor, measure: Literal["mse_ssim", "mse"] = "mse_ssim") -> Tensor:
+    """L_d = MSE + ½ (1 − SSIM), or the MSE alone; scalar; both (B, C, H, W) in [0, 1]."""
+    error = F.mse_loss(reconstruction, images)
+    return error if measure == "mse" else error + 0.5 * (1 - ssim(images, reconstruction).mean())
 
 
 def client_loss(
@@ -92,10 +103,11 @@ class MinimaxPlayer:
     reads from the model. Kept between rounds: the decoder's weights; its Adam state starts afresh in every round, like the client's.
     """
 
+    _kind: ClassVar[dict[str, bool]] = {"foreach": True}
+
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
-        # under frozen noise the level must stand still as well: releases of m + σ ε at two levels would give m away
-        still = ("encoder", *(("perturbation",) if settings.frozen else ())) if settings.front_frozen else ()
+        still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
         for name in (name for part in still for name in model.parts[part]):
             model.get_parameter(name).requires_grad_(False)
 
@@ -107,29 +119,108 @@ class MinimaxPlayer:
         table = self._frozen_noise(client, seed=seed)
         self._table = table.to(device) if table is not None else None
         if self.kept is not None:
-            self._decoder_step = torch.optim.Adam(self.kept.parameters(), lr=self._settings.decoder_lr, foreach=True)
+            self._decoder_step = torch.optim.Adam(self.kept.parameters(), lr=self._settings.decoder_lr, **self._kind)
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+        outputs = self._run(images, rows)
+        if self.kept is not None:
+            self._train_decoder(images, outputs.perturbed.detach(), self._steps(epoch))
+            self.kept.requires_grad_(False)  # ψ frozen, while gradients still flow through it to z̃
+        loss = self._client_loss(outputs, images, labels, self._weight, self.kept)
+        if self.kept is not None:
+            self.kept.requires_grad_(True)
+        return loss
+
+    def _client_loss(self, outputs: Outputs, images: Tensor, labels: Tensor, weight: float, reconstruct: Callable[[Tensor], Tensor]) -> Tensor:
+        kl = self.model.perturbation.kl
+        return client_loss(outputs, images, labels, settings=self._settings, weight=weight, reconstruct=reconstruct, kl=kl)
+
+    def _run(self, images: Tensor, rows: Tensor) -> Outputs:
         if self._table is not None:
             noise = self._table[rows.to(self._table.device)]
         else:
             noise = self.model.perturbation.draw(len(images), generator=self._noise, device=images.device, dtype=images.dtype)
-        outputs = self.model.run(images, noise)
-        if self.kept is not None:
-            steps = self._settings.decoder_steps_first if self._first and epoch == 0 else self._settings.decoder_steps
-            perturbed = outputs.perturbed.detach()
-            for _ in range(steps):
-                self._decoder_step.zero_grad(set_to_none=True)
-                decoder_loss(images, self.kept(perturbed)).backward()
-                self._decoder_step.step()
+        return self.model.run(images, noise)
+
+    def _steps(self, epoch: int) -> int:
+        """k, the decoder's steps beside this batch."""
+        return self._settings.decoder_steps_first if self._first and epoch == 0 else self._settings.decoder_steps
+
+    def _train_decoder(self, images: Tensor, perturbed: Tensor, steps: int) -> None:
+        for _ in range(steps):
             self._decoder_step.zero_grad(set_to_none=True)
-            self.kept.requires_grad_(False)  # ψ frozen, while gradients still flow through it to z̃
-        loss = client_loss(
-            outputs, images, labels, settings=self._settings, weight=self._weight, reconstruct=self.kept, kl=self.model.perturbation.kl
+            decoder_loss(images, self.kept(perturbed), self._settings.decoder_loss).backward()
+            self._decoder_step.step()
+        self._decoder_step.zero_grad(set_to_none=True)
+
+
+class SimultaneousPlayer(MinimaxPlayer):
+    """The same game, but the client's step and the first of the decoder's k are taken at once, both gradients at the same (θ, η, φ, ψ).
+
+    Jacobi's order in the place of Gauss and Seidel's, so another algorithm: the client plays against the decoder that the batch before has left,
+    not against one that has already seen this batch. One pass of encoder, predictor and decoder serves both players, and gradients go to whose
+    they are: one backward pass for each over the shared graph, or a single one where both play for the same scalar, L_d = MSE and R = −MSE,
+    with the gradient of z̃ reversed on its way out of the decoder (Ganin & Lempitsky 2015). The decoder's other k − 1 steps follow, on z̃ detached.
+    """
+
+    _kind: ClassVar[dict[str, bool]] = {"fused": True}
+
+    def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+        """L_c, detached: its graph is for `backward`."""
+        self._more = self._steps(epoch) - 1
+        if self._more < 0:
+            loss = super().loss(images, labels, rows=rows, epoch=epoch)
+            self._pending = [(loss, None)]
+            return loss.detach()
+        outputs = self._run(images, rows)
+        self._images, self._perturbed = images, outputs.perturbed.detach()
+        self._autocast = functools.partial(
+            torch.autocast, images.device.type, torch.bfloat16, enabled=torch.is_autocast_enabled(images.device.type), cache_enabled=False
         )
-        if self.kept is not None:
-            self.kept.requires_grad_(True)
-        return loss
+        reversible = self._settings.decoder_loss == "mse" and self._settings.dependence == "neg_mse" and self._weight > 0
+        loss, self._pending = (self._reversed if reversible else self._shared)(outputs, images, labels)
+        return loss.detach()
+
+    def backward(self) -> None:
+        """Every player's gradient into its own parameters' `grad`, then the decoder's steps; in the place of the loss's backward pass."""
+        for number, (loss, parameters) in enumerate(self._pending, start=1):
+            loss.backward(inputs=parameters, retain_graph=number < len(self._pending))
+        self._pending = None
+        if self._more >= 0:
+            self._decoder_step.step()
+            with self._autocast():
+                self._train_decoder(self._images, self._perturbed, self._more)
+            self._images = self._perturbed = None
+
+    def _shared(self, outputs: Outputs, images: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[Tensor, list[Tensor]]]]:
+        """L_c; L_d and L_c, each with the parameters that it is differentiated by."""
+        shown: list[Tensor] = []
+
+        def reconstruct(perturbed: Tensor) -> Tensor:
+            shown.append(self.kept(perturbed))
+            return shown[0]
+
+        loss = self._client_loss(outputs, images, labels, self._weight, reconstruct)
+        opponent = decoder_loss(images, shown[0] if shown else self.kept(outputs.perturbed.detach()), self._settings.decoder_loss)
+        mine = [p for p in self.model.parameters() if p.requires_grad]
+        return loss, [(opponent, list(self.kept.parameters())), (loss, mine)]
+
+    def _reversed(self, outputs: Outputs, images: Tensor, labels: Tensor) -> tuple[Tensor, list[tuple[Tensor, None]]]:
+        """L_c; one scalar whose backward pass leaves both players' gradients."""
+        alone, cap = self._client_loss(outputs, images, labels, 0.0, self.kept), self._settings.mse_cap
+        latent = outputs.perturbed.view_as(outputs.perturbed)  # a node of its own: what comes back through it comes from the decoder alone
+        errors = (self.kept(latent) - images).square().mean((1, 2, 3))
+        # image by image, as R is flat above its cap; the decoder itself is upstream of the hook
+        factors = torch.where(errors.detach() <= cap, -self._weight, 0.0).to(latent.dtype).view(-1, *[1] * (latent.dim() - 1))
+        latent.register_hook(lambda gradient: gradient * factors)
+        return alone - self._weight * errors.clamp(max=cap).mean(), [(alone + errors.mean(), None)]
+
+    def stacked(self) -> StackedMinimax | None:
+        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, and for a player that plays another."""
+        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin
+        if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
+            return None
+        return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
 
 
 class LearnedDefence(Defence):
@@ -149,7 +240,8 @@ class LearnedDefence(Defence):
         return tuple(self.model.perturbation.noise_shape)
 
     def player(self) -> MinimaxPlayer:
-        return MinimaxPlayer(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)
+        at_once = self.decoder is not None and self.settings.schedule == "simultaneous"
+        return (SimultaneousPlayer if at_once else MinimaxPlayer)(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)
 
     def draw_noise(self, count: int, *, generator: Generator) -> Tensor:
         return self.model.perturbation.draw(count, generator=generator, device=generator.device, dtype=torch.float32)
@@ -162,6 +254,7 @@ class LearnedDefence(Defence):
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         weight = self.settings.weight(progress) if terms == "client" else 0.0
         settings = self.settings if terms == "client" else MinimaxSettings(dependence_weight=0.0)
+        measure = self.settings.decoder_loss
 
         def make() -> Simulate:
             model = copy.deepcopy(self.model).requires_grad_(False)
@@ -190,7 +283,7 @@ class LearnedDefence(Defence):
                 if len(own) < len(params):  # policy `all`: the decoder's gradient is released as well
                     perturbed = forward(own, rest, images, noise).perturbed
                     shared_decoder = {name: params[DECODER + name] for name in fixed_decoder}
-                    opponent = grad(lambda psi: decoder_loss(images, functional_call(decoder, psi, (perturbed,))))(shared_decoder)
+                    opponent = grad(lambda psi: decoder_loss(images, functional_call(decoder, psi, (perturbed,)), measure))(shared_decoder)
                     gradients |= {DECODER + name: g for name, g in opponent.items()}
                 return {name: gradients[name] for name in params}
 

@@ -15,20 +15,27 @@ is honest but curious.
 Deviates: one process plays everybody; shares are handed over in the open, neither encrypted nor signed; and keys are functions of the run's
 seed, so that runs can be repeated: whoever knows that seed can unmask everything.
 What an attacker sees is then the sum of the cohort, as of one client that holds everybody's batches.
+Broken by: a server that sends what makes an update carry single images whatever it is added to, such as an imprint layer (Fowl et al. 2022,
+arXiv:2110.13057; Zhao et al. 2024, arXiv:2303.12233), or a different model to every client (Pasquini et al. 2022, arXiv:2111.07380); neither is
+simulated against sums here. Against an honest server it is a larger batch, no more.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gidef.errors import InputError
-from gidef.rng import stream_seed
+from gidef.rng import generator, stream_seed
+from gidef.types import Tensors
+from gidef.updates import FixedPointSum
 
 FIELD = 2**521 - 1
 """A prime: secrets of 256 bits are shared modulo it."""
@@ -187,15 +194,73 @@ class SecureSum:
         lengths = {len(values) for values in sent.values()}
         if len(lengths) != 1:
             raise ValueError(f"masked updates of {sorted(lengths)} values: expected one length")
-        [length], total = lengths, sum(sent[number].cpu() for number in arrived)
+        return self._unmasked(sum(sent[number].cpu() for number in arrived), revealed).to(sent[arrived[0]].device)
+
+    def unmask(self, total: Tensor, arrived: Collection[int]) -> Tensor:
+        """As `total`, from the sum of what arrived and who sent it."""
+        return self._unmasked(total.cpu().clone(), {number: self.clients[number].reveal(arrived) for number in sorted(arrived)}).to(total.device)
+
+    def _unmasked(self, total: Tensor, revealed: Mapping[int, Mapping[int, int]]) -> Tensor:
+        """Take the masks off a sum, in place. revealed: by each client that stayed, its shares."""
+        length = len(total)
         for member, client in enumerate(self.clients):
             secret = restore_secret({number: shares[member] for number, shares in revealed.items()}, threshold=self.threshold)
-            if member in sent:
+            if member in revealed:
                 total -= mask(secret, length)
                 continue
-            for number in arrived:  # the masks against a client that is not in the sum
+            for number in revealed:  # the masks against a client that is not in the sum
                 total -= _sign(number, client.number) * mask(_agreed(secret, self._public[number]), length)
-        return total.to(sent[arrived[0]].device)
+        return total
+
+
+class MaskedSum(FixedPointSum):
+    """The cohort's sum as the server gets it: every client masks its integers before they are added, and `mean` takes the masks off the sum.
+
+    Bit for bit the mean of the open sum of the same updates. Adding up over ranks and threads works as in the open one.
+
+    Args:    members: ids of the clients that agreed on masks.  stayed: of those whose updates will arrive.  seed, round: of the masks; the rest as
+             `FixedPointSum`.
+    Raises:  InputError if fewer than the threshold stayed.
+    """
+
+    def __init__(self, template: Tensors, *, members: Sequence[int], stayed: Sequence[int], seed: int, round: int, **options: Any) -> None:
+        super().__init__(template, **options)
+        self._secure = SecureSum(cohort=len(members), seed=seed, round=round)
+        self._places = {member: place for place, member in enumerate(members)}
+        self._stayed, self._masked = [self._places[member] for member in stayed], True
+
+    def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int) -> None:
+        terms = self._secure.clients[self._places[client]].masked(self._encode(delta, weight, metrics, client))
+        with self._lock:
+            self.buffer[: terms.numel()] += terms
+            self._settle()
+
+    def mean(self) -> tuple[Tensors, int, dict[str, float]]:
+        if self._masked:
+            terms = self.buffer[: len(self.buffer) - len(self.counters)]
+            terms.copy_(self._secure.unmask(terms, self._stayed))
+            self._masked = False
+        return super().mean()
+
+
+@dataclass(frozen=True, slots=True)
+class SecureCohorts:
+    """Who stays in a round, and the sum over them.
+
+    dropouts: share of a cohort that drops out after masks were agreed, rounded down; drawn from (seed, round).
+    """
+
+    dropouts: float
+    seed: int
+
+    def stayed(self, cohort: Sequence[int], round: int) -> list[int]:
+        """Client numbers, ascending."""
+        order = torch.randperm(len(cohort), generator=generator(self.seed, "dropouts", round))
+        return sorted(cohort[place] for place in order[int(self.dropouts * len(cohort)) :].tolist())
+
+    def sum_of(self, cohort: Sequence[int], stayed: Sequence[int], round: int) -> Callable[..., MaskedSum]:
+        """In the place of `FixedPointSum`."""
+        return partial(MaskedSum, members=cohort, stayed=stayed, seed=self.seed, round=round)
 
 
 def _agreed(key: int, public: int) -> int:

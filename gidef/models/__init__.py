@@ -4,7 +4,7 @@ from gidef.models.backbone import make_backbone
 from gidef.models.bottleneck import ConvBottleneck, LinearBottleneck
 from gidef.models.cuts import cuts, default_cut, stages
 from gidef.models.decoder import Decoder, decoder_for
-from gidef.models.judge import Judge, make_judge
+from gidef.models.judge import Judge, judge_called, make_judge
 from gidef.models.perturbation import Perturbation, latent_norm
 from gidef.models.small import SmallNet
 from gidef.models.split import Outputs, SplitModel
@@ -25,6 +25,7 @@ __all__ = [
     "has_batch_statistics",
     "latent_norm",
     "make_backbone",
+    "judge_called",
     "make_judge",
     "stages",
 ]

@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor, nn
 
+from gidef.models.backbone import make_backbone
 from gidef.models.seeding import seeded
 
 
@@ -13,6 +14,23 @@ def make_judge(num_classes: int, image_shape: tuple[int, ...], seed: int) -> Jud
     """A judge with initial weights from `seed`; the global random state is as before when this returns."""
     with seeded(seed, "judge"):
         return Judge(num_classes, image_shape)
+
+
+def judge_called(name: str, *, num_classes: int, image_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
+    """A judge by the name of its network: "judge" is `Judge`; all others as `make_backbone` takes them, with their own BatchNorm, after (x − ½) / ¼.
+
+    Raises: InputError for unknown names.
+    """
+    if name == "judge":
+        return make_judge(num_classes, image_shape, seed)
+    return nn.Sequential(Halved(), make_backbone(name, num_classes=num_classes, image_shape=image_shape, norm="keep", seed=seed))
+
+
+class Halved(nn.Module):
+    """(x − ½) / ¼ of images in [0, 1]."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - 0.5) / 0.25
 
 
 class Judge(nn.Module):

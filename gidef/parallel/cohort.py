@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gidef.errors import InputError
-from gidef.parallel.plan import longest_first
 from gidef.parallel.threads import run_on_threads
+from gidef.parallel.work import Schedule, turns_of
 from gidef.parallel.world import World
 from gidef.rng import stream_seed
 from gidef.types import Client, Tensors, Update
 from gidef.updates import CohortMean, FixedPointSum
 
+Groups = Callable[[Sequence[Client]], list[list[int]]]
 
-def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None) -> Callable[..., CohortMean]:
+
+def mean_over_world(
+    world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None, schedule: Schedule = "longest_first",
+    learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None, groups: Groups | None = None,
+) -> Callable[..., CohortMean]:  # fmt: skip
     """`mean_over(shared_update, cohort, *, template, metric_names)` over all ranks, for `run_round`'s `over_cohort`.
 
-    Clients go to ranks longest first, and within a rank to `workers` threads, each computing with `threads` threads;
+    Clients go to ranks by `schedule`, and within a rank to `workers` threads, each computing with `threads` threads;
     `shared_update(client, worker=i)` is told which worker it is on, since two threads must not share a model. The mean
-    has the same bits for any number of ranks and workers, and as the serial one if that computes with `threads` threads too.
-    One all-reduce a round; a rank without a client adds zeros. Every rank must pass the same cohort and template.
+    has the same bits for any number of ranks and workers and any schedule, and as the serial one if that computes with `threads` threads too.
+    One all-reduce a round, which also tells every rank the seconds of every client; a rank without a client adds zeros. Every
+    rank must pass the same cohort and template.
 
-    Args:    costs: client → expected cost, equal on all ranks; default `client.num_examples`.
+    Args:    sum_of (of the returned callable): makes the sum.
+             costs: client → expected cost, equal on all ranks; default `client.num_examples`.  schedule: as in `run_tasks`.
+             learn: called with the cohort and the seconds that each of its clients took, the same on every rank.
+             groups: cohort → positions of the clients that one program trains. The cohort is cut before it is dealt out; `shared_update` then
+             takes a group's clients in the place of one, and returns their updates in order.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -31,29 +45,82 @@ def mean_over_world(world: World, *, workers: int = 1, threads: int = 1, costs: 
     cost_of = costs or (lambda client: client.num_examples)
 
     def over_cohort(
-        shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
+        shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = (),
+        sum_of: Callable[..., FixedPointSum] = FixedPointSum,
     ) -> CohortMean:
-        total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
-        mine = longest_first([cost_of(client) for client in cohort], world.size)[world.rank]
+        total = sum_of(template, metric_names=metric_names, max_terms=len(cohort), counters=2 + len(cohort))
 
-        def work(position: int, worker: int) -> None:
-            client = cohort[position]
-            update = shared_update(client, worker=worker)
-            total.add(update.delta, update.num_examples, update.metrics, client=client.id)
+        def add(position: int, update: Update) -> None:
+            total.add(update.delta, update.num_examples, update.metrics, client=cohort[position].id)
 
-        raised = run_on_threads(work, mine, workers=workers, threads=threads, device=world.device, stop_at_error=True)
-        errors = {mine[index]: error for index, error in raised.items()}
-        roll = sum(_mark(cohort[position]) for position in mine)
-        total.counters.copy_(torch.tensor([len(errors), roll]))
+        costs = [cost_of(client) for client in cohort]
+        part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
+        total.counters.copy_(part.counters())
         world.all_reduce_sum_(total.buffer)
-        failures, roll = total.counters.tolist()
-        if failures:
-            _raise_first(world, cohort, errors)
-        if roll != sum(map(_mark, cohort)):
-            raise RuntimeError("the ranks held different cohorts or plans this round, so some clients were lost or counted twice")
-        return CohortMean(*total.mean(), count=total.count)
+        seconds = part.check(total.counters.tolist())
+        if learn is not None:
+            learn(cohort, seconds)
+        return CohortMean(*total.mean(), count=total.count, seconds=tuple(seconds))
 
     return over_cohort
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What this rank did in a round: the clients that it trained (by position in the cohort), their errors and seconds."""
+
+    world: World
+    cohort: Sequence[Client]
+    taken: tuple[int, ...]
+    errors: dict[int, Exception]
+    seconds: dict[int, float]
+
+    def counters(self) -> Tensor:
+        """int64 (2 + cohort,), which the ranks add up: failures, who was trained, and microseconds by position."""
+        spent = [round(1e6 * self.seconds.get(position, 0.0)) for position in range(len(self.cohort))]
+        return torch.tensor([len(self.errors), sum(_mark(self.cohort[position]) for position in self.taken), *spent])
+
+    def check(self, counters: list[int]) -> list[float]:
+        """The seconds of every client, from the sum of all ranks' counters. Raises as `mean_over_world` says."""
+        failures, roll, *spent = counters
+        if failures:
+            _raise_first(self.world, self.cohort, self.errors)
+        if roll != sum(map(_mark, self.cohort)):
+            raise RuntimeError("the ranks held different cohorts or plans this round, so some clients were lost or counted twice")
+        return [microseconds / 1e6 for microseconds in spent]
+
+
+def take_part(
+    world: World, shared_update: Callable[..., Any], cohort: Sequence[Client], receive: Callable[[int, Update], None], costs: Sequence[float],
+    *, schedule: Schedule, workers: int, threads: int, groups: Groups | None = None,
+) -> Part:  # fmt: skip
+    """Train this rank's share of the cohort: `receive(position, update)` of each client, from the worker's thread, until the first error.
+
+    A group's clients share its seconds evenly. groups: see `mean_over_world`.
+    """
+    cut = [[position] for position in range(len(cohort))] if groups is None else groups(cohort)
+    turns, take = turns_of(world, [sum(costs[position] for position in group) for group in cut], schedule)
+    taken: dict[int, list[int]] = {}  # turn of this rank → positions
+    seconds: dict[int, float] = {}
+
+    def work(turn: int, worker: int) -> None:
+        place = take(turn)
+        if place is None:
+            return
+        group = taken[turn] = cut[place]
+        began = time.perf_counter()
+        clients = [cohort[position] for position in group]
+        updates = [shared_update(clients[0], worker=worker)] if groups is None else shared_update(clients, worker=worker)
+        for position, update in zip(group, updates, strict=True):
+            receive(position, update)
+        seconds.update(dict.fromkeys(group, (time.perf_counter() - began) / len(group)))
+
+    raised = run_on_threads(work, range(turns), workers=workers, threads=threads, device=world.device, stop_at_error=True)
+    for turn, error in raised.items():
+        if turn not in taken:
+            raise error  # the queue's own: the ranks have lost one another
+    positions = tuple(position for group in taken.values() for position in group)
+    return Part(world, cohort, positions, {taken[turn][0]: error for turn, error in raised.items()}, seconds)
 
 
 def _mark(client: Client) -> int:
@@ -63,10 +130,10 @@ def _mark(client: Client) -> int:
 
 def _raise_first(world: World, cohort: Sequence[Client], errors: dict[int, Exception]) -> None:
     """Tell every rank of the failed clients and raise the first one's error."""
-    mine = [[position, isinstance(error, InputError), f"{type(error).__name__}: {error}"] for position, error in errors.items()]
+    mine = [[position, isinstance(error, InputError), str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"] for position, error in errors.items()]
     told = world.all_gather_json(mine)
     position, bad_input, text, rank = min([*failure, rank] for rank, failures in enumerate(told) for failure in failures)
     cause = errors.get(position) if rank == world.rank else None
     if bad_input:
-        raise InputError(text.removeprefix("InputError: ")) from cause
+        raise InputError(text) from cause
     raise RuntimeError(f"client {cohort[position].id} failed on rank {rank}: {text}") from cause

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 import uuid
 
-from torch.distributed.distributed_c10d import _get_default_store
-
 from gidef.parallel.world import World
 
 
@@ -22,14 +20,14 @@ class Queue:
         self._length, self._lock = length, threading.Lock()
         self._taken, self._ended = 0, False
         self._name = world.broadcast_json(f"gidef/queue/{uuid.uuid4().hex}")
-        self._store = _get_default_store() if world.size > 1 else None
+        self._watch = world.watch
 
     def take(self) -> int | None:
-        """The next number that nobody has had, or None at the end. Raises torch's RuntimeError if the store's host is gone."""
+        """The next number that nobody has had, or None at the end. Raises RankFailure if the store's host is gone."""
         with self._lock:
             if self._ended:
                 return None
             self._ended = True  # also when the store fails: the other threads are not to wait for it in turn
-            self._taken = self._taken + 1 if self._store is None else self._store.add(self._name, 1)
+            self._taken = self._taken + 1 if self._watch is None else self._watch.count(self._name)
             self._ended = self._taken > self._length
             return None if self._ended else self._taken - 1

@@ -13,6 +13,7 @@ from gidef.parallel.world import World
 
 Task = TypeVar("Task")
 
+Schedule = Literal["longest_first", "static", "dynamic"]
 SCHEDULES = ("longest_first", "static", "dynamic")
 
 
@@ -22,7 +23,7 @@ def run_tasks(
     costs: Sequence[float],
     do: Callable[[Task, int], None],
     *,
-    schedule: Literal["longest_first", "static", "dynamic"] = "longest_first",
+    schedule: Schedule = "longest_first",
     workers: int = 1,
     threads: int = 1,
     name: Callable[[Task], str] = str,
@@ -50,7 +51,7 @@ def run_tasks(
     names = [name(task) for task in tasks]
     lines = [f"{name} {cost!r}" for name, cost in zip(names, costs, strict=True)]
     world.agree("the tasks, their costs or the schedule", "\n".join([schedule, *lines]))
-    turns, take = _turns(world, costs, schedule)
+    turns, take = turns_of(world, costs, schedule)
     taken: dict[int, int] = {}  # turn of this rank → task
 
     def work(turn: int, worker: int) -> None:
@@ -67,18 +68,23 @@ def run_tasks(
         if turn not in taken:
             raise error  # the queue's own: the ranks have lost one another
     errors = {taken[turn]: error for turn, error in raised.items()}
-    told = world.all_gather_json([[index, isinstance(error, InputError), f"{type(error).__name__}: {error}"] for index, error in errors.items()])
+    told = world.all_gather_json([[index, isinstance(error, InputError), _said(error)] for index, error in errors.items()])
     failures = sorted([*failure, rank] for rank, part in enumerate(told) for failure in part)
     if failures:
         index, bad_input, text, rank = failures[0]
         if bad_input:
-            raise InputError(f"{names[index]}: {text.removeprefix('InputError: ')}") from errors.get(index)
+            raise InputError(f"{names[index]}: {text}") from errors.get(index)
         failed = ", ".join(names[index] for index, *_ in failures)
         message = f"{len(failures)} of {len(tasks)} tasks failed: {failed}. First error, {names[index]} on rank {rank}: {text}"
         raise RuntimeError(message) from errors.get(index)
 
 
-def _turns(world: World, costs: Sequence[float], schedule: str) -> tuple[int, Callable[[int], int | None]]:
+def _said(error: Exception) -> str:
+    """Of bad input its message, of a defect its kind, too."""
+    return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+
+
+def turns_of(world: World, costs: Sequence[float], schedule: str) -> tuple[int, Callable[[int], int | None]]:
     """How many turns this rank has at most, and what each turn does: a task's index, or None once nothing is left."""
     if schedule == "dynamic":
         order, queue = longest_first(costs, 1)[0], Queue(world, len(costs))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
-from gidef.errors import InputError
+from gidef.errors import InputError, RankFailure
+from gidef.parallel.watch import Watch, fresh_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class World:
     """This rank among `size`, and its device. With size 1 there is no process group and every collective is a no-op.
 
     All ranks must call the same methods in the same order. Small values travel as JSON over gloo, never as pickles.
+    Every collective first waits until all ranks have come, as long as those that are missing are alive; one that fails or
+    goes missing ends the wait with a RankFailure that names it (see `gidef.parallel.watch`).
     """
 
     rank: int = 0
@@ -31,8 +36,28 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
     cores: int = 0
     """This rank's share of its host's cores (see `gidef.parallel.seat`); 0 while nobody has asked."""
+
+    def meet(self, label: str) -> None:
+        """Wait for all ranks, however long those that live are busy; for code that calls torch's collectives itself, before it does.
+
+        Raises: RankFailure if a rank fails or goes missing meanwhile, with its name.
+        """
+        if self.watch is not None:
+            self.watch.meet(label)
+
+    @contextlib.contextmanager
+    def _together(self, label: str) -> Iterator[None]:
+        """All are there before a collective begins; one that breaks says who is lost."""
+        self.meet(label)
+        try:
+            yield
+        except RuntimeError as error:
+            if self.watch is None:
+                raise
+            raise self.watch.explain(error, label) from error
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
@@ -40,10 +65,31 @@ class World:
             return tensor
         if tensor.is_cuda and self.nccl is None:  # ranks that share a GPU: NCCL refuses them
             host = tensor.cpu()
-            dist.all_reduce(host)
+            with self._together("all_reduce_sum_"):
+                dist.all_reduce(host)
             return tensor.copy_(host)
-        dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
+        with self._together("all_reduce_sum_"):
+            dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
         return tensor
+
+    def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """parts[r], 1-D and of one dtype and device, goes to rank r; returns what every rank sent here, by rank, of those lengths."""
+        if self.size == 1:
+            return [parts[0]]
+        sent = torch.cat(list(parts))
+        host = sent.cpu() if sent.is_cuda and self.nccl is None else sent
+        received = host.new_empty(sum(lengths))
+        dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
+        return list(received.to(sent.device).split(list(lengths)))
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, of one shape and dtype, by rank."""
+        if self.size == 1:
+            return [tensor]
+        host = tensor.cpu() if tensor.is_cuda and self.nccl is None else tensor
+        parts = [torch.empty_like(host) for _ in range(self.size)]
+        dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
+        return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
         """Return when every rank got here."""
@@ -58,10 +104,11 @@ class World:
         data = json.dumps(value).encode()
         if self.size == 1:
             return [json.loads(data)]
-        lengths = [int(length) for length in self._gather(torch.tensor([len(data)]))]
-        own = torch.zeros(max(lengths), dtype=torch.uint8)
-        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = zip(self._gather(own), lengths, strict=True)
+        with self._together("all_gather_json"):
+            lengths = [int(length) for length in self._gather(torch.tensor([len(data)]))]
+            own = torch.zeros(max(lengths), dtype=torch.uint8)
+            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            parts = zip(self._gather(own), lengths, strict=True)
         return [json.loads(part[:length].numpy().tobytes()) for part, length in parts]
 
     def broadcast_json(self, value: Any, *, source: int = 0) -> Any:
@@ -70,9 +117,10 @@ class World:
         if self.size == 1:
             return json.loads(data)
         length = torch.tensor([len(data)])
-        dist.broadcast(length, source)
-        text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, source)
+        with self._together("broadcast_json"):
+            dist.broadcast(length, source)
+            text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(text, source)
         return json.loads(text.numpy().tobytes())
 
     def agree(self, label: str, text: str | bytes) -> None:
@@ -80,7 +128,8 @@ class World:
         if self.size == 1:
             return
         digest = hashlib.sha256(text.encode() if isinstance(text, str) else text).digest()
-        digests = [bytes(part.tolist()) for part in self._gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))]
+        with self._together("agree"):
+            digests = [bytes(part.tolist()) for part in self._gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))]
         common = max(digests, key=lambda one: (digests.count(one), -digests.index(one)))
         odd = [rank for rank, one in enumerate(digests) if one != common]
         if odd:
@@ -144,16 +193,17 @@ def first_host(nodes: str) -> str:
 
 @contextlib.contextmanager
 def open_world(
-    device: str = "auto", timeout_s: float = 600, *, init_method: str | None = None, rank: int | None = None, size: int | None = None
+    device: str = "auto", timeout_s: float = 180, *, stall_s: float = 3600, init_method: str | None = None, rank: int | None = None, size: int | None = None
 ) -> Iterator[World]:
     """Join the run's other ranks, if the launcher started any, and leave them at the end.
 
     Control values always travel over gloo. Sums of CUDA tensors travel over NCCL when every rank has a GPU to itself,
-    and through host memory when ranks share one. An error leaves without waiting for anybody: the others see the connection
-    close, at the latest after `timeout_s`.
+    and through host memory when ranks share one. An error leaves without waiting for anybody, and tells the others, whose
+    next collective raises RankFailure.
 
     Args:    device: "auto" (GPU number LOCAL_RANK modulo the GPUs seen, else the CPU), "cpu", "cuda" or "cuda:1".
-             timeout_s: longest wait in one collective; a rank that vanished silently is noticed only then.
+             timeout_s: a rank without a sign of life for so long is given up, as is a collective that all have entered.
+             A rank that was killed is noticed at once.  stall_s: longest wait for a rank that lives but does not come.
              init_method, rank, size: meet there instead of where the launcher's variables say, e.g. "file:///shared/meet".
     Raises:  InputError for contradictory variables or a device that is not there.
     """
@@ -167,21 +217,42 @@ def open_world(
         yield World(0, 1, place.local_rank, chosen)
         return
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.size, timeout=timeout)
-    nccl = None
     try:
-        world = World(place.rank, place.size, place.local_rank, chosen)
+        if place.init_method == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+            store = dist.PrefixStore(fresh_name(store, place.rank, place.size, timeout_s=timeout_s), store)
+            dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+        else:
+            dist.init_process_group("gloo", init_method=place.init_method, rank=place.rank, world_size=place.size, timeout=timeout)
+    except RuntimeError as error:
+        where = os.environ.get("MASTER_ADDR", place.init_method) if place.init_method == "env://" else place.init_method
+        raise RankFailure(f"the {place.size} ranks did not all come together at {where} within {timeout_s:g} s: rank {place.rank} says {error}") from error
+    nccl = watch = None
+    try:
+        watch = Watch(place.rank, place.size, _get_default_store(), timeout_s=timeout_s, stall_s=stall_s, store_host=_store_host())
+        world = World(place.rank, place.size, place.local_rank, chosen, watch=watch)
         seats = world.all_gather_json(str(torch.cuda.get_device_properties(chosen).uuid) if chosen.type == "cuda" else None)
         if None not in seats and len(set(seats)) == place.size:
             nccl = dist.new_group(backend="nccl", timeout=timeout, device_id=chosen)
-            world = World(place.rank, place.size, place.local_rank, chosen, nccl)
+            world = dataclasses.replace(world, nccl=nccl)
         yield world
-    except BaseException:
+        watch.leave()
+    except BaseException as error:
         if nccl is not None:
             nccl.abort()  # else destroy waits for collectives that the other ranks may never join
+        if watch is not None:
+            watch.fail(error)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _store_host() -> str:
+    """Where the ranks' store is, in words."""
+    host = os.environ.get("MASTER_ADDR", "")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"the launcher on {host}"
+    return f"rank 0 on {host}" if host else "rank 0's host"
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

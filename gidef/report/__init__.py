@@ -19,22 +19,25 @@
                   checkpoint: "untrained" | "early" | "final";  seed: int, or seeds: [int] where several are pooled
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
-                  batch_size: int, labels: "known" | "counts" | "recovered" | "searched", ...}
+                  batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched", ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
-                  certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  lifetime_bits: of the whole training, where
-                  it is one release;  fano: bound on naming the image among all training images;  uncertified: why there is no such bound
-                  label_recovery: share of the labels that the attacker had right;  oracle_restart_psnr_db: had the truth chosen the start
+                  above_class_mean_db: PSNR less that of the victim's class mean, paired
+                  certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
+                  all training images by these;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
+                  training;  uncertified_lifetime: why there is none
+                  attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
+                  label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
                   calibration: how many attacks ran as one program, how, and what else was tried
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
-                  mse, psnr_db, ssim, attacker_accuracy: what a guess without any gradient scores on the same victims]
-    judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1]}
+                  mse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
+    judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 

@@ -1,4 +1,4 @@
-"""One console for a run: a live bar on a terminal, aligned plain lines elsewhere, silence off rank zero.
+"""One console for a run: a live bar on a terminal, aligned plain lines elsewhere, silence off rank zero; and one file per rank.
 
     round  120/500   loss 0.842   acc 71.3 %   psnr 11.8 dB   12.4 rounds/s   left 0:00:31
 
@@ -7,12 +7,14 @@ The same lines go to the run's log file, without escape codes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-_])")
 class Console:
     """Prints to standard output and, if `log` is given, appends the same to that file.
 
-    Args:   rank: every rank but 0 is silent and opens no file.  log: created with its folder.
+    Args:   rank: every rank but 0 is silent and opens no log.  log: created with its folder.
+            own: this rank's file, on every rank: the same lines, what goes to standard error meanwhile (warnings), and the
+            traceback of an error that ends the block.
             force_terminal: True for the live bar, False for plain lines; None looks at standard output.
             width: columns; None takes the terminal's, or 120 where there is none.
             every_s: least seconds between two plain lines of a track; its first and last are always printed.
@@ -42,8 +46,9 @@ class Console:
     """
 
     def __init__(
-        self, rank: int = 0, log: str | Path | None = None, force_terminal: bool | None = None, width: int | None = None, *, every_s: float = 10.0
-    ):
+        self, rank: int = 0, log: str | Path | None = None, force_terminal: bool | None = None, width: int | None = None, *, every_s: float = 10.0,
+        own: str | Path | None = None,
+    ):  # fmt: skip
         self.silent = rank != 0
         self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb" if force_terminal is None else force_terminal
         self.every_s = every_s
@@ -60,6 +65,16 @@ class Console:
                 self._file = open(self._log, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
             self._paper = RichConsole(file=self._file, force_terminal=False, color_system=None, width=max(PLAIN_WIDTH, self.width), highlight=False)
 
+        self._own: Path | None = None
+        if own is not None:
+            self._own = Path(own)
+            with writing(self._own):
+                self._own.parent.mkdir(parents=True, exist_ok=True)
+                self._own_file = open(self._own, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
+            self._own_paper = RichConsole(file=self._own_file, force_terminal=False, color_system=None, width=PLAIN_WIDTH, highlight=False)
+            self._stderr = sys.stderr
+            sys.stderr = _Both(sys.stderr, self._own_file)
+
     @property
     def width(self) -> int:
         """Columns of the screen, e.g. for `tables.table`."""
@@ -68,6 +83,12 @@ class Console:
     def say(self, text: str) -> None:
         """Print a line, never wrapped."""
         self._print(text)
+
+    def note(self, text: str) -> None:
+        """A line for this rank's own file alone."""
+        if self._own is not None:
+            with self._lock, writing(self._own):
+                self._own_paper.print(_ESCAPES.sub("", text), markup=False, soft_wrap=True)
 
     def heading(self, text: str) -> None:
         """Print a line that opens a part of the run."""
@@ -95,6 +116,12 @@ class Console:
         with self._lock:
             self._tracks = 0
             self._stop_bar()
+            own, self._own = self._own, None
+            if own is not None:
+                if isinstance(sys.stderr, _Both) and sys.stderr.screen is self._stderr:
+                    sys.stderr = self._stderr
+                with writing(own):
+                    self._own_file.close()
             if self._log is not None:
                 log, self._log = self._log, None
                 with writing(log):
@@ -103,20 +130,26 @@ class Console:
     def __enter__(self) -> Console:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
+            if error is not None:
+                with contextlib.suppress(InputError):
+                    self.note("".join(traceback.format_exception(error)).rstrip())
             self.close()
         except InputError:
             if kind is None:  # else the block's own error is the one to tell; on a full disk it was this log's already
                 raise
 
     def _print(self, what: RenderableType, style: str | None = None, *, screen: bool = True, log: bool = True) -> None:
-        """To the screen and the log; a string is neither wrapped nor read as markup."""
-        if self.silent:
-            return
+        """To the screen, the log and this rank's file; a string is neither wrapped nor read as markup."""
         text = isinstance(what, str)
         what = _ESCAPES.sub("", what) if text else what
         with self._lock:
+            if log and self._own is not None:
+                with writing(self._own):
+                    self._own_paper.print(what, markup=False, soft_wrap=text)
+            if self.silent:
+                return
             if screen:
                 self._screen.print(what, style=style, markup=False, soft_wrap=text)
             if log and self._log is not None:
@@ -127,6 +160,21 @@ class Console:
         if self._progress is not None and self._tracks == 0:
             self._progress.stop()
             self._progress = None
+
+
+class _Both:
+    """Standard error, of which a file gets a copy."""
+
+    def __init__(self, screen: Any, file: Any) -> None:
+        self.screen, self._file = screen, file
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # a full disk, or a closed file, must not silence an error
+            self._file.write(_ESCAPES.sub("", text))
+        return self.screen.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.screen, name)
 
 
 class Track:
@@ -165,7 +213,7 @@ class Track:
         in [0, 1] and are shown in per cent. A tensor of one element is read only when it is shown, so that a GPU is not waited for.
         """
         console = self._console
-        if console.silent:
+        if console.silent and console._own is None:
             return
         with console._lock:
             now = time.monotonic()

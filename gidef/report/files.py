@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gidef.errors import InputError
+from gidef.errors import StorageError
 
 
 def plain(value: Any) -> Any:
@@ -36,19 +36,19 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an InputError that names `path` and says what to do."""
+    """Turn an OSError of the block into a StorageError that names `path` and says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"disk full while writing {path}: free some space, then continue the run.") from error
-        raise InputError(f"cannot write {path}: {error.strerror or error}. Choose a folder that can be written to.") from error
+            raise StorageError(f"disk full while writing {path}: free some space, then continue the run.") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}. Choose a folder that can be written to.") from error
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
     """Replace `path` by a file that holds `data`: written beside it, synced, renamed. A reader sees the old file or the new one.
 
-    Raises: InputError on a full disk or a folder that cannot be written to; the old file stays and no temporary one is left.
+    Raises: StorageError on a full disk or a folder that cannot be written to; the old file stays and no temporary one is left.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gidef.report import results, svg, tradeoff
+from gidef.report import results, svg, tables, tradeoff
 from gidef.report.files import plain, write_atomically
 from gidef.report.markup import Html, image_uri, join, json_script, png_uri, tag
 from gidef.report.pictures import drawable
@@ -159,11 +159,12 @@ def _table(pages: Sequence[Page]) -> Html:
     policies = len({row["share_policy"] for row in rows}) > 1
     oracle = any((row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None for row in rows)
     names = [*(["run"] if several else []), "defence", "attack", "checkpoint", *(["share policy"] if policies else []), *[*_HEADERS.values()][:-1]]
-    names += ["worst image dB", _HEADERS["ssim"], *(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
+    certified = any(row.get("certified_bits") is not None for row in rows)
+    names += ["worst image dB", _HEADERS["ssim"], *(["bits per release", "lifetime bits", "Fano %"] if certified else []), *(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
-        _table_row(page, entry, bound, several, policies, oracle)
+        _table_row(page, entry, bound, several, policies, oracle, certified)
         for page in pages
         for bound, entries in ((False, page.results["rows"]), (True, page.results["bounds"]))
         for entry in entries
@@ -180,12 +181,13 @@ def _table(pages: Sequence[Page]) -> Html:
         id="filters", hidden=True,
     )  # fmt: skip
     said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient scores on the same victims. '
+    said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
-    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box)
+    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [_judges(page, several) for page in pages])
 
 
-def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool) -> Html:
+def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool) -> Html:
     defence, attack, checkpoint = (entry["name"], "none", "") if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
@@ -199,6 +201,9 @@ def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, po
     cells += [_measure(entry.get(key), key) for key in MEASURED[:-1]]
     worst = entry["psnr_db"].get("worst") if isinstance(entry["psnr_db"], dict) else None
     cells += [_number(worst, 1, 1, "worst"), _measure(entry.get("ssim"), "ssim")]
+    if certified:
+        fano = entry.get("fano") if entry.get("lifetime_fano") is None else entry["lifetime_fano"]
+        cells += [_number(entry.get("certified_bits"), 1, 1, "bits"), _number(entry.get("lifetime_bits"), 1, 1, "lifetime"), _number(fano, 100, 0, "fano")]
     cells += [_number(entry.get("oracle_restart_psnr_db") if (entry.get("restarts") or 1) > 1 else None, 1, 1, "oracle")] if oracle else []
     cells += [_number(entry.get("victims"), 1, 0, "victims"), tag("td", threat, class_="long"), tag("td", "; ".join(filter(None, notes)), class_="long")]
     cells += [_number(entry.get("seconds"), 1, 1, "seconds")]
@@ -218,6 +223,16 @@ def _number(value: float | None, scale: float, digits: int, key: str, more: Any 
     shown = "–" if value is None else f"{scale * value:.{digits}f}"
     low, high = map(repr, ends) if ends else (None, None)
     return tag("td", shown, more, class_="number", data_key=key, data_value=None if value is None else repr(value), data_low=low, data_high=high)
+
+
+def _judges(page: Page, several: bool) -> Html | None:
+    """Attacker accuracy by each judge, where there are several."""
+    head, *lines = tables.judged_cells(page.results) or [()]
+    if not head:
+        return None
+    titles = tag("tr", [tag("th", text, scope="col", class_=None if place < 3 else "number") for place, text in enumerate(head)])
+    rows = [tag("tr", [tag("td", text, class_=None if place < 3 else "number") for place, text in enumerate(line)]) for line in lines]
+    return _shown(f"Attacker accuracy by judge, %{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
 
 
 def _judge(page: Page, several: bool) -> Html | None:

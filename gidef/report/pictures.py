@@ -173,6 +173,26 @@ def progress_curves(path: str | Path, psnr_db: Mapping[str, Any], iterations: Ma
     return _save(figure, path)
 
 
+def scaling_curves(
+    path: str | Path, ranks: Sequence[int], speedups: Mapping[str, Sequence[float]], *, ideal: Sequence[float], bound: Sequence[float],
+    title: str | None = None, ylabel: str = "times as fast as one rank",
+) -> Path:
+    """Speed-up over ranks, both logarithmic, beside the ideal line and the bound Σt / max t of whole clients.
+
+    Args:    speedups: by what was measured or forecast, one value per number of ranks, above 0.
+    """  # fmt: skip
+    figure, axes = _axes(title, "ranks", ylabel)
+    axes.plot(ranks, ideal, color="#777777", linewidth=1, label="ideal")
+    axes.plot(ranks, bound, color="#000000", linewidth=1, linestyle=":", label="bound by the longest client")
+    for number, (name, values) in enumerate(speedups.items()):
+        axes.plot(ranks, values, marker="o", markersize=3, label=name, **_line(number))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(list(ranks), [str(one) for one in ranks])
+    _legend(axes)
+    return _save(figure, path)
+
+
 def _sheet(
     path: str | Path,
     cells: list[list[np.ndarray]],

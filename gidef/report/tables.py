@@ -14,35 +14,39 @@ from rich.table import Table
 from rich.text import Text
 
 from gidef.report.results import MEASURED, interval_of, mean_of
+from gidef.report.verdict import criteria
 
-_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "oracle dB", "victims", "note")
-_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "eps\ndelta", "oracle\ndB", "victims")
-"""Some columns appear only where they say something: eps where a training was differentially private, oracle where an attack had several starts, the
-PSNR of the one that the truth would have chosen."""
+_HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "bits per release", "lifetime bits", "Fano %", "oracle dB", "victims", "note")
+_FOLDED = ("defence", "attack\ncheckpoint", "client\nacc. %", "attacker\nacc. %", "MSE\nx1000", "PSNR\ndB", "SSIM", "eps\ndelta", "bits\nlifetime\nFano %", "oracle\ndB", "victims")
+"""Some columns appear only where they say something: eps where a training was differentially private, bits where noise has a certificate; oracle where an
+attack had several starts, the PSNR of the one that the truth would have chosen."""
 _FEWER_INTERVALS = (MEASURED, MEASURED[1:], MEASURED[2:], ("psnr_db",))
 _SCALE_DIGITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 1), "psnr_db": (1, 1), "ssim": (1, 2)}
+_BITS = ("certified_bits", "releases", "fano", "lifetime_bits", "lifetime_releases", "lifetime_fano")
 _STATISTICS = ("mean", "low", "high", "worst", "worst_decile")
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One row or bound, formatted. values: mean and interval ("" where there is none) of each of MEASURED.  privacy: (ε, δ), or nothing."""
+    """One row or bound, formatted. values: mean and interval ("" where there is none) of each of MEASURED.  privacy: (ε, δ), or nothing.
+    bits: per release, lifetime and Fano's bound, or nothing."""
 
     names: tuple[str, str, str]
     values: tuple[tuple[str, str], ...]
     privacy: tuple[str, ...] = ()
+    bits: tuple[str, str, str] = ("", "", "")
     oracle: str = ""
     victims: str = ""
     notes: str = ""
 
     def wide(self) -> tuple[str, ...]:
-        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), ", ".join(self.privacy), self.oracle, self.victims, self.notes)
+        return (*self.names, *(f"{mean} {interval}".rstrip() for mean, interval in self.values), ", ".join(self.privacy), *self.bits, self.oracle, self.victims, self.notes)
 
     def folded(self, intervals: tuple[str, ...]) -> tuple[str, ...]:
         defence, attack, checkpoint = (textwrap.fill(name, 16, break_long_words=False) for name in self.names)
         named = zip(MEASURED, self.values, strict=True)
         values = (f"{mean}\n{interval}" if key in intervals and interval else mean for key, (mean, interval) in named)
-        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, "\n".join(self.privacy), self.oracle, self.victims)
+        return (f"{defence}\nnote {self.notes}" if self.notes else defence, f"{attack}\n{checkpoint}".rstrip(), *values, "\n".join(self.privacy), "\n".join(self.bits).strip(), self.oracle, self.victims)
 
 
 def table(results: dict[str, Any], width: int = 120) -> Table:
@@ -78,6 +82,42 @@ def training_table(results: dict[str, Any]) -> Table:
     return found
 
 
+def judges_table(results: dict[str, Any]) -> Table | None:
+    """Attacker accuracy by each judge, of every row and bound; None where there is but one judge."""
+    head, *lines = judged_cells(results) or [()]
+    if not head:
+        return None
+    found = _empty(_title(results, "attacker accuracy by judge"), "In %, with 95 % intervals over victims.")
+    for header in head:
+        found.add_column(header, justify="left" if header in head[:3] else "right")
+    for line in lines:
+        found.add_row(*map(Text, line))
+    return found
+
+
+def judge_names(results: dict[str, Any]) -> list[str]:
+    """Of the further judges."""
+    return list((results.get("judge") or {}).get("others") or {})
+
+
+def judged_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Header and lines: rows, bounds, and what the judges make of the true images; nothing without further judges."""
+    names = judge_names(results)
+    if not names:
+        return []
+
+    def shares(entry: dict[str, Any]) -> list[str]:
+        values = [entry.get("attacker_accuracy"), *(entry.get("attacker_accuracy_by", {}).get(name) for name in names)]
+        return [" ".join([_number(mean_of(value), 100, 1), *([f"[{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"] if (ends := interval_of(value)) else [])]) for value in values]
+
+    known = [results["judge"], *results["judge"]["others"].values()]
+    lines = [(row["defence"], row["attack"], row["checkpoint"], *shares(row)) for row in results["rows"]]
+    lines += [(bound["name"], "none", "", *shares(bound)) for bound in results["bounds"]]
+    lines.append(("true images", "none", "", *(_number(one.get("accuracy_on_truth"), 100, 1) for one in known)))
+    lines.append(("test images", "none", "", *(_number(one.get("accuracy_on_test"), 100, 1) for one in known)))
+    return [("defence", "attack", "checkpoint", "judge", *names), *lines]
+
+
 def text(results: dict[str, Any], width: int = 120) -> str:
     """`table` as aligned plain lines without escape codes, at most `width` columns wide."""
     page = io.StringIO()
@@ -87,33 +127,40 @@ def text(results: dict[str, Any], width: int = 120) -> str:
 
 def csv(results: dict[str, Any]) -> str:
     """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
-    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", "certified_bits", "victims", "failed")
+    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", *_BITS, "victims", "failed")
+    judges = judge_names(results)
     tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
-    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat"])
+    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
     lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound["name"], **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
         measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, MEASURED)]
         values = [value.get(part) for value in measured for part in _STATISTICS]
         head = [seeds if name == "seed" else row.get(name) for name in names]
-        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row)])
+        writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row), *(mean_of(row.get("attacker_accuracy_by", {}).get(name)) for name in judges)])
     return page.getvalue()
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table in GitHub's Markdown, with title, judge and notes."""
+    """The table in GitHub's Markdown, with title, judge, notes and what is judged with pass or FAIL."""
+
+    special = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "_": "\\_", "`": "\\`"}
 
     def line(cells: tuple[str, ...]) -> str:
-        return "| " + " | ".join(_escape(cell, {"\\": "\\\\", "|": "\\|", "<": "&lt;", "*": "\\*", "_": "\\_", "`": "\\`"}) for cell in cells) + " |"
+        return "| " + " | ".join(_escape(cell, special) for cell in cells) + " |"
 
     rows, bounds, notes = _lines(results)
     shown = _shown(_HEADERS, rows, notes)
     rule = "| " + " | ".join("---:" if _is_number(_HEADERS[index]) else "---" for index in shown) + " |"
     cells = [tuple(row[index] for index in shown) for row in (_HEADERS, *(row.wide() for row in rows + bounds))]
     lines = [f"**{_title(results)}**", "", line(cells[0]), rule, *map(line, cells[1:]), ""]
-    return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes))]).rstrip() + "\n"
+    by = judged_cells(results)
+    if by:
+        lines += ["**Attacker accuracy by judge, %**", "", line(by[0]), "| --- | --- | --- |" + " ---: |" * (len(by[0]) - 3), *map(line, by[1:]), ""]
+    judged = [f"- {_escape(text, special)}" for text in criteria(results)]
+    return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes)), *(["", *judged] if judged else [])]).rstrip() + "\n"
 
 
 def latex(results: dict[str, Any]) -> str:
@@ -154,7 +201,7 @@ def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
-        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), _privacy(row), oracle, str(row["victims"]), marks))
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), _privacy(row), _bits(row), oracle, str(row["victims"]), marks))
     return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
 
 
@@ -163,6 +210,16 @@ def _privacy(row: dict[str, Any]) -> tuple[str, ...]:
     if row.get("delta") is None:
         return ()
     return "inf" if row.get("epsilon") is None else f"{row['epsilon']:.2f}", f"{row['delta']:.0e}"
+
+
+def _bits(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Bits that noise on the latent lets through in a release and in the whole training, and Fano's bound after each."""
+    if row.get("certified_bits") is None:
+        return ("", "", "") if row.get("uncertified") is None else ("none", "none", "")
+    whole, bound = row.get("lifetime_bits"), f"{100 * row['fano']:.0f}"
+    if whole is None:
+        return f"{row['certified_bits']:.1f}", "none", bound
+    return f"{row['certified_bits']:.1f}", f"{whole:.1f}", f"{bound}; {100 * row['lifetime_fano']:.0f}"
 
 
 def _policies(results: dict[str, Any]) -> list[str]:
@@ -180,7 +237,9 @@ def _threats(results: dict[str, Any]) -> list[str]:
 
 def _shown(headers: tuple[str, ...], rows: list[_Line], notes: list[str]) -> list[int]:
     """Columns that have something to show."""
-    there = {"oracle": any(row.oracle for row in rows), "eps": any(row.privacy for row in rows), "note": bool(notes)}
+    certified = any(any(row.bits) for row in rows)
+    there = dict.fromkeys(("bits", "lifetime", "Fano"), certified)
+    there |= {"oracle": any(row.oracle for row in rows), "eps": any(row.privacy for row in rows), "note": bool(notes)}
     return [index for index, header in enumerate(headers) if there.get(header.split()[0].rstrip(","), True)]
 
 
@@ -197,6 +256,8 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     units = list(dict.fromkeys(row.get("privacy_unit", "image") for row in results["rows"] if row.get("delta") is not None))
     if units:
         lines.append(f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training.")
+    if any(row.get("certified_bits") is not None for row in results["rows"]):
+        lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gidef.report.certificate import certificates
 from gidef.report.claim import claim
 from gidef.report.masking import CONTROL, masking
 from gidef.report.results import bound_named, interval_of, mean_of
@@ -62,7 +63,12 @@ def verdict(results: dict[str, Any]) -> list[str]:
             said += [_malicious(results, row) for row in of_defence if row["attack_id"] == MALICIOUS]
     unmeasured = [row for row in results["rows"] if mean_of(row["psnr_db"]) is None]
     said += [f"{_called(results, row, start=True)} under {_attack(results, row)} has no PSNR: not judged." for row in unmeasured]
-    return said + masking(results, is_undefended=is_undefended) + _failures(results) + _judged(results, rows) + _accuracy_cost(results) + claim(results)
+    return said + masking(results, is_undefended=is_undefended) + _failures(results) + _judged(results, rows) + _accuracy_cost(results) + criteria(results)
+
+
+def criteria(results: dict[str, Any]) -> list[str]:
+    """What is judged with pass or FAIL: the paper's claim, and the criterion of noise with a certificate."""
+    return claim(results) + certificates(results, is_undefended=is_undefended)
 
 
 def strongest(rows: list[Row], measure: str = "psnr_db") -> Row | None:

@@ -9,12 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from gidef import build, cells, config, fits, inversions, observe
-from gidef.config import CVB, BiDO, Data, Evaluation, IsotropicNoise, LearnedPerturbation, LocalTraining, Precode, Recipe, Rounds, Speed, Undefended
-from gidef.data import Dataset, synthetic_blood_cells
-from gidef.parallel import World
+from gidef.config import CVB, BiDO, IsotropicNoise, LearnedPerturbation, Model, Precode, Speed, Undefended
 from gidef.releases import Releases
-from gidef.report import Console
-from gidef.training import Run, logits, train
+from gidef.training import logits
+from tests.small_run import RECIPE, trained_once
 
 SHORT = {"iterations": 3, "restarts": 1}
 ATTACKS = {
@@ -38,31 +36,12 @@ FAST = {name: (attacks if name in ("late", "precode") else attacks - {"latent"})
 """Those that are run here: reading an early latent of two images takes seconds."""
 
 
-def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """trained(policy, defence): (run, what one round of it left); each is trained once."""
-    before, found, runs = torch.get_num_threads(), {}, {}
-    torch.set_num_threads(1)
-
-    def one(policy, defence):
-        if policy not in runs:
-            recipe = Recipe(
-                data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), rounds=Rounds(count=1), clients=LocalTraining(batch_size=8),
-                defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1, attacks_at_once=2, attack_mode="vmap"),
-                evaluation=Evaluation(num_victims=4, num_tuning=0, batch_size=2, checkpoints=("final",)), attacks=ATTACKS,
-            )  # fmt: skip
-            setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
-            runs[policy] = Run(setting, World(), tmp_path_factory.mktemp(policy), Console(rank=1), None, "mark")
-        if (policy, defence) not in found:
-            found[policy, defence] = train(runs[policy], defence, DEFENCES[defence], 0)
-        return runs[policy], found[policy, defence]
-
-    yield one
-    torch.set_num_threads(before)
+    speed = Speed(device="cpu", workers=1, attacks_at_once=2, attack_mode="vmap")
+    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES, attacks=ATTACKS, model=Model(), speed=speed)) as one:
+        yield lambda policy, defence: one(defence, policy)
 
 
 def cells_of(run, one, defence, folder):

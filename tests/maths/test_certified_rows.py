@@ -1,10 +1,13 @@
 """What a row of the table says of the bits that a noisy latent lets through: small synthetic cells, the small net, one round of training."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gidef import build, config, findings, observe
+from gidef import config, findings, observe
 from gidef.cells import make_cells
 from gidef.config import (
     CapacityNoise,
@@ -13,50 +16,44 @@ from gidef.config import (
     IsotropicNoise,
     LearnedPerturbation,
     LocalTraining,
+    MixUp,
     Model,
     MultiRound,
     NaiveMatching,
-    Recipe,
     Rounds,
-    Speed,
+    SingleGradient,
+    Soteria,
 )
-from gidef.data import Dataset, synthetic_blood_cells
 from gidef.defence.capacity import capacity_bits
-from gidef.parallel import World
-from gidef.report import Console
-from gidef.training import Run, train
+from gidef.training import train
+from tests.small_run import CELLS, RECIPE, one_thread, start
 
 DEFENCES = {
     "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
+    "still": CapacityNoise(front="frozen", level="fixed", std_init=4.0), "moving": CapacityNoise(front="frozen"),
+    "mixed": (CapacityNoise(front="frozen", level="fixed"), MixUp()), "looking": (CapacityNoise(), Soteria()),
     "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
 }  # fmt: skip
-
-
-def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=32, val=16, test=16, size=16)
 
 
 @pytest.fixture(scope="module")
 def row_of(tmp_path_factory):
     """row_of(policy, defence, attack) → (fields, words, what was trained, its run)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
 
-    def one(policy, name, attack=None):
-        recipe = Recipe(
-            data=Data(name=f"{__file__}:few_cells", num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=Rounds(count=1),
-            clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
-            evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)), attacks={"a": attack or NaiveMatching()},
+    def one(policy, name, attack=None, rounds=None, clients=None):
+        recipe = dataclasses.replace(
+            RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=rounds or RECIPE.rounds,
+            clients=clients or RECIPE.clients, defences=DEFENCES, share_policy=policy, attacks={"a": attack or NaiveMatching()},
+            evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)),
         )  # fmt: skip
-        setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
-        run = Run(setting, World(), tmp_path_factory.mktemp(f"{policy}-{name}"), Console(rank=1), None, "mark")
+        run = start(recipe, tmp_path_factory.mktemp(f"{policy}-{name}"))
         trained = train(run, name, DEFENCES[name], 0)
         [cell] = make_cells(run, {(name, 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
         return *findings._certificate(run, [cell]), cell
 
-    yield one
-    torch.set_num_threads(before)
+    with one_thread():
+        yield one
 
 
 def test_the_bits_are_the_capacity_of_the_least_noisy_client(row_of):
@@ -64,7 +61,7 @@ def test_the_bits_are_the_capacity_of_the_least_noisy_client(row_of):
     levels = [private["perturbation.level"] for private in cell.victims.private]
     bits = max(float(capacity_bits(F.softplus(level).clamp_min(0.1).double())) for level in levels)
     assert told["certified_bits"] == pytest.approx(bits, abs=1e-4) and told["lifetime_bits"] is None
-    assert f"at most {bits:.1f} bits of an image a release" in words and "among 32" in words
+    assert f"at most {bits:.1f} bits of an image a release" in words and "among 48" in words
 
 
 def test_a_level_that_is_fixed_is_certified_too_and_releases_add_up(row_of):
@@ -83,3 +80,31 @@ def test_where_there_is_no_bound_none_is_given(row_of):
     told, words, _ = row_of("head", "conditional")
     assert told["certified_bits"] is None and "depends on the image" in told["uncertified"] and words == "no certificate"
     assert row_of("full", "capacity")[:2] == ({}, "") and row_of("head", "none")[:2] == ({}, "")
+
+
+def test_fresh_noise_adds_up_over_the_rounds_of_a_client_and_its_epochs(row_of):
+    rounds = Rounds(count=5, cohort_size=1)
+    told, words, cell = row_of("head", "still", None, rounds, LocalTraining(batch_size=8, epochs=3))
+    taken = [[cell.trained.training.draw(number) for number in range(5)].count([client]) for client in range(2)]
+    count = 3 * max(taken[owner] for owner in cell.victims.owners)
+    bits = 4 * float(torch.log2(torch.tensor(1 + 1 / 16)))
+    assert sum(taken) == 5 and told["releases"] == 1 and told["lifetime_releases"] == count
+    assert told["certified_bits"] == pytest.approx(bits, abs=1e-6) and told["lifetime_bits"] == pytest.approx(count * bits, abs=1e-4)
+    assert told["fano"] == pytest.approx((bits + 1) / math.log2(48), abs=1e-6) and told["lifetime_fano"] == pytest.approx(min(1.0, (count * bits + 1) / math.log2(48)), abs=1e-5)
+    assert f"{count * bits:.1f} bits in the {count} releases of the whole training" in words
+
+
+def test_a_single_gradient_a_round_releases_an_image_once_a_round(row_of):
+    told, _, _ = row_of("head", "still", None, Rounds(count=4), SingleGradient(batch_size=8))
+    assert told["lifetime_releases"] == 4
+
+
+@pytest.mark.parametrize(("name", "reason"), [("capacity", "the front trains"), ("isotropic", "the front trains"), ("moving", "the level learns"), ("mixed", "encoded")])
+def test_where_releases_cannot_be_counted_there_is_no_lifetime_bound_and_a_reason(name, reason, row_of):
+    told, words, _ = row_of("head", name)
+    assert told["certified_bits"] > 0 and told["lifetime_bits"] is None and reason in told["uncertified_lifetime"] and "no lifetime bound" in words
+
+
+def test_a_defence_that_looks_at_the_images_when_it_shares_voids_the_certificate(row_of):
+    told, words, _ = row_of("head", "looking")
+    assert told["certified_bits"] is None and "looks at the images" in told["uncertified"] and words == "no certificate"

@@ -33,6 +33,7 @@ from gidef.config import (
     GradientNoise,
     GradInversion,
     Iid,
+    ImprintServer,
     InstaHide,
     InvertingGradients,
     IsotropicNoise,
@@ -42,7 +43,6 @@ from gidef.config import (
     Matched,
     MixUp,
     Model,
-    MultiRound,
     NaiveMatching,
     PostHocDecoder,
     Precode,
@@ -52,6 +52,7 @@ from gidef.config import (
     Recipe,
     Rounds,
     Scaffold,
+    SecureAggregation,
     Shards,
     Sign,
     SingleGradient,
@@ -122,6 +123,7 @@ def recipes():
     yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     of_data = (MixUp(mixing=0.5), ATS(policy=("cifar100-convnet", "rotate 2, invert 0")), InstaHide(mixed=2, largest=0.7, signs=False), DPSGD(level="client"))
     yield Recipe(defences={"m": of_data, "c": (DCS(concealed=2, iterations=5, x_weight=0.1, z_weight=0.1, blend=1.0, lr=0.2, apart=9.0), Sign())})
+    yield Recipe(defences={"s": (LearnedPerturbation(), Pruning(), SecureAggregation(dropouts=0.3)), "d": (DPSGD(level="client"), SecureAggregation())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
@@ -189,7 +191,7 @@ IMPOSSIBLE = [
     (Recipe(attacks={"x": SurrogateModel()}), "attacks.x: a surrogate model", "set it to delta"),
     (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),
     (Recipe(attacks={"x": DeepLeakage(labels="counts")}), "attacks.x.labels=counts", "searched"),
-    (Recipe(attacks={"x": MultiRound()}, evaluation=Evaluation(release="delta")), "attacks.x (MultiRound) reads single gradients", "release=gradient"),
+    (Recipe(attacks={"x": ImprintServer()}, evaluation=Evaluation(release="delta")), "attacks.x (ImprintServer) reads single gradients", "release=gradient"),
     (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),

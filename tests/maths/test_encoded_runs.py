@@ -15,34 +15,25 @@ from gidef.config import (
     ATS,
     DCS,
     BiDO,
-    Data,
     DeepLeakage,
     EotMatching,
-    Evaluation,
     GenerativePrior,
     ImprintServer,
     InstaHide,
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
-    LocalTraining,
     MixUp,
-    Model,
     MultiRound,
     NaiveMatching,
     Pruning,
-    Recipe,
-    Rounds,
     Speed,
     Undefended,
 )
-from gidef.data import Dataset, synthetic_blood_cells
 from gidef.defence.encode import ENCODED
 from gidef.errors import InputError
-from gidef.parallel import World
-from gidef.report import Console
 from gidef.rng import generator
-from gidef.training import Run, train
+from tests.small_run import RECIPE, evaluated, trained_once
 
 ALONE = {"mixup": MixUp(), "instahide": InstaHide(), "ats": ATS(), "dcs": DCS(iterations=4)}
 NOTHING = {"mixup 0": MixUp(mixing=0.0), "instahide 0": InstaHide(mixed=1, signs=False), "ats 0": ATS(policy=()), "dcs 0": DCS(concealed=0)}
@@ -53,35 +44,11 @@ TOGETHER = {
 DEFENCES = {"undefended": Undefended(), **ALONE, **NOTHING, **TOGETHER}
 
 
-def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=48, val=24, test=16, size=16)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    before, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    recipe = Recipe(
-        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
-        clients=LocalTraining(batch_size=8), defences=DEFENCES, speed=Speed(device="cpu", workers=2),
-        evaluation=Evaluation(num_victims=4, num_tuning=0, batch_size=2, checkpoints=("final",)),
-        attacks={"naive": NaiveMatching(), "joint": JointMatching()},
-    )  # fmt: skip
-    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
-    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
-
-    def one(name):
-        if name not in found:
-            found[name] = train(run, name, DEFENCES[name], 0)
-        return run, found[name]
-
-    yield one
-    torch.set_num_threads(before)
-
-
-def evaluated(run: Run, **changes) -> Run:
-    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
-    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    recipe = dataclasses.replace(RECIPE, defences=DEFENCES, attacks={"naive": NaiveMatching(), "joint": JointMatching()}, speed=Speed(device="cpu", workers=2))
+    with trained_once(tmp_path_factory.mktemp, recipe) as one:
+        yield one
 
 
 def released(run, one, **more):

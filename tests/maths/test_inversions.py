@@ -8,15 +8,17 @@ import json
 import pytest
 import torch
 
-from gidef import applications, build, config, fits, inversions, parity
+from gidef import applications, audit, build, config, findings, fits, inversions, methods, parity
 from gidef.attack import Calibration
 from gidef.cells import make_cells
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
-from gidef.errors import InputError
+from gidef.errors import InputError, StorageError
+from gidef.models import make_judge
 from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
+from gidef.scores import Scorer
 from gidef.training import Run, train
 from gidef.types import Reconstruction
 
@@ -187,16 +189,148 @@ def test_an_attack_that_fits_no_defence_is_left_out_with_the_reason(trained, tmp
     assert {cell.name for cell in make_cells(run, found, tmp_path)} == set(attacks) and heard.notices == []
 
 
-def test_bad_input_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):
+def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(trained, tmp_path):
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard, attacks={"smoke": config.Standard(version="smoke")})
+    cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
+    assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "analytic", "learned", "shuffled gradient"}
+    assert heard.notices == [
+        "smoke goes without decoder, eot, rounds: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+    ]  # fmt: skip
+    evaluation = dataclasses.replace(run.recipe.evaluation, release="delta")
+    deltas = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, evaluation=evaluation)))
+    heard.notices.clear()
+    cells = make_cells(deltas, found, tmp_path)
+    assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
+    assert heard.notices == ["smoke goes without analytic, learned: it reads single gradients, and evaluation.release is delta."]
+
+
+def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):
     run, found = trained
 
     def full(*arguments, **options):
-        raise InputError("disk full")
+        raise StorageError("disk full")
 
-    monkeypatch.setattr(inversions, "climb", full)
     [cell] = cells_of(run, found, tmp_path)
-    with pytest.raises(InputError, match="disk full"):
-        finish(run, [cell], tmp_path)
+    for name in ("save_file", "climb"):
+        with monkeypatch.context() as patch, pytest.raises(StorageError, match="disk full"):
+            patch.setattr(inversions, name, full)
+            finish(run, [cell], tmp_path)
+    assert not list(cell.folder.glob("*.safetensors"))
+
+
+def test_one_victim_s_error_fails_that_victim_alone_whatever_shares_its_program(trained, tmp_path, monkeypatch):
+    run, found = trained
+    real = inversions.climb
+
+    def sometimes(chunk, *arguments, **options):
+        if any(observation == 2 for observation, _ in chunk):
+            raise InputError("granted labels do not fit")
+        return real(chunk, *arguments, **options)
+
+    [whole] = cells_of(run, found, tmp_path / "whole")
+    finish(run, [whole], tmp_path / "whole")
+    inversions.collect(run, whole)
+    monkeypatch.setattr(inversions, "climb", sometimes)
+    run = with_speed(run, heard := Heard(), attacks_at_once=8)
+    [cell] = cells_of(run, found, tmp_path)
+    assert len(finish(run, [cell], tmp_path)) == 1
+    inversions.collect(run, cell)
+    assert [one.status for one in cell.reconstructions] == ["ok", "ok", "failed", "ok"] and heard.notices == [f"{cell.label}: 2 attacks failed: granted labels do not fit"]
+    assert [(one["observation"], one["error"]) for one in cell.attempts if one["error"]] == [(2, "granted labels do not fit")] * 2
+    for victim in (0, 1, 3):
+        torch.testing.assert_close(cell.reconstructions[victim].images, whole.reconstructions[victim].images, rtol=1e-4, atol=1e-4)
+    assert tasks_of(run, [cell], tmp_path) == []
+
+
+def test_an_attack_that_cannot_be_planned_or_measured_is_rows_with_its_error(trained, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        unplanned: bool
+        iterations: int = 2
+        restarts: int = 2
+        labels: str = "known"
+
+        def plan(self, case):
+            if self.unplanned:
+                raise KeyError("no such tensor")
+
+            def prior(point):
+                raise ZeroDivisionError("a prior of its own")
+
+            return methods.Plan(case.observations, case.simulator, case.matching(priors=((1.0, prior),)))
+
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard, attacks={"unplanned": Own(True), "unmeasured": Own(False), "naive": NAIVE}, attacks_at_once=0, attack_mode="auto")
+    cells = cells_of(run, found, tmp_path)
+    finish(run, cells, tmp_path)
+    for cell, error in zip(cells, ("KeyError: 'no such tensor'", "ZeroDivisionError: a prior of its own", ""), strict=True):
+        inversions.collect(run, cell)
+        assert [one.error for one in cell.reconstructions] == [error] * 4 and [one["error"] for one in cell.attempts] == [error] * 8
+        assert error == "" or all((one.images == 0.5).all() for one in cell.reconstructions)
+    assert any("no program could be measured" in text for text in heard.notices)
+
+
+def test_where_the_classifier_tells_no_labels_the_skipping_attack_fails_on_that_victim_alone(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"skip": config.SkipLayers(iterations=2, labels="recovered")})
+    [cell] = cells_of(run, found, tmp_path, "learned")
+    for victim, value in ((1, 0.0), (2, torch.nan)):
+        for name in ("backbone.head.weight", "backbone.head.bias"):
+            cell.victims.updates[victim][name] = torch.full_like(cell.victims.updates[victim][name], value)
+    finish(run, [cell], tmp_path)
+    inversions.collect(run, cell)
+    assert [one.status for one in cell.reconstructions] == ["ok", "failed", "failed", "ok"]
+    assert all("labels cannot be recovered" in cell.reconstructions[victim].error for victim in (1, 2))
+    assert [int(cell.reconstructions[victim].labels) for victim in (0, 3)] == [int(cell.victims.labels[victim]) for victim in (0, 3)]
+
+
+def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_others(trained, tmp_path, monkeypatch):
+    def breaks(*arguments, **options):
+        raise RuntimeError("no kernel for this\nand a long story")
+
+    run, found = trained
+    heard = Heard()
+    attacks = {
+        "naive": NAIVE, "guessed": config.JointMatching(iterations=2, decoder="surrogate"), "latent": config.LatentDecoding(iterations=2, steps=2),
+        "learned": config.LearnedInversion(steps=2, gradients=8), "generative": config.GenerativePrior(iterations=2, fit_steps=2),
+        "decoder": config.PostHocDecoder(steps=2), "known": config.JointMatching(iterations=2),
+    }  # fmt: skip
+    run = with_speed(run, heard, attacks=attacks)
+    for name in ("fit_decoder", "fit_autoencoder"):
+        monkeypatch.setattr(fits, name, breaks)
+    for one in range(2):  # the second time what failed is read from its files
+        rows = audit.audit(run, {("learned", 0): found["learned", 0]}, folder=tmp_path).rows
+        assert {row["attack"]: row["failed"] for row in rows} == {name: 0 if name in ("naive", "known") else 4 for name in attacks}
+        assert all((row["label_recovery"] is None) == (row["failed"] == 4) for row in rows)
+        if one == 0:
+            assert sum("could not be trained: RuntimeError: no kernel for this" in text for text in heard.notices) == 9
+            monkeypatch.setattr(fits, "_follow", breaks)
+    cells = cells_of(run, found, tmp_path, "learned")
+    [learned] = [cell for cell in cells if cell.name == "learned"]
+    applications.collect(run, learned)
+    text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
+    assert {one.error for one in learned.reconstructions} == {text}
+
+
+def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    right = [Reconstruction(torch.rand(1, 3, 16, 16), one.cpu(), 0.0, torch.zeros(1)) for one in cell.victims.labels]
+    wrong = dataclasses.replace(right[0], labels=(right[0].labels + 1) % 8)
+    broken = inversions.failures(cell, "it broke")
+    broken = [dataclasses.replace(one, labels=torch.zeros_like(one.labels)) for one in broken]
+    scorer = Scorer(run, make_judge(8, (3, 16, 16), seed=0).eval())
+    for reconstructions, expected in (([wrong, *right[1:]], 0.75), ([wrong, right[1], *broken[2:]], 0.5), (broken, None)):
+        cell.reconstructions = reconstructions
+        [row] = findings.rows(run, [cell], {id(cell): scorer.score(cell.victims, reconstructions)})
+        assert row["label_recovery"] == expected and row["failed"] == sum(one.status == "failed" for one in reconstructions)
+    other = dataclasses.replace(cell, seed=1, reconstructions=[right[0], *broken[1:]])
+    cell.reconstructions = [wrong, right[1], *broken[2:]]
+    [row] = findings.rows(run, [cell, other], {id(one): scorer.score(cell.victims, one.reconstructions) for one in (cell, other)})
+    assert row["label_recovery"] == 0.75  # ½ of the first victim, 1 of the second
 
 
 def test_results_of_another_recipe_are_refused(trained, tmp_path):

@@ -131,10 +131,12 @@ def test_fresh_noise_in_every_round_and_the_same_labels(trained):
     assert torch.equal(plan.observations[0].labels, releases[0].labels[0])
 
 
-def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained):
-    """At the true images and noise the simulated updates are the observed ones."""
+@pytest.mark.parametrize("evaluation", [{}, {"release": "delta", "local_steps": 2, "batch_size": 2}], ids=["gradient", "delta"])
+def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, evaluation):
+    """At the true images and noise the simulated updates are the observed ones; of local steps, too."""
     attack = config.MultiRound(rounds=2, **SHORT)
-    case, _, releases = case_of(trained, "learned", attack)
+    case, run, releases = case_of(trained, "learned", attack, **evaluation)
+    assert config.problems(dataclasses.replace(run.recipe, attacks={"rounds": attack})) == []
     plan = methods.plan(case)
     truth = torch.stack([release.noise[0] for release in releases])
     matching = dataclasses.replace(plan.matching, start=lambda o, r: (releases[0].images[o], truth), iterations=0, tv=0.0, noise_weight=0.0)

@@ -14,66 +14,33 @@ from gidef import build, cells, observe
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.participate import DECODER
 from gidef.config import (
-    Data,
-    Evaluation,
     JointMatching,
     LearnedPerturbation,
-    LocalTraining,
-    Model,
     NaiveMatching,
     Pruning,
-    Recipe,
-    Rounds,
-    Speed,
+    SkipLayers,
     Undefended,
 )
-from gidef.data import Dataset, Images, synthetic_blood_cells
+from gidef.data import Images
 from gidef.models import SplitModel
-from gidef.parallel import World
-from gidef.report import Console
 from gidef.rng import generator
-from gidef.training import Run, train
 from gidef.types import Client, Observation
+from tests.small_run import RECIPE, evaluated, trained_once
 
 ATTACKS = {
     "naive": NaiveMatching(), "recovered": NaiveMatching(labels="recovered"), "known": JointMatching(),
-    "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"),
+    "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"), "skip": SkipLayers(labels="recovered"),
 }  # fmt: skip
 DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1), "pruned": (LearnedPerturbation(ramp=0.0), Pruning(share=0.5))}
-
-
-def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """trained(policy, defence): (run, what one round of it left); each is trained once."""
-    before, found, runs = torch.get_num_threads(), {}, {}
-
-    def one(policy, defence):
-        if policy not in runs:
-            recipe = Recipe(
-                data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
-                clients=LocalTraining(batch_size=8), defences=DEFENCES, share_policy=policy, speed=Speed(device="cpu", workers=1),
-                evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("final",)),
-                attacks={"naive": NaiveMatching(), "joint": JointMatching()},
-            )  # fmt: skip
-            setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
-            runs[policy] = Run(setting, World(), tmp_path_factory.mktemp(policy), Console(rank=1), None, "mark")
-        if (policy, defence) not in found:
-            found[policy, defence] = train(runs[policy], defence, DEFENCES[defence], 0)
-        return runs[policy], found[policy, defence]
-
-    torch.set_num_threads(1)
-    yield one
-    torch.set_num_threads(before)
-
-
-def evaluated(run: Run, **changes) -> Run:
-    """The run with other fields of its evaluation."""
-    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
-    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    evaluation = dataclasses.replace(RECIPE.evaluation, batch_size=1)
+    recipe = dataclasses.replace(RECIPE, defences=DEFENCES, evaluation=evaluation, attacks={"naive": NaiveMatching(), "joint": JointMatching()})
+    with trained_once(tmp_path_factory.mktemp, recipe) as one:
+        yield lambda policy, defence: one(defence, policy)
 
 
 def guess(one):
@@ -88,7 +55,7 @@ def seen(run, one, attack, victims=None) -> tuple[observe.Victims, list[Observat
 
 
 def tensors_of(observation: Observation) -> dict[str, Tensor]:
-    maps = {"params": observation.params, "update": observation.update, "known": observation.known}
+    maps = {"params": observation.params, "update": observation.update, "known": observation.known, "unmatched": observation.unmatched}
     found = {f"{place}/{name}": tensor for place, tensors in maps.items() for name, tensor in tensors.items()}
     return found | ({} if observation.labels is None else {"labels": observation.labels})
 
@@ -125,7 +92,7 @@ def test_no_observation_holds_a_private_image(policy, name, trained):
     private = victims.images.flatten(0, 1)
     memory = {t.untyped_storage().data_ptr() for t in (victims.images, run.setting.dataset.train.images, *(n for n in victims.noise))}
     for observation in observations:
-        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known"}
+        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched"}
         for place, tensor in tensors_of(observation).items():
             assert tensor.untyped_storage().data_ptr() not in memory, place
             assert not any(holds(tensor, image) for image in private), place

@@ -13,32 +13,22 @@ from gidef import build, cells, fits, methods, observe
 from gidef.config import (
     Censor,
     Clipping,
-    Data,
     EotMatching,
-    Evaluation,
     GradDefense,
     GradientNoise,
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
-    LocalTraining,
-    Model,
     MultiRound,
     NaiveMatching,
     Pruning,
     Quantisation,
-    Recipe,
-    Rounds,
     Sign,
     SkipLayers,
     Soteria,
-    Speed,
     Undefended,
 )
-from gidef.data import Dataset, synthetic_blood_cells
-from gidef.parallel import World
-from gidef.report import Console
-from gidef.training import Run, train
+from tests.small_run import RECIPE, evaluated, trained_once
 
 ALONE = {
     "pruning": Pruning(share=0.5), "gaussian": GradientNoise(), "laplace": GradientNoise(law="laplace", std=1e-4, relative=False),
@@ -51,34 +41,10 @@ EXACT = ("pruning", "clipping", "per tensor", "sign", "censor", "soteria")
 """Those whose imitation at the true images is what was released; the others add what nobody can know."""
 
 
-def few_cells() -> Dataset:
-    return synthetic_blood_cells(train=48, val=16, test=16, size=16)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    before, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    recipe = Recipe(
-        data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
-        clients=LocalTraining(batch_size=8), defences=DEFENCES, speed=Speed(device="cpu", workers=1),
-        evaluation=Evaluation(num_victims=4, num_tuning=0, batch_size=2, checkpoints=("final",)),
-    )  # fmt: skip
-    setting = build.load_setting(recipe, world=World(), notice=lambda text: None)
-    run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
-
-    def one(name):
-        if name not in found:
-            found[name] = train(run, name, DEFENCES[name], 0)
-        return run, found[name]
-
-    yield one
-    torch.set_num_threads(before)
-
-
-def evaluated(run: Run, **changes) -> Run:
-    recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **changes))
-    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES)) as one:
+        yield one
 
 
 def released(run, one):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -32,8 +33,8 @@ def run(ranks: int, recipe: str, *arguments: str, check: bool = True, timeout: f
     return done
 
 
-def run_until(ready, ranks: int, recipe: str, *arguments: str, timeout: float = 120) -> None:
-    """Start, wait until ready() and kill every process of it with SIGKILL."""
+def run_until(ready, ranks: int, recipe: str, *arguments: str, timeout: float = 120, end: int = signal.SIGKILL) -> int:
+    """Start, wait until ready() and send every process of it a signal; returns the exit status."""
     process = subprocess.Popen(
         command(ranks, recipe, *arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -44,8 +45,14 @@ def run_until(ready, ranks: int, recipe: str, *arguments: str, timeout: float = 
             assert time.monotonic() < deadline, "the run did not get that far"
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if end != signal.SIGKILL and process.poll() is None:
+            os.killpg(process.pid, end)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)  # it must end soon, of its own accord
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    return process.returncode
 
 
 def results(folder: Path) -> dict:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import gidef
 from gidef.errors import InputError
-from gidef.parallel import World, mean_over_world, open_world, run_tasks
+from gidef.parallel import Costs, World, mean_over_world, open_world, run_tasks
 from gidef.rng import generator
 from gidef.types import Client, Update
 from gidef.updates import mean_over
@@ -78,6 +78,15 @@ def collectives(world: World, folder: Path) -> None:
             mean = mean_over_world(world, workers=workers)(shared_update, clients(), template=TEMPLATE, metric_names=names)
             assert same(mean, serial)
     assert all_reduce.call_count == (2 if world.size > 1 else 0), "one all-reduce a round"
+    for schedule in ("longest_first", "static", "dynamic"):
+        costs, took = Costs(), []
+        run = mean_over_world(world, schedule=schedule, costs=costs, learn=lambda cohort, seconds, took=took: took.append(seconds))
+        for _ in range(2):
+            mean = run(shared_update, clients(), template=TEMPLATE, metric_names=names)
+            assert same(mean, serial) and len(mean.seconds) == len(SIZES) and min(mean.seconds) > 0
+            costs.learn(clients(), took[-1])  # the next round goes by it
+        world.agree("the seconds", json.dumps(took))
+        world.agree("the plan", json.dumps(costs.state()))
     two = mean_over_world(world)(shared_update, clients(range(2)), template=TEMPLATE, metric_names=names)  # the third rank has none
     assert same(two, mean_over(shared_update, clients(range(2)), template=TEMPLATE, metric_names=names))
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 
-from tests.ranks.launch import record, results, run, run_until
+from gidef.checkpoint import load_file
+from tests.ranks.launch import ROOT, environment, record, results, run, run_until
 
 pytestmark = pytest.mark.ranks
 
@@ -20,14 +26,24 @@ def alone(tmp_path_factory):
 
 def test_two_and_three_ranks_end_with_the_bits_of_one(alone, tmp_path):
     expected = results(alone)
-    for ranks in (2, 3):
-        run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / str(ranks)))
+    for ranks, schedule in ((2, "static"), (3, "dynamic")):  # alone: longest first
+        run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / str(ranks)), "--speed.clients-schedule", schedule)
         found = results(tmp_path / str(ranks))
         assert found["world_size"] == ranks
         assert found["weights_sha256"] == expected["weights_sha256"]
         assert len(set(found["weights_sha256"].values())) == 2  # two defences, two models
         for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
             assert mine["psnr_db"]["mean"] == pytest.approx(theirs["psnr_db"]["mean"], abs=1e-3)
+
+
+def test_the_record_tells_what_each_client_took_and_the_checkpoint_keeps_it(alone):
+    rounds = [line for line in record(alone) if line["kind"] == "round" and line["defence"] == "learned"]
+    assert all(len(line["client_seconds"]) == line["cohort"] and min(line["client_seconds"].values()) > 0 for line in rounds)
+    _, meta = load_file(alone / "checkpoints" / "learned-0" / "round-000003.safetensors")
+    assert meta["costs"].keys() == {client for line in rounds for client in line["client_seconds"]}
+    once = [client for client in meta["costs"] if sum(client in line["client_seconds"] for line in rounds) == 1]
+    for client in once:
+        assert meta["costs"][client][0] == pytest.approx(next(line["client_seconds"][client] for line in rounds if client in line["client_seconds"]), abs=1e-5)
 
 
 def test_a_run_killed_in_training_and_resumed_on_other_ranks_ends_with_the_same_bits(alone, tmp_path):
@@ -49,6 +65,54 @@ def test_a_run_killed_in_the_attacks_and_resumed_gives_the_same_reconstructions(
     assert found["weights_sha256"] == expected["weights_sha256"]
     assert [row["psnr_db"] for row in found["rows"]] == [row["psnr_db"] for row in expected["rows"]]
     _no_line_is_doubled(folder, alone)
+
+
+def test_sigterm_in_training_evaluation_and_attack_ends_soon_and_loses_nothing_that_was_saved(alone, tmp_path):
+    folder = tmp_path / "run"
+    arguments = ("--rounds.count", "3", "--only", "undefended", "--out", str(folder))
+    checkpoints = folder / "checkpoints" / "undefended-0"
+    stages = {
+        "training": lambda: (checkpoints / "round-000002.safetensors").exists(),
+        "evaluation": lambda: (checkpoints / "round-000003.safetensors").exists(),
+        "attack": lambda: any((folder / "attacks").glob("undefended-0/*/naive/*.safetensors")),
+    }
+    for stage, ready in stages.items():
+        more = () if stage == "training" else ("--resume",)
+        assert run_until(ready, 1, "tiny.py", *arguments, *more, end=signal.SIGTERM) == 143, stage
+        assert not (folder / "results.json").exists() and not list(folder.rglob("*.tmp")), stage
+        if stage == "training":  # what is worse: the disk lost half of the newest checkpoint
+            newest = sorted(checkpoints.glob("round-*.safetensors"))[-1]
+            newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    done = run(2, "tiny.py", *arguments, "--resume")
+    assert results(folder)["weights_sha256"] == {"undefended/0": results(alone)["weights_sha256"]["undefended/0"]}, done.stdout
+    assert list(checkpoints.glob("*.damaged"))
+    assert "rank 1 of 2 on" in (folder / "logs" / "rank-00001.txt").read_text()
+    rounds = [line["round"] for line in record(folder) if line["kind"] == "round"]
+    assert rounds == [1, 2, 3]
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_named(alone, tmp_path):
+    for rank in range(2):
+        shutil.copytree(alone, tmp_path / str(rank) / "run")
+        shutil.rmtree(tmp_path / str(rank) / "run" / "models")
+        (tmp_path / str(rank) / "run" / "results.json").unlink()
+    (tmp_path / "1" / "run" / "checkpoints" / "undefended-0" / "round-000003.safetensors").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "recipes" / "tiny.py"), "--rounds.count", "3", "--out", "run", "--resume"]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(command, env=environment(RANK=str(rank), **shared), cwd=tmp_path / str(rank), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [one.communicate(timeout=240)[1] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert [one.returncode for one in ranks] == [2, 2], errors
+    assert f"rank 1 on host {socket.gethostname()}: no checkpoint of round 3 in run" in errors[0] and "all ranks must see the same folder" in errors[0]
 
 
 def _no_line_is_doubled(folder, alone) -> None:

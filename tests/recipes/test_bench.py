@@ -198,3 +198,18 @@ def test_a_ratio_between_unequal_results_does_not_count(bench: ModuleType, tmp_p
     (row,) = bench.main(options(bench, tmp_path, modes=("vmap",), attacks=1, iterations=8, repetitions=1))["rows"]
     assert row["counts"] is False and row["seconds_to_peer_quality"] is None
     assert "PSNR differs" in capsys.readouterr().out
+
+
+# --- streamed data --------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_streams_trains_to_the_same_bits_and_says_what_it_measured(tmp_path, capsys):
+    path = Path(__file__).resolve().parents[2] / "recipes" / "bench" / "data.py"
+    spec = importlib.util.spec_from_file_location("bench_data", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_data"] = module
+    spec.loader.exec_module(module)
+    module.main(module.Options(images=12, size=32, model="small", batch_size=5, per_shard=5, repetitions=2, out=tmp_path / "data.json"))
+    told = json.loads((tmp_path / "data.json").read_text())
+    assert set(told["ratios"]) == {"npy", "png", "jpeg"} and all(len(turns) == 2 and min(turns) > 0 for turns in told["rates"].values())
+    assert "% of memory" in capsys.readouterr().out

@@ -8,11 +8,11 @@ import runpy
 
 import pytest
 
-from gidef.config import Recipe, problems
+from gidef.config import BiDO, Recipe, problems
 from tests.ranks.launch import ROOT, results, run
 
-MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations")
-SWEEPS = ("strength", "architectures", "heterogeneity", "participation", "share_policy", "attackers_and_judges", "modalities")
+MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
+SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities")
 
 
 def declared(name, monkeypatch):
@@ -45,6 +45,15 @@ def test_the_small_form_is_smaller(monkeypatch):
         for row, small in seen["small"].items():
             full = seen["full"].get(row) or next(iter(seen["full"].values()))
             assert small.rounds.count < full.rounds.count and small.evaluation.num_victims < full.evaluation.num_victims, (name, row)
+
+
+def test_the_grid_of_bido_is_the_published_one_with_both_measures(monkeypatch):
+    [recipe] = declared("bido_grid", monkeypatch)["full"].values()
+    grid = [one for one in recipe.defences.values() if isinstance(one, BiDO)]
+    for measure in ("hsic", "coco"):
+        found = {(one.x_weight, round(one.y_weight / one.x_weight, 9)) for one in grid if one.measure == measure}
+        assert found == {(weight, ratio) for weight in (0.01, 0.05, 0.1, 0.5, 1.0) for ratio in (5, 10, 20)}
+    assert len(grid) == 30 and recipe.data.split_seed != 0
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def labels_of(observation: Observation, num_classes: int) -> Tensor:
         return labels.long().cpu()
     try:
         return recover_labels(observation, num_classes)
-    except InputError:
+    except (InputError, torch.linalg.LinAlgError):
         return torch.zeros(size, dtype=torch.int64)
 
 

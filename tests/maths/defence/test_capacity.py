@@ -8,8 +8,8 @@ import torch
 
 from gidef import build
 from gidef.clients.local import LocalSettings, train_locally
-from gidef.config import CapacityNoise, Data, Model, Recipe, problems
-from gidef.defence.capacity import capacity_bits, certify, fano_bound, measured_bits, water_filling
+from gidef.config import CapacityNoise, Data, LocalTraining, Model, Recipe, problems
+from gidef.defence.capacity import capacity_bits, certify, fano_bound, lifetime_releases, measured_bits, water_filling
 from gidef.errors import InputError
 from gidef.models import latent_norm
 from gidef.rng import generator
@@ -115,6 +115,44 @@ def test_where_an_assumption_fails_nothing_is_certified(change, said):
         certify([torch.ones(4)], **SOUND | change)
 
 
+WHOLE = {"policy": "head", "frozen_noise": False, "front_frozen": True, "level_still": True, "encoded": False, "draws": 12}
+
+
+def test_releases_of_a_lifetime_are_all_draws_or_one():
+    assert lifetime_releases(**WHOLE) == 12
+    assert lifetime_releases(**WHOLE | {"frozen_noise": True, "draws": None}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"policy": "full"}, "no such bound"),
+        ({"encoded": True}, "encoded"),
+        ({"front_frozen": False}, "the front trains"),
+        ({"level_still": False}, "the level learns"),
+        ({"draws": None}, "not counted"),
+    ],
+)
+def test_where_releases_are_not_all_counted_there_is_no_lifetime(change, said):
+    with pytest.raises(InputError, match=said):
+        lifetime_releases(**WHOLE | change)
+
+
+def test_bits_of_fresh_releases_add_up_and_no_estimator_beats_them():
+    """A Gaussian source of power P through σ = 1, T times: ½ log₂(1 + T P) ≤ T · ½ log₂(1 + P), and a Monte-Carlo estimate of the former agrees."""
+    power, draws, count = 1.0, 3, 200_000
+    g = generator(0, "lifetime")
+    x = torch.randn(count, generator=g, dtype=torch.float64) * power**0.5
+    seen = x[:, None] + torch.randn(count, draws, generator=g, dtype=torch.float64)
+    inside = torch.eye(draws, dtype=torch.float64) + power * torch.ones(draws, draws, dtype=torch.float64)
+    marginal = torch.distributions.MultivariateNormal(torch.zeros(draws, dtype=torch.float64), inside).log_prob(seen)
+    given = torch.distributions.Normal(x[:, None], 1.0).log_prob(seen).sum(1)
+    estimate = float((given - marginal).mean()) / math.log(2)
+    one = float(capacity_bits(torch.ones(1, dtype=torch.float64), power))
+    assert estimate == pytest.approx(0.5 * math.log2(1 + draws * power), abs=0.01)
+    assert one < estimate < lifetime_releases(**WHOLE | {"draws": draws}) * one
+
+
 # --- in training -----------------------------------------------------------------------------------------------------
 
 
@@ -148,10 +186,14 @@ def test_the_latent_is_the_neck_s_and_a_frozen_front_stands_still():
     _, delta = trained(one)
     for name, tensor in delta.items():
         assert bool(tensor.any()) == (name not in one.model.parts["encoder"]), name
-    _, delta = trained(defence(bits_weight=0.1, front="frozen", frozen=True))
-    assert {name for name, tensor in delta.items() if tensor.any()} == set(one.model.parts["predictor"])
+    for fields in ({"frozen": True}, {"level": "fixed"}):
+        _, delta = trained(defence(bits_weight=0.1, front="frozen", **fields))
+        assert {name for name, tensor in delta.items() if tensor.any()} == set(one.model.parts["predictor"])
 
 
 def test_recipes_that_break_its_promises_are_refused():
     assert any("std_floor=0" in text for text in problems(Recipe(defences={"c": CapacityNoise(std_floor=0.0)})))
+    for fields in ({"front": "frozen"}, {"level": "fixed"}):
+        decaying = Recipe(defences={"c": CapacityNoise(**fields)}, clients=LocalTraining(weight_decay=0.1))
+        assert any("weight_decay=0.1 moves it" in text for text in problems(decaying))
     assert any("model.neck" in text for text in problems(Recipe(model=Model(name="resnet18", neck=8))))

@@ -33,5 +33,14 @@ def test_one_image_pairs_with_itself_and_failures_are_refused():
     assert pair(x[:1], x[1:]).tolist() == [0]
     with pytest.raises(ValueError, match="NaN"):
         pair(x * float("nan"), x)
-    with pytest.raises(ValueError, match="equal shapes"):
-        pair(x, x[:1])
+    for few in (x[:1], torch.rand(2, 1, 4, 5)):
+        with pytest.raises(ValueError, match="one shape, as many or more"):
+            pair(few, x)
+
+
+def test_of_more_reconstructions_than_images_the_best_fitting_stand_for_them():
+    truth = images(3, 1, 4, 4)
+    more = torch.cat([1 - truth, truth.flip(0), torch.rand(2, 1, 4, 4)])
+    found = pair(more, truth)
+    assert found.tolist() == [5, 4, 3] and torch.equal(more[found], truth)
+    assert sorted(pair(truth[:1].repeat(3, 1, 1, 1), truth[:2]).tolist()) != [0, 0]

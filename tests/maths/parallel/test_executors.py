@@ -1,13 +1,15 @@
 """The cohort's mean and independent tasks on worker threads of one rank. Data are synthetic; several ranks are in tests/ranks."""
 
+import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from gidef.errors import InputError
-from gidef.parallel import World, mean_over_world, run_tasks
+from gidef.parallel import Costs, World, mean_over_world, run_tasks
 from gidef.rng import generator
 from gidef.types import Client, Update
 from gidef.updates import mean_over
@@ -125,3 +127,34 @@ def test_a_signal_s_exception_propagates_and_starts_nothing_more(workers: int, s
     with pytest.raises(stop):
         run_tasks(World(), list(range(200)), [1.0] * 200, do, workers=workers)
     assert len(started) < 200
+
+
+def test_costs_start_from_examples_and_follow_what_was_measured() -> None:
+    few, many, new = (Client(k, torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.long)) for k, n in enumerate((10, 30, 20)))
+    costs = Costs(smoothing=0.25)
+    assert [costs(client) for client in (few, many, new)] == [10, 30, 20]
+    costs.learn([few, many], [4.0, 2.0])  # the small client is the slow one
+    assert (costs(few), costs(many)) == (4.0, 2.0) and costs(new) == pytest.approx(20 * 6 / 40)
+    costs.learn([few], [8.0])
+    assert costs(few) == 5.0
+    again = Costs()
+    again.load(json.loads(json.dumps(costs.state())))
+    assert [again(client) for client in (few, many, new)] == [costs(client) for client in (few, many, new)]
+    with pytest.raises(ValueError, match="smoothing"):
+        Costs(smoothing=0)
+
+
+@pytest.mark.parametrize("schedule", ["longest_first", "static", "dynamic"])
+def test_the_next_round_starts_with_whoever_was_slowest(schedule: str) -> None:
+    order, costs = [], Costs()
+
+    def timed(client: Client, worker: int) -> Update:
+        order.append(client.id)
+        if client.id == 12:  # one example, and the slowest
+            time.sleep(0.05)
+        return shared_update(client, worker)
+
+    run = mean_over_world(World(), costs=costs, learn=costs.learn, schedule=schedule)
+    means = [run(timed, clients(), template=TEMPLATE, metric_names=["loss"]) for _ in range(2)]
+    assert means[0].seconds[2] >= 0.05 > max(means[0].seconds[:2])
+    assert (order[0], order[len(SIZES)]) == ((10, 10) if schedule == "static" else (11, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections import Counter
@@ -10,7 +11,6 @@ import pytest
 
 from gidef.errors import InputError
 from gidef.parallel import World, run_tasks
-from gidef.parallel import queue as queues
 from gidef.parallel.queue import Queue
 
 SCHEDULES = ("longest_first", "static", "dynamic")
@@ -119,17 +119,17 @@ class SlowStore:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def add(self, name: str, amount: int) -> int:
-        self.counts[name] += amount
+    def count(self, name: str) -> int:
+        self.counts[name] += 1
         count = self.counts[name]
         time.sleep(0.0002)
         return count
 
 
 @pytest.mark.parametrize("world", [World(), TwoRanks(0, 2)])
-def test_threads_share_a_queue_without_gap_or_repeat(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_a_queue_without_gap_or_repeat(world: World) -> None:
     store = SlowStore()
-    monkeypatch.setattr(queues, "_get_default_store", lambda: store)
+    world = dataclasses.replace(world, watch=store if world.size > 1 else None)
     for length in (500, 1, 0, 200):  # in one store, one after another
         queue, taken = Queue(world, length), [[] for _ in range(8)]
         asked, refused = [], []  # when a number was asked for that came, and when the answer was that none is left
@@ -156,18 +156,17 @@ def test_threads_share_a_queue_without_gap_or_repeat(world: World, monkeypatch: 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_lost_store_ends_the_call_with_its_own_error_and_is_asked_once(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_store_ends_the_call_with_its_own_error_and_is_asked_once(workers: int) -> None:
     class Lost:
         asked = 0
 
-        def add(self, name: str, amount: int) -> int:
+        def count(self, name: str) -> int:
             Lost.asked += 1
             if Lost.asked > 3:
                 raise RuntimeError("the connection was reset by the peer")
             return Lost.asked
 
-    monkeypatch.setattr(queues, "_get_default_store", Lost)
     done: list[int] = []
     with pytest.raises(RuntimeError, match="reset by the peer"):
-        run_tasks(TwoRanks(0, 2), range(20), [1.0] * 20, lambda task, worker: done.append(task), schedule="dynamic", workers=workers)
+        run_tasks(TwoRanks(0, 2, watch=Lost()), range(20), [1.0] * 20, lambda task, worker: done.append(task), schedule="dynamic", workers=workers)
     assert sorted(done) == [0, 1, 2] and Lost.asked == 4

@@ -1,0 +1,103 @@
+"""`gidef plan`: the round time on 8 … 4096 GPUs, from a run's record or from given numbers, as a table, a CSV and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+from pathlib import Path
+from typing import Any
+
+from gidef.errors import InputError
+from gidef.parallel.forecast import Forecast, Network, forecast
+from gidef.report import Console, read
+from gidef.report.files import write_atomically
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What a run on one rank says: seconds of each client, their spread over rounds, seconds of the rest of a round, bytes of the sum, cohort.
+
+    The first trained defence of the record is taken. The rest is the round's median time minus the median of its clients' summed times.
+    Raises: InputError for a record without them, or of several ranks, whose rounds hold waiting time.
+    """
+    lines = read(folder / "record.jsonl")
+    trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds")), None)
+    if trained is None:
+        raise InputError(f"{folder} holds no client times: give the folder of a run that trained to its end with this version of gidef, or --times.")
+    if any(line["world_size"] != 1 for line in lines if line["kind"] == "start"):
+        raise InputError(f"{folder} ran on several ranks, so its rounds hold waiting time: measure on one, with --speed.workers 1.")
+    rounds = [line for line in lines if line["kind"] == "round" and (line["defence"], line["seed"]) == (trained["defence"], trained["seed"])]
+    ends = [0.0, *(line["seconds"] for line in rounds)]
+    lasted = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    kept = lasted[1:] or lasted  # the first round warms up
+    times = [one["median"] for one in trained["client_seconds"].values()]
+    spreads = [one["spread"] for one in trained["client_seconds"].values()]
+    cohort = rounds[-1]["cohort"]
+    rest = max(0.0, statistics.median(kept) - statistics.fmean(times) * cohort)
+    return {"times": times, "spread": statistics.median(spreads), "rest_s": rest, "message": trained["reduced_bytes"], "cohort": cohort, "round_s": statistics.median(kept)}
+
+
+def plan(arguments: argparse.Namespace) -> list[Forecast]:
+    """Print the table, and write plan.csv and plan.png into --out. Raises InputError for numbers that mean nothing."""
+    given = {"spread": arguments.spread, "rest_s": arguments.rest, "cohort": arguments.cohort}
+    given |= {"times": arguments.times, "message": arguments.megabytes and arguments.megabytes * 1e6}
+    found = (measured(Path(arguments.folder)) if arguments.folder else {}) | {name: value for name, value in given.items() if value is not None}
+    if not found.get("times") or found.get("message") is None:
+        raise InputError("give a run's folder, or --times with the seconds of each client and --megabytes of the summed update.")
+    found.pop("round_s", None)
+    network = Network(
+        gpus_per_node=arguments.gpus_per_node, intra_gbytes=arguments.intra_gbytes, inter_gbytes=arguments.inter_gbytes, intra_us=arguments.intra_us,
+        inter_us=arguments.inter_us, algorithm=arguments.algorithm, meet_us=arguments.meet_us,
+    )  # fmt: skip
+    numbers = [network.gpus_per_node, network.intra_gbytes, network.inter_gbytes, *arguments.ranks, *found["times"], arguments.scale, found.get("cohort") or 1]
+    if min(numbers) <= 0 or min(network.intra_us, network.inter_us, network.meet_us, found["message"], found.get("rest_s", 0), found.get("spread", 0)) < 0:
+        raise InputError("every time, bandwidth and number of ranks must be above 0, and every latency, size and spread at least 0.")
+    found["times"] = [time * arguments.scale for time in found["times"]]
+    cohort = found.pop("cohort", None) or len(found["times"])
+    rows = []
+    for ranks in arguments.ranks:
+        size = cohort if arguments.clients_per_rank is None else arguments.clients_per_rank * ranks
+        rows.append(forecast(ranks=ranks, network=network, cohort=size, **found))
+    with Console() as console:
+        _show(console, rows, network, found)
+        if arguments.out:
+            out = Path(arguments.out)
+            write_atomically(out / "plan.csv", _csv(rows).encode())
+            _draw(out / "plan.png", rows)
+            console.say(f"table    {out / 'plan.csv'}, picture {out / 'plan.png'}")
+    return rows
+
+
+def _show(console: Console, rows: list[Forecast], network: Network, found: dict[str, Any]) -> None:
+    console.heading("Forecast of a round")
+    console.say(
+        f"network   {network.gpus_per_node} GPUs a node, {network.intra_gbytes:g} GB/s and {network.intra_us:g} us inside, "
+        f"{network.inter_gbytes:g} GB/s and {network.inter_us:g} us between nodes, {network.algorithm} all-reduce of {found['message'] / 1e6:.1f} MB"
+    )
+    console.say(f"clients   {len(found['times'])} times, {sum(found['times']) / len(found['times']):.3g} s on average; useful ranks at most {rows[0].useful:.1f} for {rows[0].cohort}")
+    console.say("ranks  clients    round s   busiest s   reduce s   meet s   rest s   efficiency")
+    for row in rows:
+        console.say(
+            f"{row.ranks:>5}  {row.cohort:>7}  {row.round_s:>9.4g}  {row.clients_s:>10.4g}  {row.reduce_s:>9.3g}  {row.meet_s:>7.2g}  {row.rest_s:>7.3g}"
+            f"  {100 * row.ideal_s / row.round_s:>9.0f} %"
+        )
+
+
+def _csv(rows: list[Forecast]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["ranks", "cohort", "round_s", "clients_s", "reduce_s", "meet_s", "rest_s", "ideal_s", "useful_ranks"])
+    writer.writerows([r.ranks, r.cohort, r.round_s, r.clients_s, r.reduce_s, r.meet_s, r.rest_s, r.ideal_s, r.useful] for r in rows)
+    return text.getvalue()
+
+
+def _draw(path: Path, rows: list[Forecast]) -> None:
+    from gidef.report.pictures import scaling_curves
+
+    ranks = [row.ranks for row in rows]
+    total = [row.ideal_s * row.ranks for row in rows]
+    scaling_curves(
+        path, ranks, {"forecast": [whole / row.round_s for whole, row in zip(total, rows, strict=True)]},
+        ideal=ranks, bound=[min(row.ranks, row.useful) for row in rows], title="Forecast of training", ylabel="clients' seconds per second",
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""Noise with a certificate on three kinds of images: blood cells, chest X-rays, natural images. Only the head leaves the client.
+
+Shows:  capacity noise on a late latent of 64 numbers beside isotropic noise there: accuracy, the strongest attack, bits per release and Fano's bound.
+Expect: the strongest attack (the latent read off the gradients and decoded, or a decoder handed the latent) gets within 1 dB of the class mean,
+        for two points of accuracy at most.
+Costs:  three hours of a CPU core; --small: some minutes.
+"""
+
+from dataclasses import replace
+
+from gidef.config import (
+    CapacityNoise,
+    Data,
+    Evaluation,
+    IsotropicNoise,
+    LatentDecoding,
+    LocalTraining,
+    Model,
+    PostHocDecoder,
+    Recipe,
+    Rounds,
+    Undefended,
+)
+from gidef.main import sweep
+
+RECIPE = Recipe(
+    data=Data(num_clients=10),
+    model=Model(name="small", cut="neck", neck=64),
+    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
+    rounds=Rounds(count=20),
+    defences={
+        "undefended": Undefended(), "isotropic 1": IsotropicNoise(std=1.0),
+        "capacity 0.005": CapacityNoise(bits_weight=5e-3), "capacity 0.02": CapacityNoise(bits_weight=2e-2),
+    },
+    share_policy="head",
+    attacks={"latent": LatentDecoding(front="known", steps=400, batch_size=32), "decoder": PostHocDecoder(steps=400, batch_size=32)},
+    evaluation=Evaluation(num_victims=64, checkpoints=("final",)),
+    seeds=(0, 1, 2),
+)  # fmt: skip
+SMALL = replace(
+    RECIPE,
+    rounds=Rounds(count=2), seeds=(0,), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2), only=("undefended", "capacity 0.02"),
+    attacks={"latent": LatentDecoding(front="known", steps=60), "decoder": PostHocDecoder(steps=60)},
+)  # fmt: skip
+
+
+def rows(recipe: Recipe) -> dict[str, Recipe]:
+    return {name: replace(recipe, data=replace(recipe.data, name=name)) for name in ("bloodmnist", "pneumoniamnist", "cifar10")}
+
+
+sweep(rows(RECIPE), small=rows(SMALL))

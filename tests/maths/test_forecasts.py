@@ -1,0 +1,51 @@
+"""`gidef plan`: from a record or from numbers, to a table and a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from gidef.cli import main
+from gidef.errors import InputError
+from gidef.forecasts import measured
+
+
+def run_folder(folder, world_size=1, **trained):
+    lines = [
+        {"kind": "start", "world_size": world_size},
+        *({"kind": "round", "defence": "a", "seed": 0, "round": n, "seconds": s, "cohort": 2} for n, s in ((1, 9.0), (2, 12.0), (3, 15.0), (4, 18.5))),
+        {"kind": "trained", "defence": "a", "seed": 0, **({"client_seconds": {"0": {"median": 1.0, "spread": 0.1}, "1": {"median": 1.5, "spread": 0.3}}, "reduced_bytes": 8000} | trained)},
+    ]
+    folder.mkdir()
+    (folder / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_record_gives_times_their_spread_the_rest_and_the_message(tmp_path):
+    found = measured(run_folder(tmp_path / "run"))
+    assert found == {"times": [1.0, 1.5], "spread": 0.2, "rest_s": pytest.approx(0.5), "message": 8000, "cohort": 2, "round_s": 3.0}
+
+
+def test_records_that_do_not_say_it_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no client times"):
+        measured(run_folder(tmp_path / "old", client_seconds=None))
+    with pytest.raises(InputError, match="several ranks"):
+        measured(run_folder(tmp_path / "two", world_size=2))
+
+
+def test_the_command_writes_a_table_and_a_picture(tmp_path, capsys):
+    main(["plan", str(run_folder(tmp_path / "run")), "--ranks", "1", "2", "8", "--spread", "0", "--cohort", "64", "--out", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "plan.csv").read_text().splitlines()))
+    assert [int(row["ranks"]) for row in rows] == [1, 2, 8]
+    assert float(rows[0]["round_s"]) > float(rows[1]["round_s"]) > float(rows[2]["round_s"]) > 0.5
+    assert (tmp_path / "out" / "plan.png").stat().st_size > 10_000
+    assert "useful ranks at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [[], ["--times", "1"], ["--times", "0", "--megabytes", "1"], ["--times", "1", "--megabytes", "1", "--inter-gbytes", "0"], ["--times", "1", "--megabytes", "1", "--ranks", "0"]])
+def test_numbers_that_mean_nothing_end_with_one_message(wrong, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", *wrong])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("gidef: ")

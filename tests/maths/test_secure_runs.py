@@ -1,0 +1,264 @@
+"""Secure aggregation in a run: the model of the open sum, bit for bit; and what the server sees of it, the mean over a cohort."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad
+
+from gidef import attack as attacks
+from gidef import build, cells, findings, methods, observe
+from gidef.attack.simulate import cohort_mean
+from gidef.config import (
+    DPSGD,
+    Data,
+    EotMatching,
+    JointMatching,
+    LearnedInversion,
+    LearnedPerturbation,
+    MixUp,
+    NaiveMatching,
+    PostHocDecoder,
+    Pruning,
+    Recipe,
+    Rounds,
+    SecureAggregation,
+    Undefended,
+    problems,
+)
+from gidef.defence.secure_sum import MaskedSum
+from gidef.errors import InputError
+from gidef.parallel import World, mean_over_world
+from gidef.scores import _recovered
+from gidef.training import train
+from gidef.types import Client, Update
+from gidef.updates import FixedPointSum
+from tests.small_run import CELLS, RECIPE, evaluated, start, trained_once
+
+LEARNED = LearnedPerturbation(ramp=0.0, dependence="pearson2")
+DEFENCES = {
+    "plain": Undefended(), "sum": SecureAggregation(), "gone": SecureAggregation(dropouts=0.3),
+    "learned": LEARNED, "learned sum": (LEARNED, SecureAggregation()), "pruned sum": (Pruning(share=0.5), SecureAggregation()),
+}  # fmt: skip
+ATTACKS = {"naive": NaiveMatching(), "joint": JointMatching(), "learned": LearnedInversion(), "decoder": PostHocDecoder()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    data = Data(name=CELLS, num_clients=4, min_examples=8)
+    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, data=data, defences=DEFENCES, attacks=ATTACKS)) as one:
+        yield one
+
+
+def released(run, one, **more):
+    return observe.release(run, one, one.snapshots["final"], seed=0, **more)
+
+
+def apart(left, right) -> float:
+    return (sum(float((left[name] - right[name]).square().sum()) for name in right) / sum(float(t.square().sum()) for t in right.values())) ** 0.5
+
+
+# --- training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("open_one", "summed", "policy"), [("plain", "sum", "full"), ("learned", "learned sum", "head")])
+def test_the_model_is_that_of_the_open_sum_bit_for_bit(open_one, summed, policy, trained):
+    (_, plain), (_, secure) = trained(open_one, policy), trained(summed, policy)
+    assert secure.sha256 == plain.sha256 and secure.summary["rounds"] == 1
+    assert secure.training.defence.secure is not None and plain.training.defence.secure is None
+
+
+def updates(count):
+    draw = torch.Generator().manual_seed(0)
+    return [Update({"w": torch.randn(5, generator=draw), "b": torch.randn(2, generator=draw)}, 3 + k, {"loss": 0.5 * k}) for k in range(count)]
+
+
+@pytest.mark.parametrize("stayed", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 5, 6, 7, 9]])
+def test_of_those_who_stay_the_mean_is_exact_and_no_partial_sum_is_readable(stayed):
+    """Over worker threads, as in a run; ids are not places in the cohort."""
+    sent, template = updates(10), {"w": torch.zeros(5), "b": torch.zeros(2)}
+    clients = [Client(100 + 7 * k, torch.zeros(1, 1, 1, 1, dtype=torch.uint8), torch.zeros(3 + k, dtype=torch.int64)) for k in range(10)]
+    cohort, seen = [clients[k] for k in stayed], []
+
+    class Watched(MaskedSum):
+        def mean(self):
+            seen.append(self.buffer.clone())
+            return super().mean()
+
+    def sum_of(template, **options):
+        return Watched(template, members=[client.id for client in clients], stayed=[client.id for client in cohort], seed=0, round=3, **options)
+
+    over = mean_over_world(World(), workers=2)
+    arguments = {"template": template, "metric_names": ("loss",)}
+    plain = over(lambda client, worker: sent[clients.index(client)], cohort, **arguments)
+    masked = over(lambda client, worker: sent[clients.index(client)], cohort, **arguments, sum_of=sum_of)
+    assert all(torch.equal(masked.delta[name], tensor) for name, tensor in plain.delta.items())
+    assert (masked.num_examples, masked.metrics, masked.count) == (plain.num_examples, plain.metrics, plain.count) == (plain.num_examples, plain.metrics, len(stayed))
+    open_sum = FixedPointSum(template, metric_names=("loss",), max_terms=10)
+    for k in stayed:
+        open_sum.add(sent[k].delta, sent[k].num_examples, sent[k].metrics)
+    hidden = seen[0][: len(open_sum.buffer)]
+    assert not (hidden == open_sum.buffer).any() and hidden.abs().double().mean() > 2**59
+
+
+def test_below_the_threshold_there_is_no_mean():
+    total = MaskedSum({"w": torch.zeros(5)}, members=[4, 5, 6], stayed=[5, 6], seed=0, round=0, max_terms=2)
+    for client in (5, 6):
+        total.add({"w": torch.ones(5)}, 1, {}, client=client)
+    with pytest.raises(InputError, match="2 of 3 masked updates arrived, 3 are needed"):
+        total.mean()
+
+
+def test_who_drops_out_trains_nothing_and_changes_with_the_round(trained):
+    _, one = trained("gone")
+    _, plain = trained("plain")
+    draws = [one.training.draw(number) for number in range(12)]
+    assert all(len(draw) == 3 and set(draw) < set(plain.training.draw(number)) for number, draw in enumerate(draws))
+    assert len(set(map(tuple, draws))) == 4
+    assert set(one.snapshots["final"].versions) == set(draws[0]) and one.sha256 != plain.sha256
+
+
+def test_a_round_with_drop_outs_is_the_open_round_of_those_who_stayed(trained):
+    (run, one), (_, plain) = trained("gone"), trained("plain")
+    cohort = [run.setting.clients[k] for k in one.training.draw(0)]
+    expected, _ = plain.training.run(plain.training.server, cohort)
+    found, mean = one.training.run(one.training.server, cohort)
+    assert mean.count == 3 and all(torch.equal(found.params[name], tensor) for name, tensor in expected.params.items())
+
+
+# --- what the server sees ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_released_is_the_mean_gradient_of_the_whole_cohort(trained):
+    run, one = trained("sum")
+    _, plain = trained("plain")
+    victims, alone = released(run, one), released(run, plain)
+    model, params = one.training.defence.model, one.snapshots["final"].params
+    for batch, update in enumerate(victims.updates):
+        company = victims.company[batch]
+        assert len({victims.owners[batch], *company.owners}) == 4 and company.images.shape == (3, 2, 3, 16, 16)
+        for owner, images, labels in zip(company.owners, company.images, company.labels, strict=True):
+            pool = run.setting.clients[owner]
+            for image, label in zip(images, labels, strict=True):
+                same = ((pool.images.float() / 255 - image).abs().amax((1, 2, 3)) == 0) & (pool.labels == label)
+                assert same.any()
+        everything = torch.cat([victims.images[batch], company.images.flatten(0, 1)])
+        expected = grad(lambda w, x=everything, y=victims.all_labels(batch): F.cross_entropy(functional_call(model, w, (x,)), y))(params)
+        assert apart(update, expected) < 1e-5 and apart(update, alone.updates[batch]) > 0.1
+    again, other = released(run, one), released(run, one, repeat=1)
+    assert all(torch.equal(again.updates[0][name], tensor) for name, tensor in victims.updates[0].items())
+    assert torch.equal(other.company[0].images, victims.company[0].images)
+
+
+STEPS = {"release": "delta", "local_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "changes"),
+    [("sum", "full", {}), ("learned sum", "full", {}), ("learned sum", "head", {}), ("learned sum", "full", STEPS), ("pruned sum", "full", {}), ("pruned sum", "full", STEPS)],
+)
+def test_an_attacker_who_has_everybodys_images_and_noise_matches_the_sum(name, policy, changes, trained):
+    """The pruned one up to where the clients' own entries, which the sum does not tell apart, were pruned."""
+    run, one = trained(name, policy)
+    run = evaluated(run, **changes)
+    victims = released(run, one)
+    case = methods.make_case(run, one, one.snapshots["final"], JointMatching(), [victims], seed=0)
+    observation, company = case.observations[0], victims.company[0]
+    assert observation.num_examples == 8 and torch.equal(observation.labels, victims.all_labels(0))
+    noise = None
+    if victims.noise[0] is not None:
+        axis = 1 if changes else 0
+        noise = torch.cat([victims.noise[0], *company.noise], dim=axis)
+        assert noise.shape == case.noise_shape
+    images = torch.cat([victims.images[0], company.images.flatten(0, 1)])
+    labels = F.one_hot(observation.labels, 8).float()
+    update = case.simulator()(observation.params, observation.known, images, labels, noise)
+    found = apart(update, observation.update)
+    assert found < (1e-4 if name != "pruned sum" else 0.5)
+    if noise is not None:
+        assert apart(case.simulator()(observation.params, observation.known, images, labels, noise.flip(0)), observation.update) > 1e-3
+    wrong = torch.cat([victims.images[0], company.images.flatten(0, 1).flip(-1)])
+    assert apart(case.simulator()(observation.params, observation.known, wrong, labels, noise), observation.update) > max(1e-3, found)
+
+
+def test_attacks_run_against_sums(trained):
+    run, one = trained("learned sum", "head")
+    victims = released(run, one)
+    for attack in (NaiveMatching(iterations=2), JointMatching(iterations=2, labels="recovered"), EotMatching(iterations=1, samples=2)):
+        plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
+        for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+            assert found.status == "ok" and found.images.shape == (8, 3, 16, 16), found.error
+
+
+def test_a_cohort_of_two_mixes_what_the_closed_form_reads_off_one():
+    """Known answer of a linear layer: x = ∂W_i / ∂b_i gives one client's image away, and of two clients' sum their mixture."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 16, generator=draw, dtype=torch.float64) / 4
+    params = {"w": weight, "b": torch.zeros(12, dtype=torch.float64)}
+
+    def simulate(params, known, images, labels, noise):
+        return grad(lambda p: F.cross_entropy(F.linear(images.flatten(1), p["w"], p["b"]), labels))(params)
+
+    both = cohort_mean(simulate, 2)
+    images, labels = torch.rand(2, 1, 4, 4, generator=draw, dtype=torch.float64), torch.eye(12, dtype=torch.float64)[[3, 8]]
+    halves = [simulate(params, {}, images[k : k + 1], labels[k : k + 1], None) for k in range(2)]
+    mean = both(params, {}, images, labels, None)
+    assert all(torch.allclose(mean[name], (halves[0][name] + halves[1][name]) / 2) for name in mean)
+    assert torch.allclose(halves[0]["w"][3] / halves[0]["b"][3], images[0].flatten())
+    shares = torch.stack([half["b"][3] for half in halves]) / (2 * mean["b"][3])
+    assert torch.allclose(mean["w"][3] / mean["b"][3], (shares[:, None] * images.flatten(1)).sum(0)) and shares.abs().min() > 0.01
+
+
+def test_scores_take_the_best_of_everybody_and_say_whose_sum_it_was(trained, tmp_path):
+    run, one = trained("sum")
+    made = {cell.name: cell for cell in cells.make_cells(run, {("sum", 0): one}, tmp_path)}
+    assert set(made) == {"naive", "joint"}  # the decoder needs noise, the learned inversion a single update
+    assert made["joint"].twin is made["naive"] and "the sum of 4 clients" in made["naive"].note
+    assert "learned" in {cell.name for cell in cells.make_cells(run, {("plain", 0): trained("plain")[1]}, tmp_path)}
+    told = findings.threat(run, made["naive"])
+    assert told["clients_in_sum"] == 4 and "gradient of one batch of 2, summed over 4 clients" in told["name"]
+    assert findings.threat(run, cells.make_cells(run, {("plain", 0): trained("plain")[1]}, tmp_path)[0])["clients_in_sum"] == 1
+
+
+def test_labels_of_everybody_count_where_a_sum_is_read(trained):
+    run, one = trained("sum")
+    victims = released(run, one)
+    everybody = victims.all_labels(0)
+    assert _recovered(everybody.flip(0), victims, 0) == 1.0 and _recovered(victims.labels[0], victims, 0) == 1.0
+    wrong = everybody.clone()
+    wrong[:4] = 7 - wrong[:4]
+    assert _recovered(wrong, victims, 0) < 1.0
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "rounds", "said"),
+    [
+        ((SecureAggregation(), SecureAggregation()), Rounds(), "keep one"),
+        (SecureAggregation(), Rounds(cohort_size=1), "at least 2"),
+        (SecureAggregation(dropouts=0.4), Rounds(), "leave 6 of 10 clients, fewer than the 7"),
+        (SecureAggregation(dropouts=-0.1), Rounds(), "too small"),
+        ((MixUp(), SecureAggregation()), Rounds(), "encoded batches"),
+        ((DPSGD(level="client"), SecureAggregation(dropouts=0.3)), Rounds(), "DPSGD's noise"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(parts, rounds, said):
+    assert any(said in text for text in problems(Recipe(defences={"s": parts}, rounds=rounds))), problems(Recipe(defences={"s": parts}, rounds=rounds))
+
+
+def test_what_makes_sense_is_not():
+    for parts in (SecureAggregation(dropouts=0.3), (LEARNED, Pruning(), SecureAggregation()), (DPSGD(), SecureAggregation()), (SecureAggregation(), DPSGD(level="client"))):
+        assert problems(Recipe(defences={"s": parts})) == []
+    assert math.isclose(build.make_defence((LEARNED, SecureAggregation(dropouts=0.3)), RECIPE, build.Shape(8, (3, 16, 16)), seed=3).secure.dropouts, 0.3)
+
+
+def test_two_rounds_with_a_part_of_the_clients_keep_their_bits(tmp_path):
+    recipe = dataclasses.replace(RECIPE, data=Data(name=CELLS, num_clients=4, min_examples=8), rounds=Rounds(count=2, cohort_size=3), defences=DEFENCES)
+    found = [train(start(recipe, tmp_path / name), name, DEFENCES[name], 0).sha256 for name in ("plain", "sum")]
+    assert found[0] == found[1]
