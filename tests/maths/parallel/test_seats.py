@@ -58,6 +58,10 @@ def test_every_client_of_a_round_has_one_rank_and_the_largest_comes_first():
         assert all(sizes[a] >= sizes[b] for one in shards for a, b in zip(one, one[1:], strict=False))
     assert len({str(sorted(k for one in shards for k in one)) for shards in rounds}) > 1  # cohorts are drawn anew
     assert sum(not one for one in build.shards(setting, 8, seed=4, round=0)) == 3  # more ranks than clients
+    [cohort] = build.shards(setting, 1, seed=4, round=0)
+    setting.recipe = config.Recipe(data=recipe.data, rounds=recipe.rounds, speed=config.Speed(clients_schedule="static"))
+    [drawn] = build.shards(setting, 1, seed=4, round=0)
+    assert sorted(drawn) == sorted(cohort) and build.shards(setting, 2, seed=4, round=0) == [drawn[::2], drawn[1::2]]
 
 
 def test_a_ranks_clients_in_words():
