@@ -118,6 +118,38 @@ def test_a_scaling_job_measures_whole_nodes_with_one_list_of_ranks(shell, tmp_pa
     assert started(GIDEF_RANKS="3") == ([("1", "1"), ("2", "1")], "1 2")
 
 
+def test_a_job_has_a_folder_of_its_own_that_it_may_go_on_in(shell):
+    again = ". launch/ranks.sh; . slurm/requeue.sh; gidef_again runs/slurm-5"
+    assert shell(f"{again} --seeds 1") == ["--out", "runs/slurm-5", "--resume"]
+    assert shell(f"{again} --out runs/a") == [] == shell(f"{again} --out=runs/a")
+    assert shell(f"{again} --out runs/a", SLURM_RESTART_COUNT="2") == ["--resume"]
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "requeued", "status"),
+    [
+        ("true", {}, False, "0"),
+        ("false", {}, False, "1"),  # a failure stays one
+        ('touch "$GIDEF_PREEMPTED"; exit 143', {}, True, "143"),  # gidef was told to end
+        ('touch "$GIDEF_PREEMPTED"; exit 0', {}, False, "0"),  # and had ended
+        ("exit 1", {"PREEMPTED": "2026-01-01T00:00:00"}, True, "1"),  # before gidef could say so
+        ("kill -USR1 $SCRIPT; sleep 0.5; exit 1", {}, True, "1"),  # the time limit is near
+        ("kill -TERM $SCRIPT; sleep 0.5; exit 1", {}, True, "1"),
+        ("kill -USR1 $SCRIPT; sleep 0.5; exit 0", {}, False, "0"),
+        ("kill -USR1 $SCRIPT; sleep 0.5; exit 1", {"SLURM_RESTART_COUNT": "100"}, False, "1"),  # it gets nowhere
+    ],
+)
+def test_a_job_is_requeued_if_and_only_if_it_was_stopped_before_its_end(command, environ, requeued, status, shell, tmp_path):
+    for name, script in {"scontrol": 'echo "scontrol $*"; [ "$1" != show ] || echo "PreemptTime=${PREEMPTED:-None}"; [ "$1" != requeue ] || exit 1', "scancel": 'echo "scancel $*"'}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "preempted").touch()  # of an earlier life
+    line = f"(. slurm/requeue.sh; export SCRIPT=$BASHPID; gidef_job {tmp_path}/preempted bash -c '{command}'); echo status $?"
+    said = shell(line, SLURM_JOB_ID="5", **environ)
+    assert ("scontrol requeue 5" in said) == requeued and said[-1] == f"status {status}", said
+    assert ("scancel --signal=TERM 5" in said) == ("$SCRIPT" in command)  # passed on to the tasks
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
 def test_python_torchrun_and_deepspeed_end_with_the_same_bits_from_the_same_line(tmp_path):
