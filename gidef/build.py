@@ -44,7 +44,7 @@ from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
 from gidef.parallel import Costs, World, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
-from gidef.parallel.seat import allowed_cores
+from gidef.parallel.seats import allowed_cores
 from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers

@@ -3,7 +3,7 @@
 from gidef.parallel.cohort import mean_over_world
 from gidef.parallel.costs import Costs
 from gidef.parallel.robust import robust_over_world
-from gidef.parallel.seat import Seat, seated, seats
+from gidef.parallel.seats import Seat, seated, seats
 from gidef.parallel.work import run_tasks
 from gidef.parallel.world import World, open_world
 

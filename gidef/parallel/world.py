@@ -38,7 +38,7 @@ class World:
     nccl: Any = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
     cores: int = 0
-    """This rank's share of its host's cores (see `gidef.parallel.seat`); 0 while nobody has asked."""
+    """This rank's share of its host's cores (see `gidef.parallel.seats`); 0 while nobody has asked."""
 
     def meet(self, label: str) -> None:
         """Wait for all ranks, however long those that live are busy; for code that calls torch's collectives itself, before it does.

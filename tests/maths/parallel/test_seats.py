@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 
 from gidef import build, config
 from gidef.job import _clients
-from gidef.parallel import World, seated, seats
-from gidef.parallel import seat as module
+from gidef.parallel import Seat, World, seated, seats
 from gidef.types import Client
 
 
@@ -38,7 +38,7 @@ def test_ranks_that_may_use_the_same_cores_share_them(ranks, cores):
 
 
 def test_workers_follow_the_cores_and_the_threads(monkeypatch):
-    monkeypatch.setattr(module, "allowed_cores", lambda: list(range(12)))
+    monkeypatch.setattr(sys.modules[Seat.__module__], "allowed_cores", lambda: list(range(12)))
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     world = seated(World())
     assert world.cores == 12 and seats(world)[0].host == "node7"
