@@ -397,9 +397,11 @@ def num_workers(recipe: config.Recipe, world: World) -> int:
 
 
 def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[int]]:
-    """Each rank's clients in a round as it is planned before anything is measured, by number, the largest first."""
+    """Each rank's clients in a round as it is planned before anything is measured, by number. A queue gives them out about like the plan by size."""
     recipe = setting.recipe
     cohort = draw_cohort(num_clients=recipe.data.num_clients, size=recipe.rounds.cohort_size or recipe.data.num_clients, seed=seed, round=round)
+    if recipe.speed.clients_schedule == "static":
+        return [cohort[rank::ranks] for rank in range(ranks)]
     return [[cohort[place] for place in part] for part in longest_first([setting.clients[k].num_examples for k in cohort], ranks)]
 
 

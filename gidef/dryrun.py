@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import shutil
 import statistics
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import torch
 
-from gidef import build, config, training
+from gidef import attack as attacks
+from gidef import build, config, fits, methods, training
+from gidef.cells import Cell, make_cells
 from gidef.clients.evaluate import num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
 from gidef.errors import InputError
 from gidef.parallel import World, open_world, seated
+from gidef.releases import Releases
 from gidef.report import Console
 from gidef.types import Client, Tensors
 from gidef.updates import FixedPointSum
@@ -28,6 +32,8 @@ from gidef.updates import FixedPointSum
 REPEATS = 3
 STEPS = (1, 3)
 """Local steps of the two measured trainings: their difference is a step, the rest is what a client costs beside its steps."""
+AT_ONCE = 8
+"""Attacks in the measured program, at most; a run's calibration looks further."""
 KEPT_STATES = 4
 """Versions of a client's state that checkpoints, the best round and the early snapshot can refer to."""
 
@@ -47,7 +53,8 @@ class Cost:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Of one defence. seconds in a round: training on the slowest rank, evaluation.  bytes_per_round: of all clients, down and up.  reduced_bytes:
-    what every rank puts into a round's one sum.  disk_bytes: of one seed."""
+    what every rank puts into a round's one sum.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
+    something is trained for it first or it does not match gradients."""
 
     cost: Cost
     train_s: float
@@ -56,13 +63,14 @@ class Forecast:
     reduced_bytes: int
     disk_bytes: int
     rank_gib: float
+    attacks_s: dict[str, float | None]
 
 
 def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast]:
     """Check a recipe for so many ranks, measure one client's steps on this device, and print what follows. Nothing is written into its folder.
 
     Assumed: every rank has this device, and this process's cores to itself; workers of a rank do not slow one another down; the sum over
-    ranks costs nothing (`gidef plan` has networks). Attacks are measured by a run's own calibration, not here.
+    ranks costs nothing (`gidef plan` has networks). Of an attack, one iteration of one program is measured.
 
     Returns: by defence.
     Raises:  InputError for bad data, a folder that holds a run already, what cannot be built, or too little disk or memory.
@@ -86,7 +94,7 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
                 build.privacy_budget(setting, defence.at(defence.low) if trials else defence, seed=seed)
             chosen = defence.at(defence.low) if trials else defence
             made = build.make_training(setting, chosen, seed=recipe.seeds[0], world=world, state_folder=Path(scratch, key))
-            found[key] = _forecast(made, setting, world, ranks)
+            found[key] = dataclasses.replace(_forecast(made, setting, world, ranks), attacks_s=_attacks_s(made, key, setting, world, ranks, Path(scratch)))
             _say(console, key, found[key], setting)
         _total(console, setting, found, ranks, shards)
     return found
@@ -155,7 +163,40 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
         reduced_bytes=FixedPointSum(template, metric_names=("loss",), max_terms=cohort, counters=2).buffer.nbytes,
         disk_bytes=models + states + images,
         rank_gib=cost.base_gib + workers * cost.step_gib,
+        attacks_s={},
     )  # fmt: skip
+
+
+def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: World, ranks: int, scratch: Path) -> dict[str, float | None]:
+    """Seconds of each attack on one seed's model, all checkpoints together."""
+    recipe, seed = setting.recipe, setting.recipe.seeds[0]
+    checkpoints = recipe.evaluation.checkpoints
+    run = training.Run(setting, world, scratch, Console(rank=1), None, "")
+    one = training.Trained(made, {name: training.Snapshot(name, 0, 0.0, made.server.params) for name in checkpoints}, {}, "")
+    releases, found = Releases(run), {}
+    for cell in make_cells(run, {(key, seed): one}, scratch / "attacks"):
+        if cell.checkpoint == checkpoints[0] and cell.twin is None:
+            one_s = _attack_s(run, cell, releases, ranks) if cell.matches else None
+            found[cell.name] = None if one_s is None else one_s * len(checkpoints)
+    return found
+
+
+def _attack_s(run: training.Run, cell: Cell, releases: Releases, ranks: int) -> float | None:
+    if isinstance(cell.attack, config.GenerativePrior) or getattr(cell.attack, "decoder", "") == "surrogate":
+        return None
+    cell.releases = releases.of(cell)
+    plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fits.fitted(run, cell, run.folder)))
+    workers = build.num_workers(run.recipe, run.world) * ranks
+    share = -(-len(plan.observations) * plan.matching.starts // workers)
+    try:
+        measured = attacks.calibrate(
+            plan.observations, plan.make_simulate(), plan.matching, seed=cell.seed, device=run.world.device, modes=("vmap",), workers=workers,
+            at_once=run.recipe.speed.attacks_at_once or min(AT_ONCE, share), iterations=1,
+        )  # fmt: skip
+    except InputError:  # not vectorisable: a run's calibration tries a loop
+        return None
+    iterations = plan.matching.iterations + (plan.refine.iterations if plan.refine is not None else 0)
+    return 1e-3 * measured.candidates[0].ms * share * (iterations + 1)
 
 
 def _nbytes(tensors: Tensors) -> int:
@@ -258,7 +299,12 @@ def _total(console: Console, setting: build.Setting, found: dict[str, Forecast],
     trainings = {key: len(recipe.seeds) + trials[key] - 1 for key in found}
     seconds = sum(trainings[key] * setting.rounds * (one.train_s + one.evaluate_s) for key, one in found.items())
     disk = sum(trainings[key] * one.disk_bytes for key, one in found.items())
-    console.say(f"time          {seconds:.0f} s for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s), without attacks")
+    console.say(f"training      {seconds:.0f} s for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s)")
+    attacked = len(recipe.seeds) * sum(one_s or 0.0 for one in found.values() for one_s in one.attacks_s.values())
+    left_out = sorted({name for one in found.values() for name, one_s in one.attacks_s.items() if one_s is None})
+    unmeasured = f" without {', '.join(left_out)}: not measured" if left_out else ""
+    if any(one.attacks_s for one in found.values()):
+        console.say(f"attacks       {attacked:.0f} s{unmeasured}")
     place = next(one for one in (Path(recipe.out or "runs").absolute(), *Path(recipe.out or "runs").absolute().parents) if one.exists())
     free = shutil.disk_usage(place).free
     console.say(f"disk          {_bytes(disk)} at most, beside pictures; {_bytes(free)} are free in {place}")

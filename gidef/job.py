@@ -232,9 +232,9 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
-    ranks = _ranks(run)
+    ranks, about = _ranks(run), ", about, from a common queue" if recipe.speed.clients_schedule == "dynamic" else ""
     for one in ranks[:MOST_RANKS]:
-        console.say(f"  rank {one['rank']:<4} {one['host']}  {one['device']}, {one['workers']} worker(s), first round: {_clients(one)}")
+        console.say(f"  rank {one['rank']:<4} {one['host']}  {one['device']}, {one['workers']} worker(s), first round{about}: {_clients(one)}")
     if len(ranks) > MOST_RANKS:
         console.say(f"  and {len(ranks) - MOST_RANKS} more, in record.jsonl")
     for line in partition_summary(run.setting.counts):

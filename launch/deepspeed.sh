@@ -4,6 +4,7 @@
 #   GIDEF_HOSTFILE=hosts bash launch/deepspeed.sh recipes/bloodmnist.py ARGS             "name slots=N" a line; the same line on every host, no ssh
 #   GIDEF_HOSTS=a,b / srun bash launch/deepspeed.sh recipes/bloodmnist.py ARGS           as with torchrun.sh
 #   GIDEF_HOSTFILE=hosts GIDEF_SSH=1 bash launch/deepspeed.sh recipes/bloodmnist.py ARGS on the first host only; DeepSpeed starts the others by pdsh
+# zero1.json to zero3.json beside it are configurations for deepspeed.initialize, with an optimiser that needs no compiler.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
@@ -18,16 +19,17 @@ if [ -n "$hostfile" ]; then
 else
     mapfile -t hosts < <(gidef_hosts)
 fi
-options=(--master_port "$(gidef_port)")
+options=()
 if [ ${#hosts[@]} -gt 1 ]; then
     if [ -z "$hostfile" ]; then
         hostfile="$(mktemp)"
         printf "%s slots=$ranks\n" "${hosts[@]}" >"$hostfile"
     fi
-    options+=(--hostfile "$hostfile" --master_addr "$(gidef_address "${hosts[0]}")")
+    options+=(--master_port "$(gidef_port)" --hostfile "$hostfile" --master_addr "$(gidef_address "${hosts[0]}")")
     [ -n "${GIDEF_SSH:-}" ] || options+=(--no_ssh --node_rank "${GIDEF_NODE_RANK:-$(gidef_host_number "${hosts[@]}")}")
 else
-    options+=(--hostfile /dev/null --num_gpus "$ranks")
+    free="$(python -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')"   # several runs may share a host
+    options+=(--master_port "${GIDEF_PORT:-$free}" --hostfile /dev/null --num_gpus "$ranks")
 fi
 [ "$1" != -m ] || { options+=(--module); shift; }
 deepspeed "${options[@]}" "$@" &

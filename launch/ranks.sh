@@ -46,12 +46,28 @@ gidef_hosts() {
     if [ -n "${GIDEF_HOSTS:-}" ]; then
         tr ', ' '\n\n' <<<"$GIDEF_HOSTS" | awk 'NF'
     elif [ -n "${SLURM_STEP_NODELIST:-}" ]; then
-        scontrol show hostnames "$SLURM_STEP_NODELIST"
+        gidef_expand "$SLURM_STEP_NODELIST"
     elif [ -n "${PBS_NODEFILE:-}" ]; then
         awk 'NF && !seen[$1]++ {print $1}' "$PBS_NODEFILE"
     elif [ -n "${LSB_HOSTS:-}" ]; then
         tr ' ' '\n' <<<"$LSB_HOSTS" | awk 'NF && !seen[$1]++'
     fi
+}
+
+# gidef_expand LIST: SLURM's a[001-003,7],b one a line; by ourselves in a container, which has no scontrol.
+gidef_expand() {
+    scontrol show hostnames "$1" 2>/dev/null || python - "$1" <<'PYTHON'
+import itertools, re, sys
+
+def numbers(text):
+    for first, _, last in (part.partition("-") for part in text.split(",")):
+        yield from (str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1))
+
+for host in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", sys.argv[1]):
+    parts = re.split(r"\[([^\]]*)\]", host)  # every second one was in brackets
+    for chosen in itertools.product(*(list(numbers(part)) if place % 2 else [part] for place, part in enumerate(parts))):
+        print("".join(chosen))
+PYTHON
 }
 
 # gidef_address HOST: what others reach it by; under SLURM the address that SLURM itself uses.

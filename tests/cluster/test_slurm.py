@@ -108,6 +108,12 @@ def test_a_recipe_under_srun_alone_needs_no_flag(cluster, alone, tmp_path):
 
 
 @pytest.mark.cluster
+def test_the_doctor_looks_at_both_nodes(cluster, tmp_path):
+    said = cluster.run("srun", "--nodes=2", "--ntasks=2", sys.executable, "-m", "gidef", "doctor", "--out", tmp_path / "run", MASTER_ADDR="127.0.0.1")
+    assert f"{tmp_path}/run is shared by 2 ranks" in said and "the same versions on 2 ranks" in said and said.count("Everything that gidef needs") == 1
+
+
+@pytest.mark.cluster
 def test_the_deepspeed_launcher_on_two_nodes_needs_no_flag(cluster, alone, tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("the extra deepspeed is not installed")
@@ -117,7 +123,8 @@ def test_the_deepspeed_launcher_on_two_nodes_needs_no_flag(cluster, alone, tmp_p
 
 @pytest.mark.cluster
 def test_training_attacks_and_report_follow_one_another(cluster, alone, tmp_path):
-    said = cluster.run("bash", "slurm/chain.sh", FEW, "--out", tmp_path / "run", CHAIN_ATTACKS="naive joint", CHAIN_SBATCH=f"--output={cluster.folder}/job-%A-%a.log")
+    told = {"CHAIN_ATTACKS": "naive joint", "CHAIN_ATTACK_ARGS": "--iterations 2", "CHAIN_SBATCH": f"--output={cluster.folder}/job-%A-%a.log"}
+    said = cluster.run("bash", "slurm/chain.sh", FEW, "--out", tmp_path / "run", **told)
     words = said.split()
     jobs = dict(zip(words[::2], words[1::2], strict=True))
     assert jobs.pop("run") == str(tmp_path / "run")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gidef import cli, doctor
-from gidef.config import Recipe, to_json
+from gidef.config import JointMatching, NaiveMatching, Recipe, to_json
 from gidef.data import Dataset, load_dataset, synthetic_blood_cells
 from gidef.report.files import write_atomically
 
@@ -169,6 +169,18 @@ def test_attacks_and_defences_that_the_run_has_not_are_named(tmp_path, capsys):
     assert "nothing" in refused(capsys, "attack", str(tmp_path), "--attack", "nothing")
     assert "undefended" in refused(capsys, "attack", str(tmp_path), "--defence", "nothing")
     assert "num_victims=0" in refused(capsys, "attack", str(tmp_path), "--victims", "0")
+
+
+def test_a_share_of_the_attacks_may_be_empty_and_must_be_one_that_there_is(tmp_path, capsys):
+    import json
+
+    recipe = Recipe(attacks={"naive": NaiveMatching(), "joint": JointMatching()})
+    write_atomically(tmp_path / "recipe.json", json.dumps({"name": "x", "recipe": to_json(recipe)}).encode())
+    for part in ("4/4", "1", "-1/3", "a/b"):
+        assert "--part" in refused(capsys, "attack", str(tmp_path), f"--part={part}")
+    code, out, err = ended(capsys, "attack", str(tmp_path), "--part", "2/3")
+    assert (code, out) == (0, "") and "part 2/3 of the attacks is empty" in err
+    assert "num_victims=0" in refused(capsys, "attack", str(tmp_path), "--part", "1/3", "--victims", "0")
 
 
 def test_code_from_a_file_never_takes_another_modules_place(tmp_path):

@@ -11,7 +11,22 @@ import pytest
 import torch
 
 from gidef import dryrun
-from gidef.config import Data, Evaluation, FedAdam, LearnedPerturbation, LocalTraining, Model, QuantitySkew, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    FedAdam,
+    JointMatching,
+    LearnedPerturbation,
+    LocalTraining,
+    Model,
+    NaiveMatching,
+    PostHocDecoder,
+    QuantitySkew,
+    Recipe,
+    Rounds,
+    Speed,
+    Undefended,
+)
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.main import main, sweep
@@ -69,6 +84,14 @@ def test_a_forecast_counts_what_a_run_then_sends_and_stores_and_leaves_nothing_b
         assert 0.5 * used < told[summary["defence"]].disk_bytes < 4 * used
     assert told["learned"].rank_gib == pytest.approx(told["learned"].cost.base_gib + 2 * told["learned"].cost.step_gib)
     assert all(one.cost.step_s > 0 and one.train_s > 0 and one.evaluate_s > 0 and one.cost.base_gib > 0.05 for one in told.values())
+
+
+def test_attacks_are_measured_where_nothing_is_trained_for_them_first(capsys):
+    attacks = {"naive": NaiveMatching(iterations=40), "longer": JointMatching(iterations=400), "decoder": PostHocDecoder(steps=2)}
+    recipe = dataclasses.replace(RECIPE, attacks=attacks, defences={"learned": LearnedPerturbation(ramp=0.0)}, seeds=(0, 1), share_policy="full")
+    found = dryrun.rehearse(recipe, "small", 2)["learned"].attacks_s
+    assert list(found) == list(attacks) and found["decoder"] is None and 0 < found["naive"] < found["longer"]
+    assert f"attacks       {2 * (found['naive'] + found['longer']):.0f} s without decoder: not measured" in capsys.readouterr().out
 
 
 def test_the_slowest_rank_decides_and_more_ranks_than_useful_do_not_help():
