@@ -183,11 +183,9 @@ def peer(problem: Problem, batch: int) -> Callable[[], tuple[attack.Watch, Tenso
         from pfl.data.dataset import Dataset
         from pfl.data.federated_dataset import FederatedDataset
         from pfl.hyperparam import NNTrainHyperParams
-        from pfl.internal.platform.selector import get_platform
         from pfl.metrics import Metrics
         from pfl.model.pytorch import PyTorchModel
 
-    type(get_platform()).get_default_callbacks = lambda platform: []  # it would print after every iteration
     setting, world = problem.setting, problem.world
     data = [(client.images.float() / 255, client.labels) for client in problem.clients]
 
@@ -224,7 +222,7 @@ def peer(problem: Problem, batch: int) -> Callable[[], tuple[attack.Watch, Tenso
         FederatedAveraging().run(
             NNAlgorithmParams(central_num_iterations=2, evaluation_frequency=10**6, train_cohort_size=len(data), val_cohort_size=0),
             SimulatedBackend(federation, None), model, NNTrainHyperParams(local_num_epochs=1, local_learning_rate=setting.lr, local_batch_size=batch),
-            None, callbacks=[clock],
+            None, callbacks=[clock], send_metrics_to_platform=False,
         )  # fmt: skip
         return clock.seen[1], clock.models[0]
 
