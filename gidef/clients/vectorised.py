@@ -179,7 +179,7 @@ def _laid_out(clients: Sequence[Client], plans: list[list[_Batch]], batch_size: 
     for place, (client, plan) in enumerate(zip(clients, plans, strict=True)):
         index[:, place] = offset
         for number, batch in enumerate(plan):
-            index[number, place, : len(batch.rows)] += batch.rows
+            index[number, place, : len(batch.rows)] += batch.rows.to(index.device)
             share[number, place, : len(batch.rows)] = 1 / len(batch.rows)
         offset += client.num_examples
     images, labels = torch.cat([client.images for client in clients]), torch.cat([client.labels for client in clients])

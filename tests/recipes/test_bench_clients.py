@@ -1,0 +1,127 @@
+"""The benchmarks of clients, rounds and growth: short runs of them, and their yardsticks by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from gidef.errors import InputError
+from gidef.parallel import World
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "bench"
+
+
+def load(name: str) -> ModuleType:
+    """A benchmark as a module; it imports its neighbours by name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _neighbours() -> Iterator[None]:
+    before, kept = set(sys.modules), torch.get_num_threads()
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+    for name in ("attack", "clients", "round", "growth"):
+        if name not in before:
+            sys.modules.pop(name, None)
+    torch.set_num_threads(kept)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = load("attack")
+    monkeypatch.setattr(attack, "peak_gflops", lambda device, by_cpu, seconds=1.0: {"gemm": 10.0})
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_clients_at_once_beside_the_loop(tmp_path):
+    clients = load("clients")
+    told = clients.main(clients.Options(small=True, at_once=(2, 4), out=tmp_path / "clients.json"))
+    (row,) = told["rows"]
+    assert row["parameters"] == 4258 and row["clients"] == 4 and row["steps"] == 2
+    assert set(row["ratio"]) == {1, 2, 4} and row["ratio"][1] == 1 and all(len(values) == 2 and min(values) > 0 for values in row["ms"].values())
+    assert 0 < max(row["distance"].values()) < 1e-3 and row["chosen"] in (1, 2, 4)
+    assert json.loads((tmp_path / "clients.json").read_text())["rows"][0]["case"] == row["case"]
+    with pytest.raises(InputError, match="--cases"):
+        clients.main(clients.Options(cases=("none such",)))
+    with pytest.raises(InputError, match="--at-once takes numbers from 2"):
+        clients.main(clients.Options(at_once=(1, 2)))
+
+
+def test_the_nets_are_those_of_the_settings():
+    clients, round_ = load("clients"), load("round")
+    sizes = {name: sum(p.numel() for p in setting.net().parameters()) for name, setting in round_.SETTINGS.items() if name != "B"}
+    assert sizes == {"A": 1_626_442, "tiny": 4_882}
+    assert sum(p.numel() for p in clients.mlp().parameters()) == 302_144
+
+
+def test_a_round_beside_a_bare_loop(tmp_path):
+    round_ = load("round")
+    told = round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=3, out=tmp_path / "round.json"))
+    (row,) = told["rows"]
+    assert {"bare", "gidef"} <= set(row["sides"]) and row["parameters"] == 4882 and told["clock"] == "cpu"
+    assert max(row["apart"].values()) < 1e-5
+    assert row["flops"] == 50 * 2 * 192 * 24 * 3 + 50 * 2 * 24 * 10 * 3  # forward, and backward to weights and inputs
+    bare, gidef = row["sides"]["bare"], row["sides"]["gidef"]
+    assert bare["ratio"] == 1 and gidef["extra_ms"] == pytest.approx(statistics.median(b - a for a, b in zip(bare["ms"], gidef["ms"], strict=True)))
+    assert json.loads((tmp_path / "round.json").read_text())["ranks"] == 1
+    with pytest.raises(InputError, match="--settings"):
+        round_.main(round_.Options(settings=("C",)))
+
+
+def test_sides_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
+    round_ = load("round")
+    monkeypatch.setattr(round_, "agree", lambda problem, with_peer: {"gidef": 0.1})
+    with pytest.raises(RuntimeError, match="do not agree"):
+        round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=2, out=tmp_path / "round.json"))
+
+
+@pytest.mark.slow
+def test_a_round_beside_the_peer_and_from_end_to_end(tmp_path):
+    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install "gidef[bench]"')
+    round_ = load("round")
+    (row,) = round_.main(round_.Options(small=True, out=tmp_path / "round.json"))["rows"]
+    assert {"bare", "gidef", "pfl", "recipe"} <= set(row["sides"]) and row["apart"]["pfl"] < 1e-5
+
+
+def test_the_exponent_of_a_power_is_that_power():
+    growth = load("growth")
+    assert growth.exponent([1, 10, 100], [2.0, 20.0, 200.0]) == pytest.approx(1)
+    assert growth.exponent([2, 4, 8], [3.0, 12.0, 48.0]) == pytest.approx(2)
+
+
+def test_growth_is_measured_written_drawn_and_joined(tmp_path):
+    growth = load("growth")
+    rows = growth.main(growth.Options(small=True, axes=("parameters",), repetitions=1, out=tmp_path / "one"))
+    assert [row["size"] for row in rows] == [4_882, 986_570] and all(math.isclose(row["seconds"] * row["rounds_per_s"], 1) for row in rows)
+    assert growth.read(tmp_path / "one" / "growth.csv") == rows and (tmp_path / "one" / "growth.png").stat().st_size > 5000
+    other = [{**row, "ranks": 2} for row in rows]
+    growth.write(tmp_path / "two.csv", other)
+    joined = growth.main(growth.Options(join=(tmp_path / "one" / "growth.csv", tmp_path / "two.csv"), out=tmp_path / "both"))
+    assert joined == rows + other and set(growth.lines(joined)) == {("parameters", 1), ("parameters", 2)}
+    with pytest.raises(InputError, match="--axes"):
+        growth.main(growth.Options(axes=("none",)))
+
+
+def test_memory_of_a_round_is_flat_in_the_number_of_clients():
+    growth = load("growth")
+    net = growth.perceptron(32)  # of 0.4 MiB: a hundred updates would take 38 MiB at once
+    few, many = (growth.measure("clients", growth.Case(count, net, count, 4, 4, 32), growth.Options(repetitions=1), World()) for count in (5, 100))
+    if few["mib"] is None:
+        pytest.skip("this system does not tell a process' peak memory")
+    assert many["mib"] < few["mib"] + 12
