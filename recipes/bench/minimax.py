@@ -27,6 +27,8 @@ DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), B
     flop      those operations over the plain step's: what a step would cost at the plain step's rate. Not counted for our DP-SGD, as the counter
               takes the grouped convolutions of its images' own gradients for whole ones.
 
+    peak MiB  the most memory in a step above what was in use before it; what a contender keeps between steps does not count.
+
 Before the clock runs, the simultaneous step's gradients, of all players, are held against those of the naive step in float64.
 """
 
@@ -459,7 +461,7 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
         step()
         took = watch.read()
         counts[name] = options.steps or max(2, round(0.33 / max(took.cpu if by_cpu else took.wall, 1e-6)))
-        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else float("nan")}
+        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else None}
         if device.type == "cuda":
             rows[name]["kernels"] = launches(step)
     for _ in range(options.turns):
@@ -471,9 +473,9 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
             times[name].append((took.cpu if by_cpu else took.wall) / counts[name] * 1e3)
     for name, row in rows.items():
         low, median, high = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else times[name] * 3
-        row |= {"ms": median, "quartiles": [low, high], "fastest": min(times[name]), "all_ms": times[name], "of_peak": row["gflop"] / median * 1e3 / peak}
+        row |= {"ms": median, "quartiles": [low, high], "fastest": min(times[name]), "all_ms": times[name], "of_peak": row["gflop"] and row["gflop"] / median * 1e3 / peak}
     for row in rows.values():
-        row |= {"ratio": row["ms"] / rows["plain"]["ms"], "ratio_fastest": row["fastest"] / rows["plain"]["fastest"], "ratio_flop": row["gflop"] / rows["plain"]["gflop"]}
+        row |= {"ratio": row["ms"] / rows["plain"]["ms"], "ratio_fastest": row["fastest"] / rows["plain"]["fastest"], "ratio_flop": row["gflop"] and row["gflop"] / rows["plain"]["gflop"]}
     return rows
 
 
@@ -487,7 +489,8 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         low, high = row["quartiles"]
         shown.add_row(
             name, f"{row['ms']:.3g}", f"{low:.3g}–{high:.3g}", f"{row['fastest']:.3g}", f"{row['ratio']:.2f}", f"{row['ratio_fastest']:.2f}",
-            f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            *((f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}") if row["gflop"] else "–––"),
+            "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             *((str(row.get("kernels", "–")),) if kernels else ()),
         )  # fmt: skip
     return shown
