@@ -27,6 +27,8 @@ DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), B
     flop      those operations over the plain step's: what a step would cost at the plain step's rate. Not counted for our DP-SGD, as the counter
               takes the grouped convolutions of its images' own gradients for whole ones.
 
+    peak MiB  the most memory in a step above what was in use before it; what a contender keeps between steps does not count.
+
 Before the clock runs, the simultaneous step's gradients, of all players, are held against those of the naive step in float64.
 """
 
@@ -81,6 +83,7 @@ class Options:
     """Training steps beside plain ones."""
 
     cases: tuple[str, ...] = ("resnet18", "small")
+    """Of resnet18, small_stem (the same with the stem that recipes give it at 32 px, half of whose operations are before the cut; the game alone) and small."""
     parts: tuple[str, ...] = ("minimax", "defences")
     """minimax: the game. defences: DP-SGD, BiDO and CVB."""
     turns: int = 15
@@ -109,28 +112,33 @@ class Case:
     cut: str
     size: int
     halves: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
+    decoder: Callable[[], nn.Module]
+    small_stem: bool = False
 
     def backbone(self) -> nn.Module:
-        return make_backbone(self.net, num_classes=CLASSES, image_shape=(3, self.size, self.size), small_stem=False, seed=0)
+        return make_backbone(self.net, num_classes=CLASSES, image_shape=(3, self.size, self.size), small_stem=self.small_stem, seed=0)
 
     def model(self, perturbation: Any = None) -> SplitModel:
         return SplitModel(self.backbone(), cut=self.cut, perturbation=perturbation, image_shape=(3, self.size, self.size), num_classes=CLASSES)
 
-    def decoder(self) -> nn.Module:
-        if self.name == "small":
-            return decoder_for((64, 7, 7), 1, (3, self.size, self.size), size="loop", seed=0)
-        torch.manual_seed(0)
-        return three_convolutions()
-
 
 def three_convolutions() -> nn.Module:
     """128×4×4 → 3×32×32 in three doublings."""
+    torch.manual_seed(0)
     layers = [
         nn.Conv2d(128, 128, 3, padding=1), nn.PixelShuffle(2), nn.GroupNorm(8, 32), nn.LeakyReLU(0.2),
         nn.Conv2d(32, 64, 3, padding=1), nn.PixelShuffle(2), nn.GroupNorm(8, 16), nn.LeakyReLU(0.2),
         nn.Conv2d(16, 12, 3, padding=1), nn.PixelShuffle(2), nn.Sigmoid(),
     ]  # fmt: skip
     return nn.Sequential(*layers)
+
+
+def of_the_loop() -> nn.Module:
+    return decoder_for((64, 7, 7), 1, (3, 28, 28), size="loop", seed=0)
+
+
+def of_the_loop_at_16() -> nn.Module:
+    return decoder_for((128, 16, 16), 1, (3, 32, 32), size="loop", seed=0)
 
 
 def _resnet_halves(net: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -143,8 +151,9 @@ def _small_halves(net: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 CASES = {
-    "resnet18": Case("resnet18", "ResNet-18, 32 px", "resnet18", "layer2", 32, _resnet_halves),
-    "small": Case("small", "small net, 28 px", "small", "blocks.1", 28, _small_halves),
+    "resnet18": Case("resnet18", "ResNet-18, 32 px", "resnet18", "layer2", 32, _resnet_halves, three_convolutions),
+    "small_stem": Case("small_stem", "ResNet-18, small stem, 32 px", "resnet18", "layer2", 32, _resnet_halves, of_the_loop_at_16, small_stem=True),
+    "small": Case("small", "small net, 28 px", "small", "blocks.1", 28, _small_halves, of_the_loop),
 }
 
 
@@ -355,7 +364,7 @@ def bido_by_hand(case: Case, options: Options, device: torch.device) -> Step:
     """As the authors' code computes its normalised HSIC: distances, a kernel, centring, and an inverse for every pair; λ (0.05, 0.5)."""
     client, net = a_client(case, options.batch, device), case.backbone().to(device)
     images, optimiser, m = floating(client), sgd(net), options.batch
-    stages = [net.layer1, net.layer2, net.layer3, net.layer4] if case.name == "resnet18" else list(net.blocks)
+    stages = [net.layer1, net.layer2, net.layer3, net.layer4] if case.net == "resnet18" else list(net.blocks)
     centring = (torch.eye(m) - torch.ones(m, m) / m).to(device)
 
     def distances(x: Tensor) -> Tensor:
@@ -459,7 +468,7 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
         step()
         took = watch.read()
         counts[name] = options.steps or max(2, round(0.33 / max(took.cpu if by_cpu else took.wall, 1e-6)))
-        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else float("nan")}
+        rows[name] = {"peak_mib": memory.get("mib"), "gflop": operations(step) / 1e9 if name != "DP-SGD" else None}
         if device.type == "cuda":
             rows[name]["kernels"] = launches(step)
     for _ in range(options.turns):
@@ -471,9 +480,9 @@ def measure(contenders: dict[str, Step], options: Options, device: torch.device,
             times[name].append((took.cpu if by_cpu else took.wall) / counts[name] * 1e3)
     for name, row in rows.items():
         low, median, high = statistics.quantiles(times[name], n=4) if len(times[name]) > 1 else times[name] * 3
-        row |= {"ms": median, "quartiles": [low, high], "fastest": min(times[name]), "all_ms": times[name], "of_peak": row["gflop"] / median * 1e3 / peak}
+        row |= {"ms": median, "quartiles": [low, high], "fastest": min(times[name]), "all_ms": times[name], "of_peak": row["gflop"] and row["gflop"] / median * 1e3 / peak}
     for row in rows.values():
-        row |= {"ratio": row["ms"] / rows["plain"]["ms"], "ratio_fastest": row["fastest"] / rows["plain"]["fastest"], "ratio_flop": row["gflop"] / rows["plain"]["gflop"]}
+        row |= {"ratio": row["ms"] / rows["plain"]["ms"], "ratio_fastest": row["fastest"] / rows["plain"]["fastest"], "ratio_flop": row["gflop"] and row["gflop"] / rows["plain"]["gflop"]}
     return rows
 
 
@@ -487,7 +496,8 @@ def table(title: str, rows: dict[str, dict[str, Any]]) -> Table:
         low, high = row["quartiles"]
         shown.add_row(
             name, f"{row['ms']:.3g}", f"{low:.3g}–{high:.3g}", f"{row['fastest']:.3g}", f"{row['ratio']:.2f}", f"{row['ratio_fastest']:.2f}",
-            f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}", "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+            *((f"{row['ratio_flop']:.2f}", f"{row['ratio'] / row['ratio_flop']:.2f}", f"{row['of_peak']:.0%}") if row["gflop"] else "–––"),
+            "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             *((str(row.get("kernels", "–")),) if kernels else ()),
         )  # fmt: skip
     return shown
@@ -529,7 +539,7 @@ def main(options: Options) -> dict[str, Any]:
         peak = max(rates.values())
         console.say(f"peak {peak:.0f} GFLOP/s ({', '.join(f'{name} {rate:.0f}' for name, rate in rates.items())}), batch {options.batch}, {options.turns} turns")
         for case in (CASES[name] for name in cases):
-            for part in options.parts:
+            for part in options.parts if not case.small_stem else ("minimax",):
                 if part == "minimax":
                     apart[case.name] = {game: disagreement(case, game, device) for game in GAMES}
                     console.say(f"{case.title}: gradients of all players, simultaneous beside naive, differ by at most {max(apart[case.name].values()):.1e} of their tensor's largest entry")
