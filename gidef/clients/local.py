@@ -93,7 +93,7 @@ def examples(
         raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
     with contextlib.closing(client.source.batches(**drawn)) as streamed:
         for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
-            yield epoch, rows.to(client.images.device), images.to(device).to(torch.float32).div_(255), labels.to(device)
+            yield epoch, rows.to(client.images.device), images.to(device, non_blocking=True).to(torch.float32).div_(255), labels.to(device)
 
 
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
