@@ -422,7 +422,7 @@ class Training:
     """Which of the server's slots this rank holds; None: all."""
 
     def to_save(self, server: ServerState) -> ServerState:
-        """The server with whole slots. Every rank calls this together."""
+        """The server with whole slots, on the first rank. Every rank calls this together."""
         return server if self.slices is None else whole(server, self.slices)
 
     def taken_up(self, server: ServerState) -> ServerState:

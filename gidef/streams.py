@@ -86,7 +86,7 @@ def load_streamed(
         ClientShards(
             one.client, tuple(lists[one.client]), one.sizes,
             tuple(frozenset(broken) | {at for k, s, at in held_out if (k, s) == (one.client, shard)} for shard, broken in enumerate(one.broken)),
-            shape, buffer, decoders,
+            shape, buffer, decoders, pin=world.device.type == "cuda",
         )
         for one in scans
     ]  # fmt: skip

@@ -99,7 +99,7 @@ def examples(
         raise InputError(f"client {client.id} streams its images, and the defence draws its batches itself: keep the images in memory (data.stream=False).")
     with contextlib.closing(client.source.batches(**drawn)) as streamed:
         for epoch, rows, images, labels in streamed:  # bytes travel to the device, not floats
-            images = images.to(device).to(torch.float32).div_(255)
+            images = images.to(device, non_blocking=True).to(torch.float32).div_(255)
             yield epoch, rows.to(client.images.device), images.contiguous(memory_format=torch.channels_last) if settings.channels_last else images, labels.to(device)
 
 

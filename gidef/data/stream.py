@@ -123,7 +123,7 @@ class ClientShards:
     """A client's training examples, in shards: a `types.Source`.
 
     left_out: by shard, the places in it of broken and of held-out examples.  shape: (C, H, W) that every image is brought to.
-    buffer: examples of a window.  decoders: threads that read and decode for each client that trains.
+    buffer: examples of a window.  decoders: threads that read and decode for each client that trains.  pin: batches in page-locked memory, for a GPU.
     """
 
     client: int
@@ -133,6 +133,7 @@ class ClientShards:
     shape: tuple[int, int, int]
     buffer: int
     decoders: int = 2
+    pin: bool = False
     _known: dict[int, _Index] = field(default_factory=dict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -198,7 +199,7 @@ class ClientShards:
             raise self._changed(place, f"{count} examples instead of {self.sizes[shard]}")
 
     def _decoded(self, batch: list[tuple[int, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-        images = torch.empty(len(batch), *self.shape, dtype=torch.uint8)
+        images = torch.empty(len(batch), *self.shape, dtype=torch.uint8, pin_memory=self.pin)
         labels = torch.empty(len(batch), dtype=torch.int64)
         for row, (_, example) in enumerate(batch):
             try:

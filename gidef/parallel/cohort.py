@@ -32,7 +32,7 @@ def mean_over_world(
     Clients go to ranks by `schedule`, and within a rank to `workers` threads, each computing with `threads` threads;
     `shared_update(client, worker=i)` is told which worker it is on, since two threads must not share a model. The mean
     has the same bits for any number of ranks and workers and any schedule, and as the serial one if that computes with `threads` threads too.
-    One all-reduce a round, which also tells every rank the seconds of every client; a rank without a client adds zeros. Every
+    One all-reduce a round, and a small gather of the seconds that each client took; a rank without a client adds zeros. Every
     rank must pass the same cohort and template.
 
     Args:    sum_of (of the returned callable): makes the sum, in place of what `reduction` says.
@@ -53,7 +53,7 @@ def mean_over_world(
         sum_of: Callable[..., FixedPointSum] | None = None,
     ) -> CohortMean:
         make = sum_of or (FixedPointSum if reduction == "fixed_point" else Float32Sum)
-        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=2 + len(cohort))
+        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
 
         def add(position: int, update: Update) -> None:
             total.add(update.delta, update.num_examples, update.metrics, client=cohort[position].id)
@@ -66,7 +66,7 @@ def mean_over_world(
             world.all_reduce_sum_(total.buffer)
         else:
             world.all_reduce_sum_(total.tail)
-        seconds = part.check(total.counters.tolist())
+        seconds, _ = part.settle(total.counters.tolist())
         if slices is not None:
             own = slices.cut(slices.reduce(total.body))
         elif reduction == "float32":
@@ -89,18 +89,21 @@ class Part:
     seconds: dict[int, float]
 
     def counters(self) -> Tensor:
-        """int64 (2 + cohort,), which the ranks add up: failures, who was trained, and microseconds by position."""
-        spent = [round(1e6 * self.seconds.get(position, 0.0)) for position in range(len(self.cohort))]
-        return torch.tensor([len(self.errors), sum(_mark(self.cohort[position]) for position in self.taken), *spent])
+        """int64 (2,), which the ranks add up: failures, and who was trained. Of one length whatever the cohort, so that unlike cohorts are noticed."""
+        return torch.tensor([len(self.errors), sum(_mark(self.cohort[position]) for position in self.taken)])
 
-    def check(self, counters: list[int]) -> list[float]:
-        """The seconds of every client, from the sum of all ranks' counters. Raises as `mean_over_world` says."""
-        failures, roll, *spent = counters
+    def settle(self, counters: list[int]) -> tuple[list[float], list[int]]:
+        """(seconds, rank) of every client, in the cohort's order, once the ranks' counters are added up. Raises as `mean_over_world` says."""
+        failures, roll = counters
         if failures:
             _raise_first(self.world, self.cohort, self.errors)
+        # before the cohorts are compared: a rank that finds them alike must not wait here for one that does not
+        told = self.world.all_gather_json([[self.cohort[position].id, self.seconds[position]] for position in self.taken])
         if roll != sum(map(_mark, self.cohort)):
             raise RuntimeError("the ranks held different cohorts or plans this round, so some clients were lost or counted twice")
-        return [microseconds / 1e6 for microseconds in spent]
+        found = {client: (seconds, rank) for rank, part in enumerate(told) for client, seconds in part}
+        seconds, ranks = zip(*(found[client.id] for client in self.cohort), strict=True)
+        return list(seconds), list(ranks)
 
 
 def take_part(

@@ -41,8 +41,7 @@ def robust_over_world(
     def over_cohort(
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
     ) -> CohortMean:
-        count = len(cohort)
-        rest = FixedPointSum({}, metric_names=metric_names, max_terms=count, counters=2 + 2 * count)
+        rest = FixedPointSum({}, metric_names=metric_names, max_terms=len(cohort), counters=2)
         kept: dict[int, Tensor] = {}
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in template.values()) else torch.float32
         lock = threading.Lock()
@@ -56,14 +55,12 @@ def robust_over_world(
 
         costs = [cost_of(client) for client in cohort]
         part = take_part(world, shared_update, cohort, keep, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
-        owners = [world.rank if position in kept else 0 for position in range(count)]
-        rest.counters.copy_(torch.cat([part.counters(), torch.tensor(owners)]))
+        rest.counters.copy_(part.counters())
         world.all_reduce_sum_(rest.buffer)
-        counters = rest.counters.tolist()
-        seconds = part.check(counters[: 2 + count])
+        seconds, owners = part.settle(rest.counters.tolist())
         if learn is not None:
             learn(cohort, seconds)
-        flat = _aggregate(world, rule, kept, counters[2 + count :], sum(tensor.numel() for tensor in template.values()), dtype)
+        flat = _aggregate(world, rule, kept, owners, sum(tensor.numel() for tensor in template.values()), dtype)
         delta, begin = {}, 0
         for name in sorted(template):
             tensor = template[name]

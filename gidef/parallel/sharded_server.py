@@ -53,9 +53,10 @@ class Slices:
             own[first:last] = self._world.reduce_scatter_sum(sent)
         return own[: self.end - self.begin]
 
-    def gather(self, slices: Tensors, like: Tensors) -> Tensors:
-        """Whole tensors, on every rank, from the slice of each; names, shapes, dtypes and devices of `like`."""
-        whole = {name: torch.empty_like(like[name]) for name in like}
+    def gather(self, slices: Tensors, like: Tensors, *, everywhere: bool = True) -> Tensors:
+        """Whole tensors, on every rank or on the first alone (the others get {}), from the slice of each; names, shapes, dtypes and devices of `like`."""
+        keep = everywhere or self._world.rank == 0
+        whole = {name: torch.empty_like(like[name]) for name in like} if keep else {}
         for dtype in sorted({tensor.dtype for tensor in like.values()}, key=str):
             chosen = [name for name in self._shapes if like[name].dtype == dtype]
             device = like[chosen[0]].device
@@ -66,7 +67,8 @@ class Slices:
                     own[at : at + last - first] = slices[name]
             for begin in range(0, self.width, BLOCK):
                 for rank, part in enumerate(self._world.all_gather(own[begin : begin + BLOCK].contiguous())):
-                    self._place(whole, chosen, rank * self.width + begin, part)
+                    if keep:
+                        self._place(whole, chosen, rank * self.width + begin, part)
         return whole
 
     def _place(self, whole: Tensors, names: list[str], begin: int, part: Tensor) -> None:
@@ -99,10 +101,12 @@ def sharded_step(step: Callable[[ServerState, Tensors], ServerState], slices: Sl
     return sharded
 
 
-def whole(state: ServerState, slices: Slices) -> ServerState:
-    """The state with whole slots, in main memory: for a checkpoint, which any number of ranks may take up. Every rank calls this."""
+def whole(state: ServerState, slices: Slices, *, everywhere: bool = False) -> ServerState:
+    """The state with whole slots, in main memory, on the first rank, or on all: for a checkpoint, which any number of ranks may take up. Every rank
+    calls this."""
     like = {name: tensor.cpu() for name, tensor in state.params.items()}
-    return ServerState(state.params, state.round, {slot: slices.gather(values, like) for slot, values in sorted(state.slots.items())})
+    gathered = {slot: slices.gather(values, like, everywhere=everywhere) for slot, values in sorted(state.slots.items())}
+    return ServerState(state.params, state.round, gathered)
 
 
 def own(state: ServerState, slices: Slices) -> ServerState:

@@ -99,7 +99,7 @@ def write(folder: Path, images: torch.Tensor, labels: torch.Tensor, kind: str, p
 def streamed(places: list[str], options: Options) -> ClientShards:
     found = scan(0, places, size=options.size, keep=1, seed=0, decoders=options.decoders)
     left_out = tuple(map(frozenset, found.broken))
-    return ClientShards(0, tuple(places), found.sizes, left_out, found.shape, buffer=len(places) * options.per_shard, decoders=options.decoders)
+    return ClientShards(0, tuple(places), found.sizes, left_out, found.shape, buffer=len(places) * options.per_shard, decoders=options.decoders, pin=options.device != "cpu")
 
 
 @contextlib.contextmanager

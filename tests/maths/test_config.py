@@ -38,11 +38,9 @@ from gidef.config import (
     InvertingGradients,
     IsotropicNoise,
     JointMatching,
-    Krum,
     LearnedPerturbation,
     LocalTraining,
     Matched,
-    Median,
     MixUp,
     Model,
     NaiveMatching,
@@ -61,7 +59,6 @@ from gidef.config import (
     Soteria,
     Speed,
     SurrogateModel,
-    TrimmedMean,
     Undefended,
     from_json,
     problems,
@@ -117,8 +114,9 @@ def recipes():
     for partition, server in ((Shards(per_client=3), FedYogi()), (QuantitySkew(alpha=0.1), FedAdagrad()), (Iid(), FedAvg(momentum=0.9))):
         yield Recipe(data=Data(partition=partition), clients=SingleGradient(lr=0.2), rounds=Rounds(server=server))
     yield Recipe(clients=SGD, rounds=Rounds(server=Scaffold(lr=0.5)))
-    for aggregate in (Median(), TrimmedMean(share=0.2), Krum(byzantine=2, chosen=3)):
-        yield Recipe(rounds=Rounds(aggregate=aggregate))
+    for rule in (config.Median(), config.TrimmedMean(share=0.3), config.Krum(byzantine=2, chosen=3)):
+        streamed = Data(stream=True, client_shards=tuple(f"{k}.tar" for k in range(10)), stream_buffer=9, stream_sample=8)
+        yield Recipe(data=streamed, rounds=Rounds(aggregate=rule), speed=Speed(clients_schedule="dynamic", sharded_server=True, decoders=1))
     yield Recipe(defences={
         "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
         "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),

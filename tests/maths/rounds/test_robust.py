@@ -8,7 +8,7 @@ import torch
 from scipy.stats import trim_mean
 
 from gidef.build import robust_rule
-from gidef.config import DPSGD, Data, Dirichlet, Krum, Mean, Median, Recipe, Rounds, Scaffold, SingleGradient, TrimmedMean, problems
+from gidef.config import DPSGD, Data, Dirichlet, Krum, Mean, Median, Recipe, Rounds, Scaffold, SingleGradient, Speed, TrimmedMean, problems
 from gidef.errors import InputError
 from gidef.parallel import World, robust, robust_over_world
 from gidef.rng import generator
@@ -147,6 +147,8 @@ def test_what_makes_no_sense_together_is_refused_with_the_reason():
         rounds = {key: changes.pop(key) for key in ("aggregate", "server", "cohort_size") if key in changes}
         return "\n".join(problems(Recipe(rounds=Rounds(**rounds), **changes)))
 
+    assert "adds nothing up" in said(aggregate=Median(), speed=Speed(reduction="float32"))
+    assert "whole of Scaffold's control" in said(server=Scaffold(), clients=SingleGradient(), speed=Speed(sharded_server=True))
     for rule in (Median(), TrimmedMean(), Krum(), Krum(byzantine=3, chosen=7), Mean()):
         assert not said(aggregate=rule)
     assert "control variate" in said(aggregate=Median(), server=Scaffold(), clients=SingleGradient())
