@@ -101,6 +101,25 @@ def test_a_stopped_attack_is_taken_up_where_it_was_with_another_number_at_once(t
         torch.testing.assert_close(one.images, other.images, rtol=1e-4, atol=1e-4)
 
 
+def test_an_attack_can_be_stopped_at_any_report_and_leaves_no_file(trained, tmp_path, monkeypatch):
+    """Reports come by the clock, too, so that a signal need not wait for slow iterations."""
+    run, found = trained
+    monkeypatch.setattr(inversions, "REPORT_S", 0.0)
+    [cell] = cells_of(run, found, tmp_path)
+    first, *_ = tasks_of(run, [cell], tmp_path)
+    reports = []
+
+    def report(units):
+        reports.append(units)
+        if len(reports) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.do(0, report)
+    assert reports == [0.0, 2.0, 2.0] and not list(cell.folder.glob("*"))  # two attacks at once, after each iteration
+    assert len(finish(run, [cell], tmp_path)) == 4
+
+
 def test_attacks_whose_program_raises_are_rows_with_their_error_and_the_others_go_on(trained, tmp_path, monkeypatch):
     run, found = trained
     real = inversions.climb
@@ -134,7 +153,7 @@ def test_an_attack_without_matching_that_raises_is_a_row_with_its_error(trained,
     heard = Heard()
     run = with_speed(run, heard, attacks={"analytic": config.Analytic()})
     [cell] = cells_of(run, found, tmp_path)
-    for task in applications.tasks(run, [cell], tmp_path):
+    for task in applications.tasks(run, [cell]):
         task.do(0, lambda units: None)
     applications.collect(run, cell)
     assert [one.status for one in cell.reconstructions] == ["failed"] * 4 and all((one.images == 0.5).all() for one in cell.reconstructions)
@@ -158,7 +177,7 @@ def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path)
                 cell.victims.images.copy_(1 - cell.victims.images)
                 cell.victims.labels.copy_((cell.victims.labels + 1) % 8)
         try:
-            for tasks in (fits.tasks(run, cells, folder), fits.later_tasks(run, cells), applications.tasks(run, cells, folder)):
+            for tasks in (fits.tasks(run, cells, folder), fits.later_tasks(run, cells), applications.tasks(run, cells)):
                 for task in tasks:
                     task.do(0, lambda units: None)
         finally:
