@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gidef.attack.batch import NOT_FINITE, OK, UNTOLD, ZERO, Batch, Chunk, first_variables, labels_of
+from gidef.attack.batch import NOT_FINITE, OK, UNTOLD, ZERO, Batch, Chunk, first_variables, targets_of
 from gidef.attack.engine import ChunkRun, Progress, first_state
 from gidef.attack.matching import DISTANCES, Matching, tables
 from gidef.attack.program import one_attack
@@ -69,8 +69,7 @@ def invert_large(
     parameters = _loaded(model, observation)
     like = next(iter(parameters.values()))
     cast = {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
-    labels, untold = (tensor.to(like.device) for tensor in labels_of([observation] * len(chunk), matching))
-    targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
+    labels, targets, untold = targets_of([observation] * len(chunk), matching, cast)
     variables = first_variables(chunk, labels.shape[1], matching, seed, cast)
     passes = _Passes(model, parameters, observation, matching, loss)
     scale = passes.scale.to(cast["dtype"]).expand(len(chunk))
