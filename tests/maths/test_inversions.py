@@ -101,6 +101,22 @@ def test_a_stopped_attack_is_taken_up_where_it_was_with_another_number_at_once(t
         torch.testing.assert_close(one.images, other.images, rtol=1e-4, atol=1e-4)
 
 
+def test_every_cell_attacks_the_same_victims_and_every_attack_on_a_defence_the_same_updates(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"naive": NAIVE, "joint": config.JointMatching(), "rounds": config.MultiRound(rounds=2), "learned": config.LearnedInversion()})
+    releases, cells = Releases(run), make_cells(run, found, tmp_path)
+    for cell in cells:
+        cell.releases = releases.of(cell)
+    assert len({id(cell.victims) for cell in cells}) == len(found) < len(cells) - 1
+    first = cells[0].victims
+    for cell in cells:
+        assert torch.equal(cell.victims.rows, first.rows) and torch.equal(cell.victims.images, first.images) and cell.victims.owners == first.owners
+    again = Releases(run)
+    for cell in cells:  # another life of the run observes the same bits
+        for one, other in zip(again.of(cell), cell.releases, strict=True):
+            assert all(torch.equal(update[name], tensor) for update, theirs in zip(one.updates, other.updates, strict=True) for name, tensor in theirs.items())
+
+
 def test_an_attack_can_be_stopped_at_any_report_and_leaves_no_file(trained, tmp_path, monkeypatch):
     """Reports come by the clock, too, so that a signal need not wait for slow iterations."""
     run, found = trained
