@@ -35,7 +35,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
+    _leave_at_a_signal()
     with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
         _settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
@@ -67,6 +67,11 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 run.append("end", seconds=content["seconds"]["total"])
             world.barrier()
     return content
+
+
+def _leave_at_a_signal() -> None:
+    """A SIGTERM ends the run through its finally clauses; what ran begins anew when it is resumed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _settle_threads(recipe: config.Recipe) -> None:
@@ -302,6 +307,7 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
 def attack_again(arguments: argparse.Namespace) -> None:
     """`gidef attack RUN`: attack a finished run's checkpoints with other attacks, victims or budgets, without training."""
     began = time.perf_counter()
+    _leave_at_a_signal()
     folder = Path(arguments.folder)
     recipe, name, saved = _read_run(folder, allow_code=arguments.allow_code)
     new = _altered(recipe, arguments)

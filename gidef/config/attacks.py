@@ -94,7 +94,8 @@ class DeepLeakage(NaiveMatching):
 
 @_config
 class GradInversion(NaiveMatching):
-    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration.
+    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration;
+    langevin=0.2 adds the noise of its steps.
 
     Its BatchNorm prior needs BatchNorm: see gidef.attack.priors.bn_statistics for nets that have it.
     """
