@@ -24,10 +24,13 @@ from gidef.rng import generator
 from gidef.training import Run
 from gidef.types import Observation, Reconstruction
 
+Invert = Callable[[Run, Cell, Callable[[float], None]], list[Reconstruction]]
+"""invert(run, cell, report): what an attack makes of all of a cell's observations; it reports often, so that it can be stopped."""
 
-def tasks(run: Run, cells: list[Cell], folder: Path) -> list[Task]:
+
+def tasks(run: Run, cells: list[Cell]) -> list[Task]:
     """One per cell that has such an attack."""
-    attacks: dict[type, tuple[Callable[[Run, Cell, Path], list[Reconstruction]], Callable[[Cell], float]]] = {
+    attacks: dict[type, tuple[Invert, Callable[[Cell], float]]] = {
         config.Analytic: (_analytic, lambda cell: 100.0),
         config.ImprintServer: (_imprinted, lambda cell: 100.0),
         config.LearnedInversion: (fits.learned, lambda cell: 50.0),
@@ -37,15 +40,15 @@ def tasks(run: Run, cells: list[Cell], folder: Path) -> list[Task]:
     for cell in cells:
         if type(cell.attack) in attacks:
             invert, cost = attacks[type(cell.attack)]
-            found.append(Task(cell.label, cost(cell), _path(cell), _doer(run, cell, folder, invert)))
+            found.append(Task(cell.label, cost(cell), _path(cell), _doer(run, cell, invert)))
     return found
 
 
-def _doer(run: Run, cell: Cell, folder: Path, invert: Callable[[Run, Cell, Path], list[Reconstruction]]) -> Callable[..., None]:
+def _doer(run: Run, cell: Cell, invert: Invert) -> Callable[..., None]:
     def do(worker: int, report: Callable[[float], None]) -> None:
         began = time.perf_counter()
         try:
-            found = sound(invert(run, cell, folder))
+            found = sound(invert(run, cell, report))
         except StorageError:
             raise
         except Exception as error:  # of the model's code or the device: this attack failed, which is a result; the others go on
@@ -76,13 +79,14 @@ def _path(cell: Cell) -> Path:
     return cell.folder / "reconstructed.safetensors"
 
 
-def _analytic(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+def _analytic(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
     """A4, on everything that is released."""
     dataset, victims = run.setting.dataset, cell.victims
     model = copy.deepcopy(cell.trained.training.defence.model).cpu()
     names = dict(model.named_parameters())
     found = []
     for update, labels in zip(victims.updates, victims.labels, strict=True):
+        report(100.0 / len(victims.updates))
         params, seen = ({n: t.cpu() for n, t in tensors.items() if n in names} for tensors in (cell.snapshot.params, update))
         granted = labels.cpu() if cell.attack.labels == "known" else None
         observation = Observation(params, seen, len(labels), kind=run.recipe.evaluation.release, labels=granted)
@@ -91,7 +95,7 @@ def _analytic(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
     return found
 
 
-def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
     """A11: the clients compute their gradient with the imprint block before their model."""
     dataset, bins = run.setting.dataset, cell.attack.bins
     block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
@@ -100,6 +104,7 @@ def _imprinted(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
     simulate, defence = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")(), cell.trained.training.defence
     victims, found = cell.victims, []
     for images, labels, owner, noise, private in zip(victims.images, victims.labels, victims.owners, victims.noise, victims.private, strict=True):
+        report(100.0 / len(victims.updates))
         images, targets = observe.trained_on(
             run, cell.trained, cell.snapshot, images, labels, owner=owner, private=private, batch=len(found), seed=cell.seed
         )  # fmt: skip

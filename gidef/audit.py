@@ -41,7 +41,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     own = [cell for cell in cells if cell.twin is None]
     _work(run, [*(fits.judge_task(run, fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
     _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
-    _work(run, applications.tasks(run, own, folder), "attacks without matching: step")
+    _work(run, applications.tasks(run, own), "attacks without matching: step")
     matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
     began = time.perf_counter()
     chunks = _work(run, matching, "attack: iteration")
@@ -66,14 +66,21 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     return Findings(rows, scorer.bounds() + findings.control_bound(cells, scored), scorer.judge_record(), drawn, seconds)
 
 
+class _Stopped(BaseException):
+    """Ends a task of a run that is over. No Exception: a task is not to take it for a failure of its own."""
+
+
 def _work(run: Run, tasks: list[Task], label: str) -> list[float]:
-    """Do the tasks over ranks and threads with one bar; finished ones (their file is there) are left as they are. Returns each one's seconds."""
+    """Do the tasks over ranks and threads with one bar; finished ones (their file is there) are left as they are. Returns each one's seconds.
+
+    What leaves early, as at a SIGTERM, stops the running tasks when they report next; they begin anew when the run is resumed.
+    """
     names = run.world.broadcast_json([task.path.exists() for task in tasks])
     tasks = [task for task, there in zip(tasks, names, strict=True) if not there]
     if not tasks:
         return []
     total = sum(task.cost for task in tasks)
-    lock, done = threading.Lock(), 0.0
+    lock, done, stop = threading.Lock(), 0.0, threading.Event()
     seconds: list[float] = []
 
     def do(task: Task, worker: int) -> None:
@@ -86,14 +93,20 @@ def _work(run: Run, tasks: list[Task], label: str) -> list[float]:
 
         def report(units: float) -> None:
             nonlocal done
+            if stop.is_set():
+                raise _Stopped
             with lock:
                 done += units
                 bar.update(int(min(done, share)))
 
-        run_tasks(
-            run.world, tasks, [task.cost for task in tasks], do,
-            workers=build.num_workers(run.recipe, run.world), threads=run.recipe.speed.threads, name=lambda task: task.name,
-            schedule=run.recipe.speed.schedule,
-        )  # fmt: skip
+        try:
+            run_tasks(
+                run.world, tasks, [task.cost for task in tasks], do,
+                workers=build.num_workers(run.recipe, run.world), threads=run.recipe.speed.threads, name=lambda task: task.name,
+                schedule=run.recipe.speed.schedule,
+            )  # fmt: skip
+        except BaseException:
+            stop.set()
+            raise
     return [one for part in run.world.all_gather_json(seconds) for one in part]
 

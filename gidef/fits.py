@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gidef import config, metrics, observe
-from gidef.attack import drain
 from gidef.attack.generative import fit_autoencoder, fit_gan
 from gidef.attack.latent import Predictor, fit_shadow, front_latents, invert_latent
 from gidef.attack.learned import fit_inverter, invert_learned, seen_length
@@ -52,10 +51,14 @@ def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit
     return Task(name, cost, path, do)
 
 
-def _follow(fit: Iterator[int], report: Callable[[float], None]) -> None:
-    """Run a fit that yields its steps to its end."""
+def _follow(running: Iterator[int], report: Callable[[float], None]) -> Any:
+    """Run what yields the steps done to its end, and return what it returns."""
     before = 0
-    for step in fit:
+    while True:
+        try:
+            step = next(running)
+        except StopIteration as end:
+            return end.value
         report(step - before)
         before = step
 
@@ -235,7 +238,7 @@ def inverter_task(run: Run, cell: Cell) -> Task:
     return _task(run, f"{cell.label}: inverter", "the inverter", cost, path, mark(run, cell), fit)
 
 
-def learned(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+def learned(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
     """A7, with the network that was trained for it."""
     inverter = _inverter(run, cell)
     inverter.load_state_dict(load_marked(cell.folder / "inverter.safetensors", mark(run, cell), run.world.device)[0])
@@ -245,6 +248,7 @@ def learned(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
         Observation(params, {name: update[name] for name in params}, len(labels), labels=labels if granted else None, known=known)
         for update, labels in zip(cell.victims.updates, cell.victims.labels, strict=True)
     ]
+    report(50.0)
     return invert_learned(seen, inverter)
 
 
@@ -283,7 +287,7 @@ def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
     return decoder_for(model.latent_shape, model.channel_dim, run.setting.dataset.image_shape, size="posthoc", seed=seed).to(run.world.device)
 
 
-def latent(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
+def latent(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
     """A5: the latent by the predictor's released gradient, then the decoder that was trained for it."""
     decoder = _latent_decoder(run, cell)
     decoder.load_state_dict(load_marked(cell.folder / "latent-decoder.safetensors", mark(run, cell), run.world.device)[0])
@@ -299,7 +303,7 @@ def latent(run: Run, cell: Cell, folder: Path) -> list[Reconstruction]:
     running = invert_latent(
         seen, predictor, decoder.eval(), seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, device=run.world.device
     )
-    return drain(running)
+    return _follow(running, report)
 
 
 # --- A8: a generator of public images ------------------------------------------------------------------------------------

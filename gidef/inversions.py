@@ -26,6 +26,8 @@ from gidef.report.files import write_atomically
 from gidef.training import Run
 from gidef.types import Reconstruction, Tensors
 
+REPORT_S = 0.5
+"""Seconds of an attack after which it reports, if not before, and can be stopped."""
 SHORT_S = 10.0
 """An attack that is over sooner than this is not calibrated: it runs eight at once as one program."""
 
@@ -91,7 +93,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                     recorded = programs if number == 0 else attacks.Programs()
                     running = climb(
                         some, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
-                        programs=recorded, large=_large(run, cell, plan), **options,
+                        programs=recorded, large=_large(run, cell, plan), every_s=REPORT_S, **options,
                     )  # fmt: skip
                     while True:
                         try:
@@ -140,7 +142,7 @@ def _large(run: Run, cell: Cell, plan: methods.Plan) -> Callable[[attacks.Chunk]
     def module() -> torch.nn.Module:
         return copy.deepcopy(cell.trained.training.defence.model).to(run.world.device)
 
-    return on_module(plan.observations, module, plan.matching, seed=cell.seed, checkpointing=True)
+    return on_module(plan.observations, module, plan.matching, seed=cell.seed, checkpointing=True, every_s=REPORT_S)
 
 
 def _notice(run: Run, cell: Cell, programs: attacks.Programs, text: str) -> None:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
+from gidef.attack.optimisers import Adam
 from gidef.attack.priors import decoder_aware
 from gidef.attack.simulate import DRAWS
 from gidef.clients.participate import DECODER
@@ -80,6 +81,10 @@ class Case:
         own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
         if getattr(self.attack, "soft_sign", False):
             own["signed"] = "soft"
+        if langevin := getattr(self.attack, "langevin", 0.0):
+            own["optimiser"] = Adam(sign={False: "none", True: "hard"}.get(own.get("signed", False), "soft"), langevin=langevin)
+        granted = getattr(self.attack, "labels", "known")
+        own |= {name: True for name, asked in (("search_labels", "searched"), ("soft_labels", "soft")) if granted == asked}
         common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched}
         return {**common, **own, **changes}
 

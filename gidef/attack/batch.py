@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gidef.attack.labels import LabelsHidden, recover_labels
+from gidef.attack.labels import LabelsHidden, recover_labels, recover_soft_labels
 from gidef.attack.matching import Matching, Simulate, tables
 from gidef.attack.optimisers import rows
 from gidef.attack.program import pick
@@ -94,8 +94,7 @@ def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simu
     if len(sizes := {observation.num_examples for observation in observations}) > 1:
         raise InputError(f"the observations of one attack differ in num_examples, {sorted(sizes)}: attack them in separate calls.")
     chosen = [observations[index] for index, _ in chunk]
-    labels, untold = (tensor.to(cast["device"]) for tensor in labels_of(chosen, matching))
-    targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
+    labels, targets, untold = targets_of(chosen, matching, cast)
     params, over_params = gather([o.params for o in chosen], cast)
     known, over_known = gather([o.known for o in chosen], cast)
     variables = first_variables(chunk, labels.shape[1], matching, seed, cast)
@@ -117,24 +116,29 @@ def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], match
     return params, {**known, **{name: variables[name] for name in matching.searched}}, images, targets, variables.get("noise")
 
 
-def labels_of(observations: Sequence[Observation], matching: Matching) -> tuple[Tensor, Tensor]:
-    """int64 (K, B): granted, or recovered, once per observation; and bool (K,): they were to be recovered and could not. They are zeros then."""
+def targets_of(observations: Sequence[Observation], matching: Matching, cast: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels int64 (K, B), granted, or recovered, once per observation; the same as probabilities (K, B, classes), which soft ones are;
+    and bool (K,): they were to be recovered and could not. They are zeros then."""
     found: dict[int, tuple[Tensor, bool]] = {}
     for observation in observations:
         if id(observation) not in found:
             found[id(observation)] = _labels_of(observation, matching)
-    labels, untold = zip(*(found[id(observation)] for observation in observations), strict=True)
-    return torch.stack(labels), torch.tensor(untold)
+    each, untold = zip(*(found[id(observation)] for observation in observations), strict=True)
+    targets = torch.stack([one if one.is_floating_point() else F.one_hot(one, matching.num_classes).double() for one in each])
+    labels = torch.stack([one.argmax(1) if one.is_floating_point() else one for one in each])
+    return labels.to(cast["device"]), targets.to(**cast), torch.tensor(untold, device=cast["device"])
 
 
 def _labels_of(observation: Observation, matching: Matching) -> tuple[Tensor, bool]:
+    """int64 (B,), or probabilities (B, classes) where those are recovered."""
     labels, size, classes = observation.labels, observation.num_examples, matching.num_classes
     if labels is None and matching.search_labels:
         return torch.zeros(size, dtype=torch.int64), False  # unknowns of the attack; the likeliest ones are returned
     if labels is None:
         params, update = {**observation.known, **observation.params}, {**observation.update, **observation.unmatched}
         try:
-            return recover_labels(dataclasses.replace(observation, params=params, update=update), classes).cpu(), False
+            recover = recover_soft_labels if matching.soft_labels else recover_labels
+            return recover(dataclasses.replace(observation, params=params, update=update), classes).cpu(), False
         except (LabelsHidden, torch.linalg.LinAlgError):
             return torch.zeros(size, dtype=torch.int64), True
     if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -8,6 +8,8 @@ result is the same in any chunk, order, thread or rank (to rounding). `select` t
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +76,7 @@ def run_chunk(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     every: int = 50,
+    every_s: float = math.inf,
     at_once: int | None = None,
     programs: Programs | None = None,
 ) -> Generator[Progress, None, Tensors]:
@@ -82,10 +85,10 @@ def run_chunk(
     Args:    chunk: which attacks.  observations: all of them, alike in sizes, names and shapes.  simulate: owned by this thread.
              seed: a start is drawn from (seed, observation, restart) alone.  mode: how the inner step runs, see program.py; with
              the same numbers to rounding.  precision: of the client's pass, see program.py; the matching loss is float32 always.
-             every: iterations between reports, the only points at which a device waits.
+             every: iterations between reports, the only points at which a device waits.  every_s: seconds after which one comes earlier.
              at_once: attacks in one program; a larger chunk runs in turns, a smaller one is padded where programs are recorded.
              None: all.  programs: recorded programs to share between chunks.
-    Yields:  Progress, at multiples of `every` and at the end.
+    Yields:  Progress, at multiples of `every`, whenever `every_s` are over, and at the end. A consumer may stop the attack there, by going away.
     Returns: tensors on the CPU, one row per attack and ready to be saved:
              attacks int64 (K, 2): observation and start;  images float32 (K, B, C, H, W): of the lowest loss seen;
              noise float32 (K, *noise_shape), where noise was searched;  labels int64 (K, B), or the likeliest searched ones;
@@ -99,7 +102,7 @@ def run_chunk(
     batch, variables, failure = make_batch(chunk, observations, simulate, matching, seed=seed, cast=cast)
     if precision == "bfloat16_all":
         batch = batch.lowered(torch.bfloat16)
-    run = ChunkRun(matching, simulate, programs or Programs(), mode, precision, every, at_once or len(chunk))
+    run = ChunkRun(matching, simulate, programs or Programs(), mode, precision, every, every_s, at_once or len(chunk))
     state = first_state(variables, failure, matching)
     yield from run.go(batch, state)
     return run.result(batch)
@@ -131,9 +134,11 @@ def _join(parts: Sequence[dict[str, Tensors]]) -> dict[str, Tensors]:
 class ChunkRun:
     """A chunk on its way: which of its attacks are still running, and the results of those that stopped."""
 
-    def __init__(self, matching: Matching, simulate: Simulate, programs: Programs, mode: str, precision: str, every: int, at_once: int) -> None:
+    def __init__(
+        self, matching: Matching, simulate: Simulate, programs: Programs, mode: str, precision: str, every: int, every_s: float, at_once: int
+    ) -> None:
         self.matching, self.simulate, self.programs, self.mode, self.precision = matching, simulate, programs, mode, precision
-        self.every, self.at_once = max(every, 1), at_once
+        self.every, self.every_s, self.at_once = max(every, 1), every_s, at_once
         self.stopped: list[tuple[Chunk, dict[str, Tensors]]] = []
         self.given_up = 0
 
@@ -178,6 +183,7 @@ class ChunkRun:
         groups = _groups(batch.chunk)
         curve = {int(point): place for place, point in enumerate(_points(end))}
         marks: dict[int, list[int]] = {}
+        told_at = time.monotonic()
         for place in range(matching.snapshots):  # several of an attack of few iterations
             marks.setdefault(end * (place + 1) // matching.snapshots, []).append(place)
         # patience reads the best loss and stops attacks; all of them at once is looked at when the loop reports
@@ -202,9 +208,10 @@ class ChunkRun:
                     own["losses"][:, curve[iteration]] = torch.where(running, final, torch.nan)
                 if iteration in marks:
                     kept["all"][:, marks[iteration]] = best["code" if matching.render is not None else "images"].half()[:, None]
-            if iteration % self.every == 0 or iteration == end:
+            if iteration % self.every == 0 or iteration == end or time.monotonic() - told_at > self.every_s:
                 alive = own["failure"][:count] == OK
                 yield iteration, int((~alive).sum()), float(final[:count][alive].mean())
+                told_at = time.monotonic()
                 if matching.patience is not None and not bool((own["since"] >= 0).any()):
                     later = [place for at, places in marks.items() if at > iteration for place in places]
                     if later:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gidef.attack.batch import NOT_FINITE, OK, UNTOLD, ZERO, Batch, Chunk, first_variables, labels_of
+from gidef.attack.batch import NOT_FINITE, OK, UNTOLD, ZERO, Batch, Chunk, first_variables, targets_of
 from gidef.attack.engine import ChunkRun, Progress, first_state
 from gidef.attack.matching import DISTANCES, Matching, tables
 from gidef.attack.program import one_attack
@@ -41,7 +41,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 def invert_large(
     observation: Observation, model: nn.Module, matching: Matching, *, seed: int, loss: Loss = F.cross_entropy, chunk: Chunk = ((0, 0),),
-    checkpointing: bool = False, every: int = 50,
+    checkpointing: bool = False, every: int = 50, every_s: float = math.inf,
 ) -> Generator[Progress, None, Tensors]:  # fmt: skip
     """Attack one observation of a gradient on the module itself, one start after another.
 
@@ -52,7 +52,7 @@ def invert_large(
              the attack runs its parameters change, and its gradients are dropped. In the end it holds the observation's params.
              matching: all but `form` applies, `difference_step` in particular. Kinks are curved, or flat without `kink_width`, as in the
              vectorised program, where the model has them as modules (nn.ReLU, LeakyReLU, ReLU6, Hardtanh; nn.MaxPool2d is flat).
-             seed, every: as `run_chunk`.  loss: of the client.  chunk: (number of the observation, start) of each attack; starts draw from it.
+             seed, every, every_s: as `run_chunk`; under FSDP2 reports by the clock would part the ranks.  loss: of the client.  chunk: (number of the observation, start) of each attack; starts draw from it.
              checkpointing: recompute activations, by the model's own switch (timm, transformers) or for each block of its longest list.
     Yields:  Progress.  Returns: what `run_chunk` returns of these attacks. Under FSDP2 all ranks take every step together, and get the same.
     Memory:  three copies: θ, the observed update and the gradient, in which θ rests while θ ± h v takes its place, so that it comes back bit by
@@ -69,8 +69,7 @@ def invert_large(
     parameters = _loaded(model, observation)
     like = next(iter(parameters.values()))
     cast = {"device": like.device, "dtype": torch.float64 if like.dtype == torch.float64 else torch.float32}
-    labels, untold = (tensor.to(like.device) for tensor in labels_of([observation] * len(chunk), matching))
-    targets = F.one_hot(labels, matching.num_classes).to(cast["dtype"])
+    labels, targets, untold = targets_of([observation] * len(chunk), matching, cast)
     variables = first_variables(chunk, labels.shape[1], matching, seed, cast)
     passes = _Passes(model, parameters, observation, matching, loss)
     scale = passes.scale.to(cast["dtype"]).expand(len(chunk))
@@ -78,7 +77,7 @@ def invert_large(
     batch = Batch(
         chunk=chunk, labels=labels, given=({}, {}, targets), target={}, scale=scale, dims=(({}, {}, 0), {}), knobs=knobs, rates=rates, seed=seed
     )  # fmt: skip
-    run = ChunkRun(matching, _nothing, passes, "loop", "float32", every, 1)
+    run = ChunkRun(matching, _nothing, passes, "loop", "float32", every, every_s, 1)
     failure = torch.where(untold & (passes.failure == OK), UNTOLD, passes.failure.expand(len(chunk)))
     with _lent(model), passes.gates.installed(), _checkpointed(model) if checkpointing else contextlib.nullcontext():
         yield from run.go(batch, first_state(variables, failure, matching))

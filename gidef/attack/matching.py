@@ -92,7 +92,8 @@ class Matching:
     kink_width:   first and last width of `CurvedKinks`, geometric in between; None leaves autograd's flat kinks.
     start:        images "normal" 0.5 + 0.2 N(0, 1), clipped, "uniform" on [0, 1], another name of `starts.STARTS`, or a Start.
     noise_start:  standard deviation of the first e.
-    search_labels: the labels are unknowns too (DLG): logits that start at N(0, 1).
+    search_labels: the labels are unknowns too (DLG): logits that start at N(0, 1).  soft_labels: those that are not granted are recovered as
+                  probabilities (`recover_soft_labels`), for clients that train on mixed or smoothed ones.
     searched:     further unknowns by name.  drawn: further tensors by name, drawn afresh in every iteration by draw(generator of the attack
                   and iteration); both are handed to the simulator in `known`.
     render, code_shape: search a code (B, *code_shape) ~ N(0, 1) instead of pixels; render(code) → images (B, C, H, W) in [0, 1].
@@ -135,6 +136,7 @@ class Matching:
     start: str | Start = "normal"
     noise_start: float = 0.0
     search_labels: bool = False
+    soft_labels: bool = False
     searched: Mapping[str, Searched] = dataclasses.field(default_factory=dict)
     drawn: Mapping[str, Callable[[Generator], Tensor]] = dataclasses.field(default_factory=dict)
     render: Callable[[Tensor], Tensor] | None = None
@@ -164,6 +166,8 @@ class Matching:
         for change in self.variants:
             if unknown := sorted(change.keys() - set(VARIED)):
                 raise InputError(f"variants change {unknown}: only {', '.join(VARIED)} may differ between the attacks of one program.")
+        if self.search_labels and self.soft_labels:
+            raise InputError("search_labels and soft_labels: labels are searched or recovered. Choose one.")
         if self.render is not None and not self.code_shape:
             raise InputError("render needs code_shape, the shape of one image's code.")
         least_values = {

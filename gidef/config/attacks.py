@@ -25,6 +25,8 @@ class NaiveMatching:
     """Step by the sign of the pixels' gradient."""
     soft_sign: bool = False
     """Step by a smooth sign of it instead."""
+    langevin: float = 0.0
+    """Standard deviation of the noise that each step adds to the pixels, in step sizes (Langevin dynamics; GradInversion's paper has 0.2)."""
     decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "quadratic"
     """Of the step size."""
     warmup: int = 0
@@ -45,8 +47,9 @@ class NaiveMatching:
     """What picks among restarts: the attacker's loss, its distance alone, or the smoothness of the result."""
     form: Literal["double_backward", "forward_over_reverse", "central_difference"] = "double_backward"
     """How the attacker differentiates the client's gradient; the first-order forms need no second derivatives of the model's operators."""
-    labels: Literal["known", "counts", "recovered"] = "known"
-    """What the threat model grants: each image's label, how often each occurs, or nothing."""
+    labels: Literal["known", "counts", "recovered", "searched", "soft"] = "known"
+    """What the threat model grants: each image's label, how often each occurs, or nothing: then they are recovered from the last layer, as classes or,
+    for clients that train on mixed labels, as probabilities ("soft"), or searched with the images."""
 
 
 @_config
@@ -86,12 +89,13 @@ class DeepLeakage(NaiveMatching):
     kink_width: tuple[float, float] | None = None
     history: int = 20
     """Pairs that L-BFGS keeps."""
-    labels: Literal["known", "counts", "recovered", "searched"] = "searched"
+    labels: Literal["known", "counts", "recovered", "searched", "soft"] = "searched"
 
 
 @_config
 class GradInversion(NaiveMatching):
-    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration.
+    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration;
+    langevin=0.2 adds the noise of its steps.
 
     Its BatchNorm prior needs BatchNorm: see gidef.attack.priors.bn_statistics for nets that have it.
     """

@@ -102,7 +102,7 @@ def _scope(results: dict[str, Any]) -> str:
     text += f"; the adversary is an honest-but-curious server that sees a client's {' or '.join(what.get(item, item) for item in releases)} of "
     text += " or ".join(f"{_SHARED.get(policy, policy)} (share policy {policy})" for policy in all_of(lambda row: row["share_policy"]))
     text += " after the defence"
-    told = {"known": "is told the labels", "recovered": "recovers the labels itself", "unknown": "does not know the labels"}
+    told = {"known": "is told the labels", "recovered": "recovers the labels itself", "soft": "recovers the labels as probabilities", "searched": "searches the labels, too", "unknown": "does not know the labels"}
     text += f" and {' or '.join(told.get(item, f'has labels {item}') for item in labels)}" if labels else ""
     mean, grey = _psnr_of_bound(results, "class mean"), _psnr_of_bound(results, "constant grey")
     guesses = [f"{value:.1f} dB for {name}" for name, value in (("a constant grey", grey), ("the class mean", mean)) if value is not None]

@@ -101,6 +101,41 @@ def test_a_stopped_attack_is_taken_up_where_it_was_with_another_number_at_once(t
         torch.testing.assert_close(one.images, other.images, rtol=1e-4, atol=1e-4)
 
 
+def test_every_cell_attacks_the_same_victims_and_every_attack_on_a_defence_the_same_updates(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"naive": NAIVE, "joint": config.JointMatching(), "rounds": config.MultiRound(rounds=2), "learned": config.LearnedInversion()})
+    releases, cells = Releases(run), make_cells(run, found, tmp_path)
+    for cell in cells:
+        cell.releases = releases.of(cell)
+    assert len({id(cell.victims) for cell in cells}) == len(found) < len(cells) - 1
+    first = cells[0].victims
+    for cell in cells:
+        assert torch.equal(cell.victims.rows, first.rows) and torch.equal(cell.victims.images, first.images) and cell.victims.owners == first.owners
+    again = Releases(run)
+    for cell in cells:  # another life of the run observes the same bits
+        for one, other in zip(again.of(cell), cell.releases, strict=True):
+            assert all(torch.equal(update[name], tensor) for update, theirs in zip(one.updates, other.updates, strict=True) for name, tensor in theirs.items())
+
+
+def test_an_attack_can_be_stopped_at_any_report_and_leaves_no_file(trained, tmp_path, monkeypatch):
+    """Reports come by the clock, too, so that a signal need not wait for slow iterations."""
+    run, found = trained
+    monkeypatch.setattr(inversions, "REPORT_S", 0.0)
+    [cell] = cells_of(run, found, tmp_path)
+    first, *_ = tasks_of(run, [cell], tmp_path)
+    reports = []
+
+    def report(units):
+        reports.append(units)
+        if len(reports) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.do(0, report)
+    assert reports == [0.0, 2.0, 2.0] and not list(cell.folder.glob("*"))  # two attacks at once, after each iteration
+    assert len(finish(run, [cell], tmp_path)) == 4
+
+
 def test_attacks_whose_program_raises_are_rows_with_their_error_and_the_others_go_on(trained, tmp_path, monkeypatch):
     run, found = trained
     real = inversions.climb
@@ -134,7 +169,7 @@ def test_an_attack_without_matching_that_raises_is_a_row_with_its_error(trained,
     heard = Heard()
     run = with_speed(run, heard, attacks={"analytic": config.Analytic()})
     [cell] = cells_of(run, found, tmp_path)
-    for task in applications.tasks(run, [cell], tmp_path):
+    for task in applications.tasks(run, [cell]):
         task.do(0, lambda units: None)
     applications.collect(run, cell)
     assert [one.status for one in cell.reconstructions] == ["failed"] * 4 and all((one.images == 0.5).all() for one in cell.reconstructions)
@@ -158,7 +193,7 @@ def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path)
                 cell.victims.images.copy_(1 - cell.victims.images)
                 cell.victims.labels.copy_((cell.victims.labels + 1) % 8)
         try:
-            for tasks in (fits.tasks(run, cells, folder), fits.later_tasks(run, cells), applications.tasks(run, cells, folder)):
+            for tasks in (fits.tasks(run, cells, folder), fits.later_tasks(run, cells), applications.tasks(run, cells)):
                 for task in tasks:
                     task.do(0, lambda units: None)
         finally:

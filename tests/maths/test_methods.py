@@ -7,9 +7,11 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gidef import attack as attacks
 from gidef import build, config, methods, observe
+from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -21,6 +23,9 @@ from gidef.training import Run, train
 SHORT = {"iterations": 3}
 MATCHING = {
     name: dataclasses.replace(attack, **SHORT) for name, attack in config.PRESETS.items() if isinstance(attack, config.NaiveMatching)
+}  # fmt: skip
+MATCHING |= {
+    "soft": config.NaiveMatching(labels="soft", **SHORT), "searched": config.JointMatching(labels="searched", **SHORT), "langevin": config.NaiveMatching(langevin=0.2, **SHORT),
 }  # fmt: skip
 MATCHING |= {"guessed": config.JointMatching(decoder="surrogate", **SHORT), "unused": config.JointMatching(decoder="unused", **SHORT)}
 DELTA_ONLY = ("surrogate-model",)
@@ -149,6 +154,37 @@ def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, 
 def test_skipped_layers_are_the_predictor_s_and_the_perturbation_s(trained):
     case, _, _ = case_of(trained, "learned", config.SkipLayers(**SHORT))
     assert set(case.observations[0].update) == set(case.model.parts["encoder"])
+
+
+def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_matching_attack(trained):
+    plain, noisy = (methods.plan(case_of(trained, "undefended", config.InvertingGradients(langevin=langevin, **SHORT))[0]) for langevin in (0.0, 0.2))
+    assert plain.matching.optimiser is None and noisy.matching.descent() == Adam(sign="hard", langevin=0.2)
+    images = [reconstructed(one) for one in (plain, noisy, noisy)]
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
+    soft = config.GradInversion(langevin=0.2, labels="soft", **SHORT)
+    matching = methods.plan(case_of(trained, "undefended", soft)[0]).matching
+    assert matching.soft_labels and not matching.search_labels and matching.optimiser == Adam(langevin=0.2) and matching.coupling is not None
+    case, run, releases = case_of(trained, "undefended", config.NaiveMatching(labels="searched", **SHORT))
+    plan = methods.plan(case)
+    assert plan.matching.search_labels and all(one.labels is None for one in plan.observations)
+    [dlg] = {methods.plan(case_of(trained, "undefended", config.DeepLeakage(labels=labels, **SHORT))[0]).matching.search_labels for labels in ("soft", "recovered")}
+    assert not dlg
+
+
+def test_labels_read_off_as_probabilities_are_those_that_a_client_mixed(trained):
+    """At the true image the simulated gradient is the observed one, whatever mixture of classes the client trained on."""
+    case, _, releases = case_of(trained, "undefended", config.NaiveMatching(labels="soft", **SHORT))
+    mixed = 0.7 * F.one_hot(releases[0].labels[0], 8).float() + 0.3 * F.one_hot((releases[0].labels[0] + 3) % 8, 8).float()
+    seen = case.observations[0]
+    update = case.simulator()(seen.params, seen.known, releases[0].images[0], mixed, None)
+    case = dataclasses.replace(case, rounds=[[dataclasses.replace(seen, update={name: update[name] for name in seen.update})]])
+    fits = []
+    for soft in (True, False):
+        start = dataclasses.replace(methods.plan(case).matching, soft_labels=soft, start=lambda o, r: (releases[0].images[0], None), iterations=0, tv=0.0)
+        rows = attacks.drain(attacks.run_chunk(((0, 0),), case.observations, methods.plan(case).make_simulate(), start, seed=0))
+        fits.append(float(rows["fit"]))
+        assert rows["labels"].tolist() == releases[0].labels[:1].tolist()
+    assert fits[0] < 1e-8 and fits[1] > 1e-3
 
 
 def test_counts_grant_the_labels_without_their_order(trained):

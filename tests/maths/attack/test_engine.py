@@ -150,6 +150,21 @@ def test_more_restarts_than_fit_into_a_chunk_and_a_batch_above_the_classes(tiny)
     assert len(found.restart_losses) == 5 and found.images.shape[0] == 7 and len(found.labels) == 7
 
 
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 32])
+def test_batches_of_every_size_are_matched_with_the_labels_that_their_update_tells(tiny, size):
+    """Of three classes: most batches are larger, and labels repeat."""
+    model = tiny.Net()
+    simulate, params = tiny.simulator(model), tiny.weights(model)
+    observation, _, labels = tiny.observe(simulate, params, size=size)
+    settings = naive(iterations=12, tv=0.0, **tiny.settings)
+    granted, hidden = run([observation], lambda: simulate, settings, **DOUBLE), run([dataclasses.replace(observation, labels=None)], lambda: simulate, settings, **DOUBLE)
+    assert torch.equal(granted[0].labels, labels) and hidden[0].images.shape == (size, 2, 6, 6)
+    counts, true = (torch.bincount(one, minlength=3) for one in (hidden[0].labels, labels))
+    assert int((counts - true).abs().sum()) <= 2 * (size // 4)  # of a batch, only the counts are told, and those of large ones nearly
+    for (one,) in (granted, hidden):
+        assert one.status == "ok" and one.fit < 0.8 * one.first_fit
+
+
 def test_a_loss_that_becomes_nan_on_the_way_fails_alone_and_says_when(tiny):
     model = tiny.Net()
     gradient = tiny.simulator(model)
@@ -208,7 +223,7 @@ def test_labels_that_are_not_granted_are_recovered_and_used(case):
 def test_the_private_images_cannot_reach_an_attack(case):
     """They are no field of the observation; overwriting them, after it was made, changes no bit."""
     observations, simulate, settings, truth = case
-    assert {field.name for field in dataclasses.fields(Observation)} == {"params", "update", "num_examples", "kind", "labels", "known"}
+    assert {field.name for field in dataclasses.fields(Observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched"}
     before = run(observations, lambda: simulate, settings, **DOUBLE)
     for images in truth:
         images.copy_(images.flip(0).roll(1, 2))
