@@ -250,7 +250,7 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
         case config.Undefended():
             return Defence(build_model())
         case config.DPSGD():
-            return PrivateDefence(build_model(), clip=chosen.clip, noise_multiplier=spends and spends.noise_multiplier)
+            return PrivateDefence(build_model(), clip=chosen.clip, noise_multiplier=spends and spends.noise_multiplier, form=chosen.form)
         case config.LearnedPerturbation():
             model = build_model(
                 cut=chosen.cut, perturbation={

@@ -324,6 +324,8 @@ class DPSGD:
     cohort. Updates then count alike, whatever the clients' sizes."""
     accountant: Literal["prv", "rdp"] = "prv"
     """Of Opacus; rdp is faster and says a little more epsilon."""
+    form: Literal["per_sample", "ghost"] = "per_sample"
+    """Of level="sample": every image's own gradient, or norms alone and two backward passes (gidef.defence.ghost): the same sums, less memory."""
 
     @property
     def changes_update(self) -> bool:

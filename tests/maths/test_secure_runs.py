@@ -105,6 +105,22 @@ def test_of_those_who_stay_the_mean_is_exact_and_no_partial_sum_is_readable(stay
     assert not (hidden == open_sum.buffer).any() and hidden.abs().double().mean() > 2**59
 
 
+def test_sums_of_several_ranks_merge_before_the_masks_come_off():
+    sent, template, stayed = updates(6), {"w": torch.zeros(5), "b": torch.zeros(2)}, [0, 1, 3, 4, 5]
+    options = {"metric_names": ("loss",), "max_terms": 5}
+    ranks = [MaskedSum(template, members=range(6), stayed=stayed, seed=1, round=2, **options) for _ in range(3)]
+    plain = FixedPointSum(template, **options)
+    for k in stayed:
+        ranks[k % 3].add(sent[k].delta, sent[k].num_examples, sent[k].metrics, client=k)
+        plain.add(sent[k].delta, sent[k].num_examples, sent[k].metrics, client=k)
+    merged = sum(rank.buffer for rank in ranks)  # as an all-reduce leaves it on each
+    for rank in ranks:
+        rank.buffer.copy_(merged)
+        mean, weight, metrics = rank.mean()
+        assert (weight, metrics) == plain.mean()[1:] and all(torch.equal(mean[name], tensor) for name, tensor in plain.mean()[0].items())
+        assert rank.buffer.equal(plain.buffer)
+
+
 def test_below_the_threshold_there_is_no_mean():
     total = MaskedSum({"w": torch.zeros(5)}, members=[4, 5, 6], stayed=[5, 6], seed=0, round=0, max_terms=2)
     for client in (5, 6):

@@ -1,0 +1,340 @@
+"""What is wrong with a recipe, as far as can be known without its data. Under the name of the page, `gidef.config`."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal
+
+from gidef.config import (
+    ATS,
+    ATTACKS,
+    CVB,
+    DCS,
+    DPSGD,
+    CapacityNoise,
+    DeepLeakage,
+    GradInversion,
+    ImprintServer,
+    InstaHide,
+    Krum,
+    LearnedPerturbation,
+    LocalTraining,
+    Matched,
+    Mean,
+    Recipe,
+    Scaffold,
+    SecureAggregation,
+    SingleGradient,
+    SurrogateModel,
+    TrimmedMean,
+    Undefended,
+    ours,
+    trains,
+)
+
+_AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of these pages that has the field
+    "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
+    "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
+    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
+    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
+    "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
+    "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
+    "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
+    "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
+    "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
+}  # fmt: skip
+_MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
+_LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
+_AT_LEAST |= {"noise_multiplier": 0}
+_MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
+_LESS_THAN |= {"delta": 1, "dropouts": 1}
+_AT_LEAST |= {"dropouts": 0}
+_AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Everything wrong with a recipe that can be known without its data: what was given, what was expected, what to change."""
+    found: list[str] = []
+    _check_fields(recipe, "", found)
+    if found:  # what follows compares fields, and takes them for sound
+        return found
+    data, rounds = recipe.data, recipe.rounds
+    if rounds.cohort_size is not None and rounds.cohort_size > data.num_clients:
+        found.append(
+            f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
+            "replacement. Lower one or raise the other."
+        )
+    found.extend(_stream_problems(recipe))
+    found.extend(_aggregate_problems(recipe))
+    if not recipe.seeds:
+        found.append("seeds is empty: give at least one, e.g. --seeds 0.")
+    if len(set(recipe.seeds)) != len(recipe.seeds):
+        found.append(f"seeds={recipe.seeds} repeats a seed: each seed is one training. Remove the repetition.")
+    if not recipe.defences:
+        found.append('defences is empty: give at least one, e.g. {"undefended": Undefended()}.')
+    unknown = [name for name in recipe.only if name not in recipe.defences]
+    if unknown:
+        found.append(f"only={unknown} names no defence of this recipe, which has {sorted(recipe.defences)}.")
+    for name in [*recipe.defences, *recipe.attacks]:
+        if not name or name == "type" or any(not (c.isalnum() or c in "-_+ .") for c in name) or name.strip(". ") != name:
+            found.append(f"name {name!r} of a defence or attack becomes a folder: use letters, digits, spaces, '-', '_', '+', '.'.")
+    if recipe.model.neck is not None and recipe.model.name != "small":
+        found.append(f"model.neck={recipe.model.neck} is the small net's, not {recipe.model.name}'s: leave it out, or set model.name=small.")
+    if isinstance(rounds.server, Scaffold):
+        plain = isinstance(recipe.clients, SingleGradient) or (recipe.clients.optimiser == "sgd" and recipe.clients.momentum == 0)
+        if not plain:
+            found.append("rounds.server=Scaffold corrects plain sgd steps: set clients.optimiser=sgd and clients.momentum=0, or take another server.")
+    if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
+        found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
+    for name, defence in recipe.defences.items():
+        if isinstance(defence, Matched):
+            wrong = defence.problems()
+            found += [f"defences.{name}: {text}" for text in wrong]
+            if wrong:
+                continue
+            if defence.accuracy is None and not any(isinstance(one, Undefended) for one in recipe.chosen.values()):
+                found.append(f"defences.{name}: points={defence.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy.")
+            defence = defence.defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if not parts:
+            found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
+        found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
+        found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
+        found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
+        if sum(map(trains, parts)) > 1 and not _coupled(parts):
+            found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
+        for part in parts:
+            if isinstance(part, CapacityNoise):
+                still = [f"{what}={how}" for what, how in (("front", part.front), ("level", part.level)) if how in ("frozen", "fixed")]
+                if still and getattr(recipe.clients, "weight_decay", 0):
+                    found.append(f"defences.{name}: {' and '.join(still)}, but clients.weight_decay={recipe.clients.weight_decay} moves it: set weight_decay=0.")
+                if not part.std_floor:
+                    found.append(f"defences.{name}: std_floor=0 lets the capacity grow without bound: set it above 0.")
+            if isinstance(part, CVB) and part.kernel % 2 == 0:
+                found.append(f"defences.{name}.kernel={part.kernel} is even: give an odd number, so that maps keep their size.")
+            if isinstance(part, LearnedPerturbation):
+                if part.law == "laplace" and part.kl_weight:
+                    found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")
+                if part.kl_weight and not part.strength and not part.std_floor:
+                    found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at strength=0 and std_floor=0: raise one.")
+                if part.dependence == "cka" and part.dependence_weight and recipe.clients.batch_size < 4:
+                    found.append(f"defences.{name}: dependence=cka needs 4 images or more, not clients.batch_size={recipe.clients.batch_size}.")
+    for name, attack in recipe.attacks.items():
+        if not isinstance(attack, ATTACKS):
+            if not callable(getattr(attack, "plan", None)):
+                found.append(f"attacks.{name}={attack!r} is no attack: use one of gidef.config.attacks, or a dataclass with a method plan(case).")
+            continue
+        if isinstance(attack, SurrogateModel) and recipe.evaluation.release != "delta":
+            found.append(f"attacks.{name}: a surrogate model stands in for local training, and evaluation.release={recipe.evaluation.release}: set it to delta.")
+        if isinstance(attack, DeepLeakage) and attack.labels == "counts":
+            found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered, soft or searched labels.")
+        if isinstance(attack, DeepLeakage) and attack.langevin:
+            found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
+        if getattr(attack, "labels", "") == "soft" and recipe.evaluation.release != "gradient":
+            found.append(f"attacks.{name}.labels=soft are read off a gradient, and evaluation.release={recipe.evaluation.release}: take recovered or searched ones.")
+        if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
+            found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
+        if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":
+            found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
+    if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
+        found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
+    if recipe.evaluation.num_victims % recipe.evaluation.batch_size:
+        found.append(
+            f"evaluation.num_victims={recipe.evaluation.num_victims} is no multiple of evaluation.batch_size={recipe.evaluation.batch_size}: "
+            "victims are observed in full batches. Change one of them."
+        )
+    if recipe.evaluation.release == "delta" and recipe.evaluation.batch_size % recipe.evaluation.local_steps:
+        found.append(
+            f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
+            "each local step takes an equal slice of the batch. Change one of them."
+        )
+    for text in recipe.evaluation.judges:
+        try:
+            recipe.evaluation.judge_named(text)
+        except ValueError as error:
+            found.append(str(error))
+    if len(set(recipe.evaluation.judges)) != len(recipe.evaluation.judges):
+        found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
+    if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
+        found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
+    if not recipe.evaluation.checkpoints:
+        found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _stream_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of streaming clients."""
+    data, found = recipe.data, []
+    if not data.stream:
+        return ["data.client_shards names shards to stream from: set data.stream=True, or leave it out."] if data.client_shards else []
+    if (data.path is None) == (not data.client_shards):
+        found.append("data.stream needs the clients' shards: give data.path with a {client}, or data.client_shards, and not both.")
+    for name, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+            found.append(f"defences.{name}: a DPSGD of images draws each step from all of a client's images: set level=client, or data.stream=False.")
+    return found
+
+
+def _aggregate_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of an aggregation that needs single updates."""
+    rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    if recipe.speed.sharded_server and isinstance(recipe.rounds.server, Scaffold):
+        found.append("speed.sharded_server=True: every client needs the whole of Scaffold's control variate. Take another server, or leave it out.")
+    if isinstance(rule, Mean):
+        return found
+    name = type(rule).__name__
+    if recipe.speed.reduction != "fixed_point":
+        found.append(f"speed.reduction={recipe.speed.reduction}: {name} adds nothing up. Leave it at fixed_point.")
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
+    for key, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+            found.append(f"defences.{key}: the noise of a DPSGD of clients is measured out for their mean, not for {name}: set level=sample, or aggregate=Mean.")
+    if isinstance(rule, TrimmedMean) and (not 0 <= rule.share < 0.5 or 2 * math.ceil(rule.share * size - 1e-9) >= size):
+        found.append(f"rounds.aggregate.share={rule.share} of a cohort of {size} is negative or leaves no client in the middle: change it, or draw more clients.")
+    if isinstance(rule, Krum) and size < 2 * rule.byzantine + 3:
+        found.append(f"rounds.aggregate.byzantine={rule.byzantine} needs a cohort of {2 * rule.byzantine + 3} or more, not {size}: lower it, or draw more.")
+    elif isinstance(rule, Krum) and rule.chosen > size - rule.byzantine:
+        found.append(f"rounds.aggregate.chosen={rule.chosen} of {size} clients with byzantine={rule.byzantine}: give at most {size - rule.byzantine}.")
+    return found
+
+
+def _coupled(parts: tuple[Any, ...]) -> list[str]:
+    """Defences beside a DPSGD of images whose loss is no mean over images: no image has a gradient of its own that could be clipped."""
+    if not any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+        return []
+    coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
+    return [type(part).__name__ for part in coupled]
+
+
+def _data_problems(parts: tuple[Any, ...]) -> list[str]:
+    """What is wrong with the defences of data among a combination, without its name."""
+    found, data = [], [part for part in parts if getattr(part, "changes_data", False)]
+    for part in data:
+        if isinstance(part, InstaHide) and part.mixed > 1 and part.largest * part.mixed < 1.25:
+            found.append(f"largest={part.largest} leaves next to no coefficients of {part.mixed} images: give at least {1.25 / part.mixed:.3g}.")
+        if isinstance(part, ATS):
+            try:
+                part.parsed()
+            except ValueError as error:
+                found.append(str(error))
+        if isinstance(part, DCS) and part.blend > 1:
+            found.append(f"blend={part.blend}: expected a share in [0, 1].")
+    if data and any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
+        found.append(f"{type(data[0]).__name__} changes the images of a batch that DPSGD counts one by one: take level=client, or leave one out.")
+    apart = [part for part in parts if trains(part) and not isinstance(part, Undefended)]
+    if any(isinstance(part, DCS) for part in data) and apart:
+        found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
+
+
+def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a combination's secure aggregation, without its name."""
+    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.rounds.cohort_size or recipe.data.num_clients
+    if not secure:
+        return []
+    found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
+    if recipe.speed.reduction != "fixed_point" or recipe.speed.sharded_server:
+        found.append("masks cancel in whole fixed-point sums: leave speed.reduction at fixed_point and speed.sharded_server out.")
+    if size < 2:
+        found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
+    gone = int(secure[0].dropouts * size)
+    if size - gone < min(size, 2 * size // 3 + 1):
+        found.append(f"dropouts={secure[0].dropouts} leave {size - gone} of {size} clients, fewer than the {2 * size // 3 + 1} that restore a sum: lower it.")
+    if any(getattr(part, "changes_data", False) for part in parts):
+        found.append("attacks on the sums of encoded batches are not simulated: leave SecureAggregation or the defence of data out.")
+    if gone and any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
+        found.append(f"dropouts={secure[0].dropouts} take a part of DPSGD's noise along, which epsilon counts: set dropouts=0.")
+    return found
+
+
+def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
+    """What stands in the way of a defence's DPSGD, alone or combined with others."""
+    private, clients, found = [part for part in parts if isinstance(part, DPSGD)], recipe.clients, []
+    if not private:
+        return []
+    if len(private) > 1:
+        return [f"{name} holds {len(private)} DPSGD, whose epsilons are not added up here: keep one."]
+    noise, target = private[0].noise_multiplier, private[0].target_epsilon
+    if (noise is None) == (target is None):
+        found.append(f"{name}: noise_multiplier={noise} and target_epsilon={target}: one follows from the other. Set exactly one to None.")
+    if isinstance(recipe.rounds.server, Scaffold):
+        found.append(f"{name}: rounds.server=Scaffold would carry the noise of a round, in control variates, into all later steps: take another server.")
+    if private[0].level == "client":
+        return found
+    if getattr(clients, "accumulate", 1) > 1:
+        found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
+    if clients.precision == "bfloat16":
+        found.append(f"{name}: clients.precision=bfloat16 rounds the norms that bound each image's part by up to 0.4 %: set it to float32.")
+    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _coupled(parts)]
+    return found
+
+
+def _check_fields(config: Any, prefix: str, found: list[str]) -> None:
+    """Type and range of every field, wherever it stands; dataclasses of your own check themselves."""
+    hints = typing.get_type_hints(type(config))
+    for spec in dataclasses.fields(config):
+        value, name, hint = getattr(config, spec.name), f"{prefix}{spec.name}", hints[spec.name]
+        if not _fits(value, hint):
+            found.append(f"{name}={value!r} is not {_words(hint)}: give one.")
+            continue
+        items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+        for place, item in items.items():
+            for part in item if isinstance(item, (tuple, list)) else (item,):
+                if dataclasses.is_dataclass(part):
+                    if ours(type(part)):
+                        _check_fields(part, place + ".", found)
+                elif isinstance(part, (int, float)):
+                    found.extend(_range_problem(place, spec.name, part))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type. A whole number is a number, a bool is not; a list serves as a tuple."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in choices
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, choice) for choice in choices)
+    if origin is tuple:
+        members = choices[:1] * len(value) if isinstance(value, (tuple, list)) and choices[-1] is Ellipsis else choices
+        return isinstance(value, (tuple, list)) and len(value) == len(members) and all(map(_fits, value, members))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def fits(value: Any, cls: type, name: str) -> bool:
+    """Whether a value is of the type of a dataclass's field."""
+    return _fits(value, typing.get_type_hints(cls)[name])
+
+
+def _words(hint: Any) -> str:
+    """A field's type for people."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, choices))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, choices))
+    if origin is tuple:
+        return f"a tuple{'' if choices[-1] is Ellipsis else f' of {len(choices)}'}, each of it {_words(choices[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "True or False", types.NoneType: "None", dict: "a dict"}
+    return names.get(origin or hint) or hint.__name__
+
+
+def _range_problem(name: str, key: str, value: float) -> list[str]:
+    if not math.isfinite(value) and not (key == "alpha" and value > 0):  # Dirichlet(inf) is even
+        return [f"{name}={value} is not finite: give a number."]
+    if key in _AT_LEAST and value < _AT_LEAST[key]:
+        return [f"{name}={value} is too small: give at least {_AT_LEAST[key]}."]
+    if key in _MORE_THAN and value <= _MORE_THAN[key]:
+        return [f"{name}={value} is not above {_MORE_THAN[key]}: give a larger value."]
+    if key in _LESS_THAN and value >= _LESS_THAN[key]:
+        return [f"{name}={value} is not below {_LESS_THAN[key]}: give a smaller value."]
+    return []
