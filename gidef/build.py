@@ -18,6 +18,7 @@ from gidef.checkpoint import load_export
 from gidef.clients.cohort import draw_cohort
 from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
+from gidef.clients.sharded import Engine, Fsdp, PartPlayer, SlicedStore, train_sharded
 from gidef.clients.store import ClientStore
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
 from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
@@ -27,7 +28,7 @@ from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.censor import Orthogonal
 from gidef.defence.clipping import Clip
 from gidef.defence.concealing import Conceal
-from gidef.defence.encode import Encoder
+from gidef.defence.encode import EncodedPlayer, Encoder
 from gidef.defence.instahide import Hide
 from gidef.defence.isotropic import isotropic_noise
 from gidef.defence.mixup import Mix
@@ -42,7 +43,7 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import World, mean_over_world
+from gidef.parallel import Layout, World, mean_over_mesh, mean_over_world
 from gidef.rng import stream_seed
 from gidef.rounds import server as servers
 from gidef.rounds.algorithm import run_round
@@ -349,6 +350,8 @@ def local_settings(clients: config.Clients) -> LocalSettings:
 
 def num_workers(recipe: config.Recipe, world: World) -> int:
     """Clients or chunks that this rank works on at the same time."""
+    if world.mesh is not None:
+        return 1
     if recipe.speed.workers:
         return recipe.speed.workers
     if world.device.type == "cuda":
@@ -356,6 +359,22 @@ def num_workers(recipe: config.Recipe, world: World) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1")) or 1)
     return max(1, cores // max(local, 1) // recipe.speed.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A client on the ranks of a group.
+
+    layout: how tensors lie.  initial: what a client starts from, in slices.  engine: holds the network.  player: its only one.
+    train: the twin of `train_locally`.  share: of slices, changed as whole tensors: every rank draws the same, and keeps its part.
+    """
+
+    layout: Layout
+    initial: Tensors
+    engine: Engine
+    player: Any
+    train: Callable[..., Any]
+    share: Callable[..., Tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,27 +388,33 @@ class Training:
     draw: Callable[[int], list[int]]
     run: Callable[..., Any]
     shared: tuple[str, ...]
+    sharded: Sharded | None = None
+    """Where a client spans several ranks: the server's and the clients' tensors are then slices."""
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
+    """On one rank per client, or where the world has a mesh, on a group of ranks per client."""
     recipe = setting.recipe
     defence = make_defence(chosen, recipe, setting.dataset, seed=seed, spends=privacy_budget(setting, chosen, seed=seed))
-    defence.model.to(world.device)
+    if world.mesh is None:  # else it stays whole in main memory, and the player's copy goes to the devices in slices
+        defence.model.to(world.device)
     if defence.decoder is not None:
         defence.decoder.to(world.device)
     cohort_size = recipe.rounds.cohort_size or recipe.data.num_clients
     workers = min(num_workers(recipe, world), cohort_size)
-    initial = defence.initial()
+    sharded = _sharded(defence, chosen, recipe, world) if world.mesh is not None else None
+    initial = sharded.initial if sharded else defence.initial()
     shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
     participation = Participation(
-        [defence.encoded_player() for _ in range(workers)], initial, shared, local_settings(recipe.clients), store,
+        [sharded.player] if sharded else [defence.encoded_player() for _ in range(workers)], initial, shared, local_settings(recipe.clients),
+        SlicedStore(store, sharded.layout, world.mesh.shard) if sharded else store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
-        share=defence.share if defence.transforms else None,
-        alike=defence.budget is not None and defence.budget.unit == "client",
+        share=(sharded.share if sharded else defence.share) if defence.transforms else None,
+        alike=defence.budget is not None and defence.budget.unit == "client", **({"train_player": sharded.train} if sharded else {}),
     )  # fmt: skip
     over_cohort = functools.partial(
-        mean_over_world(world, workers=workers, threads=recipe.speed.threads),
+        mean_over_mesh(world.mesh) if sharded else mean_over_world(world, workers=workers, threads=recipe.speed.threads),
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
@@ -397,5 +422,30 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         defence=defence, participation=participation, store=store, shared=shared,
         server=ServerState({name: initial[name] for name in shared}),
         draw=lambda number: draw_cohort(num_clients=recipe.data.num_clients, size=cohort_size, seed=seed, round=number),
-        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort),
+        run=functools.partial(run_round, train=participation.train, step=step, over_cohort=over_cohort), sharded=sharded,
     )  # fmt: skip
+
+
+_MEANS = (
+    config.Undefended, config.LearnedPerturbation, config.IsotropicNoise, config.CapacityNoise, config.Precode, config.CVB, config.DPSGD,
+)  # fmt: skip
+"""Defences whose loss is a mean over examples, unless they say that it couples a batch. One of your own may be none."""
+
+
+def _sharded(defence: Defence, chosen: Any, recipe: config.Recipe, world: World) -> Sharded:
+    """The group's ranks share out a batch where the loss is a mean over examples, else each computes all of it; encoders see whole batches."""
+    mesh = world.mesh
+    layout = Layout(mesh, {name: p.shape for name, p in defence.model.named_parameters()})
+    initial = layout.slices(defence.initial(), world.device)
+    parts = chosen if isinstance(chosen, tuple) else (chosen,)
+    trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
+    split = all(isinstance(part, _MEANS) and not getattr(part, "couples_batch", False) for part in trained)
+    inner = defence.player()
+    player = PartPlayer(inner, mesh.shard, split=split)
+    engine = Fsdp(inner.model, mesh.device_mesh["shard"], mesh.shard)
+
+    def share(update: Tensors, *, generator: torch.Generator, own: Any = None) -> Tensors:
+        return layout.slices(defence.share(layout.gathered(update), generator=generator))
+
+    whole = EncodedPlayer(player, defence.encode) if defence.encoders else player
+    return Sharded(layout, initial, engine, whole, train_sharded(engine, mesh.shard), share)

@@ -21,7 +21,7 @@ import gidef
 from gidef import audit, build, cells, config, findings, importing, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError
-from gidef.parallel import World, open_world
+from gidef.parallel import World, open_world, with_mesh
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, fingerprint, reload, run_key
@@ -37,6 +37,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave through the finally clauses
     with open_world(recipe.speed.device, recipe.speed.timeout_s) as world:
+        world = with_mesh(world, recipe.speed.shard_size, timeout_s=recipe.speed.timeout_s)
         _settle_threads(recipe)
         folder = _choose_folder(recipe, name, world)
         recipe = _continued(recipe, folder, world)
@@ -141,6 +142,7 @@ def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
 def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) -> Any:
     """Which lines of an earlier life's record stay: rounds up to the checkpoint that will be continued, and finished attacks."""
     from gidef.checkpoint import load_latest
+    from gidef.parallel.checkpoints import newest
 
     if not recipe.resume:
         return None
@@ -152,7 +154,7 @@ def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) 
                 done[key, seed] = float("inf")
             else:
                 found = load_latest(folder / "checkpoints" / name, notice=notice)  # the only one to meet a damaged file: it sets it aside
-                done[key, seed] = found[0] if found else 0
+                done[key, seed] = max(found[0] if found else 0, newest(folder / "checkpoints" / name, notice) or 0)
 
     def keep(line: dict[str, Any]) -> bool:
         if line["kind"] == "round":
@@ -183,13 +185,17 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     attacks = ", ".join(f"{key} ({cells.effort(attack)})" for key, attack in recipe.attacks.items())
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
-    console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
+    console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s){_groups(recipe)}, {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
     for line in partition_summary(run.setting.counts):
         console.say(f"  {line}")
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+    run.append("start", recipe_name=name, world_size=world.size, shard_size=recipe.speed.shard_size, threads=recipe.speed.threads, resumed=recipe.resume, gidef=gidef.__version__)
+
+
+def _groups(recipe: config.Recipe) -> str:
+    return f" in groups of {recipe.speed.shard_size} ({recipe.speed.shard_backend})" if recipe.speed.shard_size > 1 else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,10 @@ from gidef import build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
+from gidef.clients.sharded import predict_part
 from gidef.data import Dataset, Images
 from gidef.errors import InputError
-from gidef.parallel import World
+from gidef.parallel import SlicedCheckpoints, World, checkpoints
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
@@ -106,6 +109,8 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     A perturbation is on at its trained strength, with noise from (seed, split, chunk).
     """
     world, defence = run.world, training.defence
+    if training.sharded is not None:
+        return _logits_of_shards(run, training, tensors, images, seed=seed, split=split)
     models = [player.model for player in training.participation.players]
     for model in models:
         load_parameters(model, tensors)
@@ -129,9 +134,27 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     return result
 
 
+def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, images: Images, *, seed: int, split: str) -> Tensor:
+    """`logits` where a network lies on a group of ranks: chunks are dealt out over groups, and a chunk's rows over the group."""
+    world, mesh, defence, model = run.world, run.world.mesh, training.defence, training.participation.players[0].model
+    training.sharded.engine.load(tensors)
+    model.eval()
+    result = torch.zeros(len(images), run.setting.dataset.num_classes)
+
+    def noise(count: int, chunk: int) -> Tensor | None:
+        return defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=world.device))
+
+    for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
+        for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
+            result[rows] = found
+    model.train()
+    world.all_reduce_sum_(result)
+    return result
+
+
 def fronts(training: build.Training, params: Tensors, clients: list[int]) -> list[Tensors]:
     """The whole model's tensors: one if the server has all of them, else one per client, with the client's own front."""
-    names = list(training.defence.initial_model())
+    names = [name for name, _ in training.defence.model.named_parameters()]
     if all(name in params for name in names):
         return [{name: params[name] for name in names}]
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
@@ -165,23 +188,24 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     The final model is the best round's on validation accuracy (ties: the earlier). Raises InputError on a checkpoint of another run.
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
-    training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
-    participation, best, progress = training.participation, dict(training.server.params), _Progress()
     export = run.folder / "models" / f"{key}.safetensors"
     if recipe.resume and export.exists():
         run.console.say(f"{name}, seed {seed}: training had ended.")
-        return _finished(run, training, key, export)
+        return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
-    server = training.server
-    state = _load_checkpoint(run, key)
+    training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    participation, best, progress = training.participation, dict(training.server.params), _Progress()
+    sharded, server = training.sharded, training.server
+    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout) if sharded else None
+    state = _load_checkpoint(run, key, training)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
-    world.agree(f"{key}: state before round {server.round}", weights_sha256(server.params))
+    world.agree(f"{key}: state before round {server.round}", weights_sha256(_whole(training, server.params)))
     if server.round == 0:
-        _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
+        _save_snapshot(run, training, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
@@ -198,14 +222,19 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 progress.best_round, progress.best_accuracy, progress.best_versions = number + 1, accuracy, dict(participation.versions)
             if number + 1 == early:
                 progress.early_versions = dict(participation.versions)
-                _save_snapshot(run, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
+                _save_snapshot(run, training, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
             progress.seconds = time.perf_counter() - started
             run.append(
                 "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
             )  # fmt: skip
-            if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                _save_checkpoint(run, key, server, best, participation.versions, progress)
+            # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
+            if saver is not None:
+                saver.save(server.round, *_state(run, server, best, participation.versions, progress))
+            elif run.leads:
+                save_checkpoint(_checkpoints(run, key), server.round, *_state(run, server, best, participation.versions, progress), keep=2)
+                checkpoints.prune(_checkpoints(run, key), before=server.round - 1)  # in slices, from before a resumption
+            if run.leads:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -213,19 +242,24 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             if _patience_over(recipe, number + 1, progress):
                 run.console.say(f"{name}, seed {seed}: stops early, {recipe.rounds.patience} rounds without a better validation accuracy.")
                 break
+    if saver is not None:
+        saver.close()
     rounds_run = server.round
     if rounds_run < early:  # patience ended training before a tenth of it
-        _save_snapshot(run, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
+        _save_snapshot(run, training, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
     participation.versions = dict(progress.best_versions)
-    _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
+    _save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
     run.append("trained", weights_sha256=sha, **summary)  # before the export, whose presence tells a resumed run to keep this line
+    exported = _gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
         meta |= _shape(run)
-        export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
+        export_model(export, exported, config.to_json(recipe), meta)
     world.barrier()
+    if sharded is not None and recipe.attacks:
+        return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
     return Trained(training, _snapshots(run, key), summary, sha)
 
 
@@ -239,7 +273,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
     mixes = counts / counts.sum(1, keepdim=True)
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
-    shared_bytes = sum(tensor.nbytes for tensor in training.participation.template().values())
+    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
     spent = training.defence.budget
     return {
         "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
@@ -248,7 +282,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": sum(t.numel() for t in best.values()),
+        "parameters_shared": _numel(training, best),
     }  # fmt: skip
 
 
@@ -266,7 +300,7 @@ def _expected(mix: Tensor, per_class: Tensor) -> float:
 def _exported(training: build.Training, params: Tensors, num_clients: int) -> Tensors:
     """The final model: the shared tensors, and under `head` every client's private front as `client-<k>/<name>`."""
     tensors = dict(params)
-    names = training.defence.initial_model()
+    names = [name for name, _ in training.defence.model.named_parameters()]
     if not all(name in params for name in names):
         for k in range(num_clients):
             state = training.participation.state(k)
@@ -276,7 +310,29 @@ def _exported(training: build.Training, params: Tensors, num_clients: int) -> Te
 
 def final_hash(training: build.Training, params: Tensors, num_clients: int) -> str:
     """SHA-256 of the final model: fp32 little-endian bytes, name order (see checkpoint.weights_sha256)."""
-    return weights_sha256(_exported(training, params, num_clients))
+    return weights_sha256(_whole(training, _exported(training, params, num_clients)))
+
+
+# --- where a client spans several ranks, the server's tensors are slices ---------------------------------------------
+
+
+def _whole(training: build.Training, tensors: Tensors) -> Mapping[str, Tensor]:
+    """The whole tensors, gathered one at a time as all ranks read them."""
+    return training.sharded.layout.whole(tensors) if training.sharded else tensors
+
+
+def _gathered(training: build.Training, tensors: Tensors, *, keep: bool) -> Tensors:
+    return training.sharded.layout.gathered(tensors, keep=keep) if training.sharded else tensors
+
+
+def _numel(training: build.Training, tensors: Tensors) -> int:
+    return training.sharded.layout.numel(tensors) if training.sharded else sum(t.numel() for t in tensors.values())
+
+
+def _as_attacked(run: Run, chosen: Any, seed: int, key: str) -> build.Training:
+    """The parts of a training on each rank by itself, as attacks take them; where there are none, they stay in slices."""
+    world = dataclasses.replace(run.world, mesh=None) if run.recipe.attacks else run.world
+    return build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -287,34 +343,43 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
-def _save_checkpoint(run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> None:
+def _checkpoints(run: Run, key: str) -> Path:
+    return run.folder / "checkpoints" / key
+
+
+def _state(run: Run, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> tuple[Tensors, dict[str, Any]]:
+    """What a checkpoint holds."""
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    meta = {
+    return tensors, {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
         "seconds": progress.seconds,
     }  # fmt: skip
-    save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 
 
-def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | None:
-    """Rank 0 finds the newest whole checkpoint, the others read the same one."""
+def _load_checkpoint(run: Run, key: str, training: build.Training) -> tuple[Tensors, dict[str, Any]] | None:
+    """Rank 0 finds the newest good checkpoint, in one file or in slices, and all read it into what they hold now: whole tensors or slices."""
     if not run.recipe.resume:
         return None
-    found = load_latest(run.folder / "checkpoints" / key, notice=run.console.notice) if run.leads else None
-    number = run.world.broadcast_json(found[0] if found else None)
+    folder, layout = _checkpoints(run, key), training.sharded.layout if training.sharded else None
+    found = load_latest(folder, notice=run.console.notice) if run.leads else None
+    cut = checkpoints.newest(folder, run.console.notice) if run.leads else None
+    number, in_slices = run.world.broadcast_json([max(found[0] if found else 0, cut or 0) or None, (cut or 0) > (found[0] if found else 0)])
     if number is None:
         return None
-    if found is None:
-        found = load_latest(run.folder / "checkpoints" / key, notice=lambda text: None, at=number)
-    if found is None or found[2]["fingerprint"] != run.fingerprint:
+    if in_slices:
+        tensors, meta = checkpoints.load(folder, number, layout, run.world.device)
+    else:
+        _, tensors, meta = found or load_latest(folder, notice=lambda text: None, at=number)
+        tensors = layout.slices(tensors) if layout else tensors
+    if meta["fingerprint"] != run.fingerprint:
         raise InputError(
-            f"the checkpoint of round {number} in {run.folder / 'checkpoints' / key} belongs to another recipe or other data: "
+            f"the checkpoint of round {number} in {folder} belongs to another recipe or other data: "
             "resume with the recipe and data that began it, or choose another --out."
         )
-    return found[1], found[2]
+    return tensors, meta
 
 
 def _unpack(tensors: Tensors, meta: dict[str, Any], participation: Any, device: torch.device) -> tuple[ServerState, Tensors, _Progress]:
@@ -335,10 +400,11 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
     return {int(client): int(version) for client, version in versions.items()}
 
 
-def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
+def _save_snapshot(run: Run, training: build.Training, key: str, snapshot: Snapshot) -> None:
+    params = _gathered(training, snapshot.params, keep=run.leads)
     if run.leads:
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}
-        save_file(snapshot_path(run.folder, key, snapshot.name), snapshot.params, meta)
+        save_file(snapshot_path(run.folder, key, snapshot.name), params, meta)
 
 
 def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
@@ -352,7 +418,8 @@ def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
 
 
 def _snapshots(run: Run, key: str) -> dict[str, Snapshot]:
-    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS}
+    """None where nothing attacks them and a whole model may not fit on a rank."""
+    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS} if run.recipe.attacks or run.world.mesh is None else {}
 
 
 def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
@@ -361,7 +428,7 @@ def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     export = run.folder / "models" / f"{key}.safetensors"
     if not export.exists():
         raise InputError(f"{name}, seed {seed}: {export} is missing, so its training has not ended. Finish the run with --resume first.")
-    return _finished(run, build.make_training(run.setting, chosen, seed=seed, world=run.world, state_folder=run.folder / "clients" / key), key, export)
+    return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
 
 def _finished(run: Run, training: build.Training, key: str, export: Path) -> Trained:
@@ -370,5 +437,6 @@ def _finished(run: Run, training: build.Training, key: str, export: Path) -> Tra
     if meta["fingerprint"] != run.fingerprint:
         raise InputError(f"{export} belongs to another recipe or other data: resume with those that made it, or choose another --out.")
     snapshots = _snapshots(run, key)
-    training.participation.versions = dict(snapshots["final"].versions)
+    if snapshots:
+        training.participation.versions = dict(snapshots["final"].versions)
     return Trained(training, snapshots, meta["summary"], meta["sha256"])

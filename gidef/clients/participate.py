@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from gidef.clients.local import LocalSettings, Player, load_parameters, train_locally
+from gidef.clients.local import LocalResult, LocalSettings, Player, load_parameters, train_locally
 from gidef.rng import generator
 from gidef.types import Client, Own, ServerState, Tensors, Update
 
@@ -44,15 +44,17 @@ class Participation:
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
         alike:    each update counts as one example, whatever the client's size.
+        train_player: `train_locally`, or its twin for a client on several ranks (see clients.sharded); initial and server tensors are then slices.
     """
 
     def __init__(
         self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
         *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None, alike: bool = False,
+        train_player: Callable[..., LocalResult] = train_locally,
     ) -> None:  # fmt: skip
         self.players, self._initial, self._shared = players, initial, frozenset(shared)
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
-        self._share, self._alike = share, alike or scaffold
+        self._share, self._alike, self._train_player = share, alike or scaffold, train_player
         self._private = tuple(name for name in initial if name not in self._shared)
         self.versions: dict[int, int] = {}
         """client → the last round in which it took part; the consumer of the rounds keeps it, the same on every rank."""
@@ -85,7 +87,7 @@ class Participation:
         progress = server.round / max(self._rounds, 1)
         player.begin(client, seed=self._seed, round=server.round, progress=progress, first=client.id not in self.versions)
         correction, control = self._correction(server, kept) if self._scaffold else (None, {})
-        result = train_locally(player, start, client, self._settings, seed=self._seed, round=server.round, correction=correction)
+        result = self._train_player(player, start, client, self._settings, seed=self._seed, round=server.round, correction=correction)
 
         after = {name: start[name] + step.to(start[name].device) for name, step in result.delta.items()}
         delta = {name: step.to(start[name].device) for name, step in result.delta.items()}

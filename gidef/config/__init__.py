@@ -294,6 +294,15 @@ class Speed:
     timeout_s: float = 3600.0
     """A collective that waits longer ends the run with an error. A rank that died is noticed at once; this bounds a silent cut, and
     must exceed the longest single attack chunk, for which idle ranks wait."""
+    shard_size: int = 1
+    """G ranks train one client together, its network in G slices, for networks larger than a GPU; the run's ranks must fill whole groups. Results
+    agree over shard sizes but for rounding, and at equal shard size bit by bit for any number of ranks."""
+    shard_backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """With shard_size above 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """Of deepspeed: what is cut: nothing, the optimiser's state, the gradients as well, the parameters as well."""
+    offload: Literal["none", "cpu"] = "none"
+    """Of deepspeed, stages 1 to 3: cpu keeps the optimiser's state in main memory and steps there."""
 
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew
@@ -344,7 +353,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
-    "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
+    "shard_size": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
@@ -384,6 +393,7 @@ def problems(recipe: Recipe) -> list[str]:
         plain = isinstance(recipe.clients, SingleGradient) or (recipe.clients.optimiser == "sgd" and recipe.clients.momentum == 0)
         if not plain:
             found.append("rounds.server=Scaffold corrects plain sgd steps: set clients.optimiser=sgd and clients.momentum=0, or take another server.")
+    found.extend(_shard_problems(recipe))
     if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
         found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
     for name, defence in recipe.defences.items():
@@ -455,6 +465,31 @@ def _coupled(parts: tuple[Any, ...]) -> list[str]:
         return []
     coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
     return [type(part).__name__ for part in coupled]
+
+
+def _shard_problems(recipe: Recipe) -> list[str]:
+    """What a client in shards cannot do."""
+    speed, clients, found = recipe.speed, recipe.clients, []
+    if speed.offload != "none" and (speed.shard_backend != "deepspeed" or speed.zero_stage == 0):
+        found.append(f"speed.offload={speed.offload} needs speed.shard_backend=deepspeed and a speed.zero_stage above 0.")
+    if speed.shard_backend == "deepspeed" and speed.shard_size == 1:
+        found.append("speed.shard_backend=deepspeed shards one client over ranks: set speed.shard_size above 1, or shard_backend=fsdp2.")
+    if speed.shard_size == 1:
+        return found
+    if speed.workers > 1:
+        found.append(f"speed.workers={speed.workers}: a rank of a group works on one client at a time: set it to 0 or 1.")
+    if speed.shard_backend == "deepspeed":
+        unlike = [name for name in ("accumulate", "proximal") if getattr(clients, name, 0) > (name == "accumulate")]
+        unlike = [f"clients.{name}={getattr(clients, name)}" for name in unlike]
+        unlike += ["clients.precision=bfloat16"] * (clients.precision == "bfloat16") + ["rounds.server=Scaffold"] * isinstance(recipe.rounds.server, Scaffold)
+        if unlike:
+            found.append(f"{', '.join(unlike)}: the step of speed.shard_backend=deepspeed knows none of it. Set shard_backend=fsdp2.")
+    for name, defence in recipe.chosen.items():
+        parts = defence if isinstance(defence, tuple) else (getattr(defence, "defence", defence),)
+        for part in parts:
+            if isinstance(part, DPSGD) and part.level == "sample" or isinstance(part, (Soteria, Censor, GradDefense, DCS)):
+                found.append(f"defences.{name}: {type(part).__name__} looks into a client's network as a whole: set speed.shard_size=1.")
+    return found
 
 
 def _data_problems(parts: tuple[Any, ...]) -> list[str]:

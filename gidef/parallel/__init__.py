@@ -1,7 +1,9 @@
 """Ranks and worker threads: the executors that take the serial ones' places. The maths knows nothing of them."""
 
+from gidef.parallel.checkpoints import SlicedCheckpoints
 from gidef.parallel.cohort import mean_over_world
+from gidef.parallel.mesh import Layout, Mesh, mean_over_mesh, with_mesh
 from gidef.parallel.work import run_tasks
 from gidef.parallel.world import World, open_world
 
-__all__ = ["World", "mean_over_world", "open_world", "run_tasks"]
+__all__ = ["Layout", "Mesh", "SlicedCheckpoints", "World", "mean_over_mesh", "mean_over_world", "open_world", "run_tasks", "with_mesh"]

@@ -31,6 +31,10 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
+    group: Any = field(default=None, repr=False, compare=False)
+    """The gloo group of one axis of a mesh, whose ranks `rank` and `size` then count; None for all ranks of the run."""
+    mesh: Any = field(default=None, repr=False, compare=False)
+    """The run's `mesh.Mesh` where a client spans several ranks, else None."""
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
@@ -38,9 +42,9 @@ class World:
             return tensor
         if tensor.is_cuda and self.nccl is None:  # ranks that share a GPU: NCCL refuses them
             host = tensor.cpu()
-            dist.all_reduce(host)
+            dist.all_reduce(host, group=self.group)
             return tensor.copy_(host)
-        dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
+        dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else self.group)
         return tensor
 
     def barrier(self) -> None:
@@ -56,10 +60,10 @@ class World:
         data = json.dumps(value).encode()
         if self.size == 1:
             return [json.loads(data)]
-        lengths = [int(length) for length in self._gather(torch.tensor([len(data)]))]
+        lengths = [int(length) for length in self.all_gather(torch.tensor([len(data)]))]
         own = torch.zeros(max(lengths), dtype=torch.uint8)
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = zip(self._gather(own), lengths, strict=True)
+        parts = zip(self.all_gather(own), lengths, strict=True)
         return [json.loads(part[:length].numpy().tobytes()) for part, length in parts]
 
     def broadcast_json(self, value: Any, *, source: int = 0) -> Any:
@@ -68,9 +72,9 @@ class World:
         if self.size == 1:
             return json.loads(data)
         length = torch.tensor([len(data)])
-        dist.broadcast(length, source)
+        dist.broadcast(length, group=self.group, group_src=source)
         text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(text, source)
+        dist.broadcast(text, group=self.group, group_src=source)
         return json.loads(text.numpy().tobytes())
 
     def agree(self, label: str, text: str | bytes) -> None:
@@ -78,16 +82,20 @@ class World:
         if self.size == 1:
             return
         digest = hashlib.sha256(text.encode() if isinstance(text, str) else text).digest()
-        digests = [bytes(part.tolist()) for part in self._gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))]
+        digests = [bytes(part.tolist()) for part in self.all_gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))]
         common = max(digests, key=lambda one: (digests.count(one), -digests.index(one)))
         odd = [rank for rank, one in enumerate(digests) if one != common]
         if odd:
             raise RuntimeError(f"ranks disagree on {label}: {odd} of {self.size} ranks differ from the others")
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, by rank."""
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor, by rank: of equal shapes, CPU or CUDA."""
+        if self.size == 1:
+            return [tensor]
+        if tensor.is_cuda and self.nccl is None:
+            return [part.to(tensor.device) for part in self.all_gather(tensor.cpu())]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor, group=self.nccl if tensor.is_cuda else self.group)
         return parts
 
 
