@@ -20,6 +20,7 @@ from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
 from gidef.clients.sharded import Engine, Fsdp, PartPlayer, SlicedStore, train_sharded
 from gidef.clients.store import ClientStore
+from gidef.clients.zero import Zero
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, split_roles
 from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
 from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
@@ -442,7 +443,15 @@ def _sharded(defence: Defence, chosen: Any, recipe: config.Recipe, world: World)
     split = all(isinstance(part, _MEANS) and not getattr(part, "couples_batch", False) for part in trained)
     inner = defence.player()
     player = PartPlayer(inner, mesh.shard, split=split)
-    engine = Fsdp(inner.model, mesh.device_mesh["shard"], mesh.shard)
+    speed, axis = recipe.speed, mesh.device_mesh["shard"]
+    if speed.shard_backend == "deepspeed":
+        engine = Zero(
+            inner.model, layout, mesh.shard, local_settings(recipe.clients), process_group=axis.get_group(), device=world.device,
+            stage=speed.zero_stage, offload=speed.offload == "cpu",
+        )  # fmt: skip
+        inner.model = engine.model
+    else:
+        engine = Fsdp(inner.model, axis, mesh.shard)
 
     def share(update: Tensors, *, generator: torch.Generator, own: Any = None) -> Tensors:
         return layout.slices(defence.share(layout.gathered(update), generator=generator))

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from gidef.clients.evaluate import CHUNK
 from gidef.clients.local import LocalResult, LocalSettings, Player, _optimiser, batches
@@ -88,6 +87,8 @@ class Fsdp:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, group: Group) -> None:
+        from torch.distributed.fsdp import fully_shard  # more than half a second, which few runs need
+
         self.model, self._group = model, group
         for module in [*units(model), model]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the root too, else new weights would not reach a gathered copy

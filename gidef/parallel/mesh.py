@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from gidef.errors import InputError
 from gidef.parallel.cohort import _mark, _raise_first
@@ -136,7 +135,9 @@ class Layout:
             made[name] = torch.zeros(rows, dtype=dtype, device=device)
         return made
 
-    def _spread(self, tensor: Tensor, shape: torch.Size) -> DTensor:
+    def _spread(self, tensor: Tensor, shape: torch.Size) -> Tensor:
+        from torch.distributed.tensor import DTensor, Shard  # more than half a second, which few runs need
+
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(tensor, self.mesh.device_mesh["shard"], [Shard(0)], run_check=False, shape=shape, stride=stride)
 
