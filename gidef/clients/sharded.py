@@ -6,6 +6,7 @@ whole on every rank, and its gradient is averaged over the group, so that the co
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -89,6 +90,7 @@ class Fsdp:
     def __init__(self, model: nn.Module, mesh: DeviceMesh, group: Group) -> None:
         from torch.distributed.fsdp import fully_shard  # more than half a second, which few runs need
 
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # that outputs are views, into which nobody writes here
         self.model, self._group = model, group
         for module in [*units(model), model]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the root too, else new weights would not reach a gathered copy

@@ -55,7 +55,8 @@ class Zero:
 
     @torch.no_grad()
     def load(self, tensors: Tensors) -> None:
-        for (name, value), p in zip(self._layout.whole(tensors).items(), (self._module.get_parameter(name) for name in tensors), strict=True):
+        for name, value in self._layout.whole(tensors).items():
+            p = self._module.get_parameter(name)
             if self._stage < 3:
                 p.copy_(value)
                 continue

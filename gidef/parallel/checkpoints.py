@@ -107,19 +107,18 @@ def newest(folder: Path | str, notice: Callable[[str], None]) -> int | None:
 
     One that is damaged is passed over, renamed to `*.damaged` and reported. Raises: InputError when there are some and all are damaged.
     """
-    damaged: list[str] = []
+    damaged: list[Path] = []
     for number in sorted((number for number, path in _found(Path(folder)) if path.is_dir() and (path / META).exists()), reverse=True):
         path = _path(Path(folder), number)
-        try:
-            _checked(path, number)
-        except InputError as error:
-            damaged.append(str(error))
+        if not _good(path, number):
+            damaged.append(path)
             continue
-        for text in damaged:
-            notice(f"{text}; going on from {path.name}")
+        for bad in damaged:
+            notice(f"{bad} is damaged: take another copy, or an older checkpoint; going on from {path.name}")
+            bad.replace(bad.with_name(f"{bad.name}.damaged"))
         return number
     if damaged:
-        raise InputError(f"no good checkpoint in {folder}. Restore one, or remove the folder to start over. {damaged[0]}")
+        raise InputError(f"no good checkpoint in {folder}, damaged: {', '.join(path.name for path in damaged)}. Restore one, or remove the folder to start over.")
     return None
 
 
@@ -160,17 +159,14 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for path in folder.glob("round-*") if (match := _NAME.fullmatch(path.name))]
 
 
-def _checked(path: Path, number: int) -> None:
-    """Raise InputError, and set the folder aside, unless every byte is as it was written."""
+def _good(path: Path, number: int) -> bool:
+    """Whether every byte is as it was written."""
     try:
         head = json.loads((path / META).read_text())
-        good = head["format"] == FORMAT and head["number"] == number
-        good = good and all((path / name).stat().st_size == size and _sha256(path / name) == sha for name, (size, sha) in head["files"].items())
+        whole = head["format"] == FORMAT and head["number"] == number
+        return whole and all((path / name).stat().st_size == size and _sha256(path / name) == sha for name, (size, sha) in head["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
-        good = False
-    if not good:
-        path.replace(path.with_name(f"{path.name}.damaged"))
-        raise InputError(f"{path} is damaged: take another copy, or an older checkpoint")
+        return False
 
 
 def _sha256(path: Path) -> str:
