@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -397,7 +398,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     """On one rank per client, or where the world has a mesh, on a group of ranks per client."""
     recipe = setting.recipe
     defence = make_defence(chosen, recipe, setting.dataset, seed=seed, spends=privacy_budget(setting, chosen, seed=seed))
-    if world.mesh is None:  # else it stays whole in main memory, and the player's copy goes to the devices in slices
+    if world.mesh is None:  # else a player's copy goes to the devices in slices
         defence.model.to(world.device)
     if defence.decoder is not None:
         defence.decoder.to(world.device)
@@ -442,6 +443,8 @@ def _sharded(defence: Defence, chosen: Any, recipe: config.Recipe, world: World)
     trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
     split = all(isinstance(part, _MEANS) and not getattr(part, "couples_batch", False) for part in trained)
     inner = defence.player()
+    defence.model.to("meta")  # the player's copy holds the weights, and attacks build their own
+    gc.collect()  # a SplitModel is a cycle, through its hook: those that were built to look at would stay until much later
     player = PartPlayer(inner, mesh.shard, split=split)
     speed, axis = recipe.speed, mesh.device_mesh["shard"]
     if speed.shard_backend == "deepspeed":

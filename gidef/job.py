@@ -117,6 +117,8 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
         )
     if threads != recipe.speed.threads and world.rank == 0:
         print(f"gidef: the run goes on with {threads} thread(s) per operator, as it began.", file=sys.stderr)
+    if saved["speed"].get("shard_size", 1) != recipe.speed.shard_size and world.rank == 0:
+        print("gidef: the run began with another speed.shard_size, so its end agrees with an uninterrupted one but for rounding.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, threads=threads))
     torch.set_num_threads(threads)
     return recipe

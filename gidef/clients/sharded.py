@@ -210,7 +210,7 @@ def train_sharded(engine: Engine, group: Group) -> Callable[..., LocalResult]:
         engine.load(start)
         engine.begin(settings)
         shift = {name: correction(name) for name in start} if correction else None
-        device = next(iter(start.values())).device
+        device = next(player.model.parameters()).device
         total, num_batches, steps, pending = torch.zeros((), dtype=torch.float64, device=device), 0, 0, 0
         per_epoch = -(-client.num_examples // settings.batch_size)
         for epoch, rows in batches(client, batch_size=settings.batch_size, epochs=settings.epochs, seed=seed, round=round):
@@ -230,7 +230,7 @@ def train_sharded(engine: Engine, group: Group) -> Callable[..., LocalResult]:
         if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
             raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
         after = engine.slices()
-        return LocalResult({name: after[name] - start[name] for name in after}, steps, mean_loss)
+        return LocalResult({name: tensor - start[name].to(tensor.device) for name, tensor in after.items()}, steps, mean_loss)
 
     return train
 
@@ -260,17 +260,22 @@ class SlicedStore:
         self._store, self._layout, self._group = store, layout, group
 
     def get(self, client_id: int, version: int | None) -> Tensors | None:
-        state = self._store.get(client_id, version)
+        """This rank's slices. Raises InputError on all ranks of the group if one cannot read the state."""
+        state = self._agreed(lambda: self._store.get(client_id, version), f"client {client_id}'s state of round {version} could not be read")
         return None if state is None else self._layout.slices(state)
 
     def put(self, client_id: int, round: int, tensors: Tensors) -> None:
         """One rank of the group writes; all return once the file is there. Raises InputError on all of them when the disk is full."""
-        leads, failed = self._group.rank == 0, None
+        leads = self._group.rank == 0
         whole = self._layout.gathered(tensors, keep=leads)
-        if leads:
-            try:
-                self._store.put(client_id, round, whole)
-            except InputError as error:
-                failed = error
+        self._agreed(lambda: self._store.put(client_id, round, whole) if leads else None, f"client {client_id}'s state of round {round} could not be written")
+
+    def _agreed(self, do: Callable[[], Any], what: str) -> Any:
+        result, failed = None, None
+        try:
+            result = do()
+        except InputError as error:
+            failed = error
         if self._group.any(failed is not None):
-            raise failed or InputError(f"client {client_id}'s state of round {round} could not be written by another rank of its group")
+            raise failed or InputError(f"{what} by another rank of its group")
+        return result

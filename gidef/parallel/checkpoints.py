@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -137,7 +138,9 @@ def load(folder: Path | str, number: int, layout: Layout | None, device: torch.d
         tensors = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in described.items()}
     else:
         tensors = layout.empty(described, device)
-    fill(tensors if layout is None else layout.spread(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # which is what no_dist asks for
+        fill(tensors if layout is None else layout.spread(tensors), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return tensors, head["meta"]
 
 

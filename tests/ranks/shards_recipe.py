@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -51,11 +52,14 @@ def _clients(**changes: object) -> LocalTraining:
 
 VARIANTS = {
     "plain": RECIPE,
-    "adam": _variant(clients=_clients(optimiser="adam", lr=1e-3)),
     "coupled": _variant(defences={"learned": LearnedPerturbation(dependence="cka", ramp=0.0)}),  # a loss that is no mean over examples
-    "frozen": _variant(defences={"learned": LearnedPerturbation(frozen=True)}, clients=_clients(accumulate=2, proximal=0.1)),
     "head": _variant(share_policy="head", rounds=Rounds(count=2, cohort_size=2, server=config.Scaffold())),
+}
+FURTHER = {
+    "adam": _variant(clients=_clients(optimiser="adam", lr=1e-3)),
+    "frozen": _variant(defences={"learned": LearnedPerturbation(frozen=True)}, clients=_clients(accumulate=2, proximal=0.1)),
     "changed": _variant(defences={"learned": (config.MixUp(), config.Precode(width=12), config.Pruning(share=0.5))}),
+    "bfloat16": _variant(clients=_clients(precision="bfloat16")),
 }
 
 
@@ -93,43 +97,45 @@ class _Fuse:
             raise Killed
 
 
-def _asked(name: str, folder: Path, world) -> dict[str, object]:
+def _asked(task: str, folder: Path, world) -> dict[str, object]:
     """What a task of the worker says: a variant, and behind a colon what is special."""
     from gidef.errors import InputError
     from gidef.parallel import with_mesh
 
-    name, _, how = name.partition(":")
+    name, _, how = task.partition(":")
     speed = Speed(shard_size=2)
     if how.startswith("zero"):
         speed = Speed(shard_size=2, shard_backend="deepspeed", zero_stage=int(how[4]), offload="cpu" if how.endswith("offload") else "none")
-    recipe = dataclasses.replace(VARIANTS[name], speed=speed, resume=how.startswith("resume"))
-    place = folder / (f"{name}-{how}" if how else name)
-    if how == "three":
-        try:
-            with_mesh(world, 3)
-        except InputError as error:
-            return {"error": str(error)}
+    recipe = dataclasses.replace((VARIANTS | FURTHER)[name], speed=speed, resume=how.startswith("resume"))
     if how == "diverges":
         recipe = dataclasses.replace(recipe, clients=_clients(lr=1e30, grad_clip=0.0))
-        try:
-            trained(recipe, place, with_mesh(world, 2))
-        except InputError as error:
-            return {"error": str(error)}
-    return trained(recipe, place, with_mesh(world, 2), killed=how == "killed")
+    if how == "resume" and world.rank == 0:
+        shutil.copytree(folder.parent / "2" / "plain-killed", folder / "plain-resume")
+    world.barrier()
+    try:
+        meshed = with_mesh(world, 3 if how == "three" else 2)
+        return trained(recipe, folder / task.replace(":", "-"), meshed, killed=how == "killed")
+    except InputError as error:
+        return {"error": str(error)}
 
 
-def worker(rank: int, size: int, folder: Path, tasks: list[str]) -> None:
+def worker(rank: int, folder: Path, stages: list[str]) -> None:
+    """Several worlds, one after another, each written as size=task,task: so that one start of four processes, which costs seconds, serves all."""
     from gidef.parallel import open_world
 
-    found = {}
-    with open_world("cpu", 120, init_method=f"file://{folder}/meet-{size}", rank=rank, size=size) as world:
-        for task in tasks:
-            found[task] = _asked(task, folder, world)
-            world.barrier()
-    (folder / f"rank-{rank}-of-{size}.json").write_text(json.dumps(found))
+    for stage in stages:
+        size, tasks = int(stage.partition("=")[0]), stage.partition("=")[2].split(",")
+        if rank >= size:
+            continue
+        found = {}
+        with open_world("cpu", 900, init_method=f"file://{folder}/meet-{size}", rank=rank, size=size) as world:
+            for task in tasks:
+                found[task] = _asked(task, folder / str(size), world)
+                world.barrier()
+        (folder / f"rank-{rank}-of-{size}.json").write_text(json.dumps(found))
 
 
-if len(sys.argv) > 1 and sys.argv[1] == "--worker":
-    worker(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])
+if sys.argv[1:2] == ["--worker"]:
+    worker(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
 else:
     main(RECIPE)
