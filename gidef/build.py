@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from gidef.checkpoint import load_export
 from gidef.clients.cohort import draw_cohort
 from gidef.clients.local import LocalSettings, load_parameters
 from gidef.clients.participate import Participation, shared_names
+from gidef.clients.sharded import Engine, Fsdp, PartPlayer, SlicedStore, train_sharded
 from gidef.clients.store import ClientStore
+from gidef.clients.zero import Zero
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, places_of_clients, split_roles
 from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
 from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
@@ -26,7 +29,7 @@ from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.censor import Orthogonal
 from gidef.defence.clipping import Clip
 from gidef.defence.concealing import Conceal
-from gidef.defence.encode import Encoder
+from gidef.defence.encode import EncodedPlayer, Encoder
 from gidef.defence.instahide import Hide
 from gidef.defence.isotropic import isotropic_noise
 from gidef.defence.mixup import Mix
@@ -42,7 +45,7 @@ from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
-from gidef.parallel import Costs, World, mean_over_world, robust_over_world
+from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores
 from gidef.parallel.sharded_server import Slices, own, sharded_step, whole
@@ -389,6 +392,8 @@ def local_settings(clients: config.Clients) -> LocalSettings:
 
 def num_workers(recipe: config.Recipe, world: World) -> int:
     """Clients or chunks that this rank works on at the same time."""
+    if world.mesh is not None:
+        return 1
     if recipe.speed.workers:
         return recipe.speed.workers
     if world.device.type == "cuda":
@@ -406,6 +411,22 @@ def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[
 
 
 @dataclass(frozen=True, slots=True)
+class Sharded:
+    """A client on the ranks of a group.
+
+    layout: how tensors lie.  initial: what a client starts from, in slices.  engine: holds the network.  player: its only one.
+    train: the twin of `train_locally`.  share: of slices, changed as whole tensors: every rank draws the same, and keeps its part.
+    """
+
+    layout: Layout
+    initial: Tensors
+    engine: Engine
+    player: Any
+    train: Callable[..., Any]
+    share: Callable[..., Tensors]
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """One defence and seed, ready for `rounds.federate`."""
 
@@ -420,6 +441,8 @@ class Training:
     """What the next round's plan goes by."""
     slices: Slices | None = None
     """Which of the server's slots this rank holds; None: all."""
+    sharded: Sharded | None = None
+    """Where a client spans several ranks: the server's and the clients' tensors are then slices."""
 
     def to_save(self, server: ServerState) -> ServerState:
         """The server with whole slots, on the first rank. Every rank calls this together."""
@@ -431,26 +454,30 @@ class Training:
 
 
 def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
+    """On one rank per client, or where the world has a mesh, on a group of ranks per client."""
     recipe = setting.recipe
     defence = make_defence(chosen, recipe, setting.dataset, seed=seed, spends=privacy_budget(setting, chosen, seed=seed))
-    defence.model.to(world.device)
+    if world.mesh is None:  # else a player's copy goes to the devices in slices
+        defence.model.to(world.device)
     if defence.decoder is not None:
         defence.decoder.to(world.device)
     cohort_size = recipe.rounds.cohort_size or recipe.data.num_clients
     workers = min(num_workers(recipe, world), cohort_size)
-    initial = defence.initial()
+    sharded = _sharded(defence, chosen, recipe, world) if world.mesh is not None else None
+    initial = sharded.initial if sharded else defence.initial()
     shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
-    players = [defence.encoded_player() for _ in range(workers)]
+    players = [defence.encoded_player() for _ in range(0 if sharded else workers)]
     settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
     if recipe.speed.channels_last:
         for player in players:
             player.model.to(memory_format=torch.channels_last)
     participation = Participation(
-        players, initial, shared, settings, store,
+        [sharded.player] if sharded else players, initial, shared, settings,
+        SlicedStore(store, sharded.layout, world.mesh.shard) if sharded else store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
-        share=defence.share if defence.transforms else None,
-        alike=defence.budget is not None and defence.budget.unit == "client",
+        share=(sharded.share if sharded else defence.share) if defence.transforms else None,
+        alike=defence.budget is not None and defence.budget.unit == "client", **({"train_player": sharded.train} if sharded else {}),
     )  # fmt: skip
     costs = Costs()
     dealt = {
@@ -459,21 +486,28 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     }  # fmt: skip
     rule = robust_rule(recipe.rounds.aggregate)
     slices = Slices(world, participation.template()) if recipe.speed.sharded_server else None
+    if sharded:
+        over_ranks = mean_over_mesh(world.mesh)
+    elif rule is not None:
+        over_ranks = robust_over_world(world, rule, **dealt)
+    else:
+        over_ranks = mean_over_world(world, **dealt, reduction=recipe.speed.reduction, slices=slices)
     over_cohort = functools.partial(
-        mean_over_world(world, **dealt, reduction=recipe.speed.reduction, slices=slices) if rule is None else robust_over_world(world, rule, **dealt),
+        over_ranks,
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
     if slices is not None:
         step = sharded_step(step, slices, sliced=rule is None)
     draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
-    run = functools.partial(span("round")(run_round), train=participation.train_group, step=step, over_cohort=over_cohort)
+    train = participation.train if sharded else participation.train_group
+    run = functools.partial(span("round")(run_round), train=train, step=step, over_cohort=over_cohort)
     if defence.secure is not None:
         draw, run = (lambda number: defence.secure.stayed(drawn(number), number)), functools.partial(_run_summed, defence.secure, drawn, run, over_cohort)
     return Training(
         defence=defence, participation=participation, store=store, shared=shared, costs=costs, slices=slices,
         server=ServerState({name: initial[name] for name in shared}),
-        draw=draw, run=run,
+        draw=draw, run=run, sharded=sharded,
     )  # fmt: skip
 
 
@@ -498,3 +532,38 @@ def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable
             notice(f"speed.compile_training: the steps of {type(training.defence).__name__} run uncompiled.")
             return
         player.compile(graphs=graphs, notice=notice)
+
+
+_MEANS = (
+    config.Undefended, config.LearnedPerturbation, config.IsotropicNoise, config.CapacityNoise, config.Precode, config.CVB, config.DPSGD,
+)  # fmt: skip
+"""Defences whose loss is a mean over examples, unless they say that it couples a batch. One of your own may be none."""
+
+
+def _sharded(defence: Defence, chosen: Any, recipe: config.Recipe, world: World) -> Sharded:
+    """The group's ranks share out a batch where the loss is a mean over examples, else each computes all of it; encoders see whole batches."""
+    mesh = world.mesh
+    layout = Layout(mesh, {name: p.shape for name, p in defence.model.named_parameters()})
+    initial = layout.slices(defence.initial(), world.device)
+    parts = chosen if isinstance(chosen, tuple) else (chosen,)
+    trained = [part for part in parts if not getattr(part, "changes_update", False) and not getattr(part, "changes_data", False)]
+    split = all(isinstance(part, _MEANS) and not getattr(part, "couples_batch", False) for part in trained)
+    inner = defence.player()
+    defence.model.to("meta")  # the player's copy holds the weights, and attacks build their own
+    gc.collect()  # a SplitModel is a cycle, through its hook: those that were built to look at would stay until much later
+    player = PartPlayer(inner, mesh.shard, split=split)
+    speed, axis = recipe.speed, mesh.device_mesh["shard"]
+    if speed.shard_backend == "deepspeed":
+        engine = Zero(
+            inner.model, layout, mesh.shard, local_settings(recipe.clients), process_group=axis.get_group(), device=world.device,
+            stage=speed.zero_stage, offload=speed.offload == "cpu",
+        )  # fmt: skip
+        inner.model = engine.model
+    else:
+        engine = Fsdp(inner.model, axis, mesh.shard)
+
+    def share(update: Tensors, *, generator: torch.Generator, own: Any = None) -> Tensors:
+        return layout.slices(defence.share(layout.gathered(update), generator=generator))
+
+    whole = EncodedPlayer(player, defence.encode) if defence.encoders else player
+    return Sharded(layout, initial, engine, whole, train_sharded(engine, mesh.shard), share)

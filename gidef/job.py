@@ -22,7 +22,7 @@ from gidef import audit, build, cells, config, findings, importing, restart, tun
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
-from gidef.parallel import World, open_world, seated, seats
+from gidef.parallel import World, open_world, seated, seats, with_mesh
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import write_atomically
@@ -42,6 +42,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     follow.check(recipe.log)
     with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
         world = seated(world)
+        world = with_mesh(world, recipe.speed.shard_size, timeout_s=recipe.speed.stall_s)
         settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
         folder, again = _choose_folder(recipe, name, world)
@@ -164,6 +165,8 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
     changed = [f"speed.{name}={value}" for name, value in kept.items() if value != getattr(recipe.speed, name)]
     if changed and world.rank == 0:
         print(f"gidef: the run goes on with {', '.join(changed)}, as it began.", file=sys.stderr)
+    if saved["speed"].get("shard_size", 1) != recipe.speed.shard_size and world.rank == 0:
+        print("gidef: the run began with another speed.shard_size, so its end agrees with an uninterrupted one but for rounding.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
     torch.set_num_threads(recipe.speed.threads)
     return recipe
@@ -189,6 +192,7 @@ def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
 def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) -> Any:
     """Which lines of an earlier life's record stay: rounds up to the checkpoint that will be continued, and finished attacks."""
     from gidef.checkpoint import load_latest
+    from gidef.parallel.checkpoints import newest
 
     if not recipe.resume:
         return None
@@ -200,7 +204,7 @@ def _keeper(recipe: config.Recipe, folder: Path, notice: Callable[[str], None]) 
                 done[key, seed] = float("inf")
             else:
                 found = load_latest(folder / "checkpoints" / name, notice=notice)  # the only one to meet a damaged file: it sets it aside
-                done[key, seed] = found[0] if found else 0
+                done[key, seed] = max(found[0] if found else 0, newest(folder / "checkpoints" / name, notice) or 0)
 
     def keep(line: dict[str, Any]) -> bool:
         if line["kind"] == "round":
@@ -231,7 +235,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     attacks = ", ".join(f"{key} ({cells.effort(attack)})" for key, attack in recipe.attacks.items())
     console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
-    console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s), {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
+    console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s){_groups(recipe)}, {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
     ranks, about = _ranks(run), ", about, from a common queue" if recipe.speed.clients_schedule == "dynamic" else ""
     for one in ranks[:MOST_RANKS]:
         console.say(f"  rank {one['rank']:<4} {one['host']}  {one['device']}, {one['workers']} worker(s), first round{about}: {_clients(one)}")
@@ -242,7 +246,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     if run.leads:
         title = f"{dataset.title}: training images per client"
         partition_bars(run.folder / "pictures" / "partition.png", run.setting.counts, dataset.class_names, title=title)
-    run.append("start", recipe_name=name, world_size=world.size, threads=recipe.speed.threads, reduction=recipe.speed.reduction, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
+    run.append("start", recipe_name=name, world_size=world.size, shard_size=recipe.speed.shard_size, threads=recipe.speed.threads, reduction=recipe.speed.reduction, resumed=recipe.resume, gidef=gidef.__version__, ranks=ranks)
 
 
 MOST_RANKS = 64
@@ -266,6 +270,10 @@ def _clients(one: dict[str, Any]) -> str:
         return "no client"
     named = " ".join(map(str, one["clients"][:10])) + (f" and {len(one['clients']) - 10} more" if len(one["clients"]) > 10 else "")
     return f"client{'s' * (len(one['clients']) > 1)} {named} ({one['examples']} images)"
+
+
+def _groups(recipe: config.Recipe) -> str:
+    return f" in groups of {recipe.speed.shard_size} ({recipe.speed.shard_backend})" if recipe.speed.shard_size > 1 else ""
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +10,7 @@ import socket
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +23,10 @@ from gidef import at_once, build, config, metrics
 from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
+from gidef.clients.sharded import predict_part
 from gidef.data import Dataset, Images
 from gidef.errors import InputError
-from gidef.parallel import World
+from gidef.parallel import SlicedCheckpoints, World, checkpoints
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
@@ -112,6 +115,8 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     A perturbation is on at its trained strength, with noise from (seed, split, chunk).
     """
     world, defence = run.world, training.defence
+    if training.sharded is not None:
+        return _logits_of_shards(run, training, tensors, images, seed=seed, split=split)
     models = [player.model for player in training.participation.players]
     for model in models:
         load_parameters(model, tensors)
@@ -135,9 +140,27 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     return result
 
 
+def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, images: Images, *, seed: int, split: str) -> Tensor:
+    """`logits` where a network lies on a group of ranks: chunks are dealt out over groups, and a chunk's rows over the group."""
+    world, mesh, defence, model = run.world, run.world.mesh, training.defence, training.participation.players[0].model
+    training.sharded.engine.load(tensors)
+    model.eval()
+    result = torch.zeros(len(images), run.setting.dataset.num_classes)
+
+    def noise(count: int, chunk: int) -> Tensor | None:
+        return defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=world.device))
+
+    for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
+        for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
+            result[rows] = found
+    model.train()
+    world.all_reduce_sum_(result)
+    return result
+
+
 def fronts(training: build.Training, params: Tensors, clients: list[int]) -> list[Tensors]:
     """The whole model's tensors: one if the server has all of them, else one per client, with the client's own front."""
-    names = list(training.defence.initial_model())
+    names = [name for name, _ in training.defence.model.named_parameters()]
     if all(name in params for name in names):
         return [{name: params[name] for name in names}]
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
@@ -178,28 +201,29 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     The final model is the best round's on validation accuracy (ties: the earlier). Raises InputError on a checkpoint of another run.
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
+    export = run.folder / "models" / f"{key}.safetensors"
+    if recipe.resume and export.exists():
+        run.console.say(f"{name}, seed {seed}: training had ended.")
+        return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
+
     training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
     if recipe.speed.compile_training:
         build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()
-    export = run.folder / "models" / f"{key}.safetensors"
-    if recipe.resume and export.exists():
-        run.console.say(f"{name}, seed {seed}: training had ended.")
-        return _finished(run, training, key, export)
-
-    server = training.server
-    state = _load_checkpoint(run, key)
+    sharded, server = training.sharded, training.server
+    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout) if sharded else None
+    state = _load_checkpoint(run, key, training)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
-        training.costs.load(state[1]["costs"])
+        training.costs.load(state[1].get("costs", {}))
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
     participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
-    _compare_states(world, key, server.round, _state_hash(server, best, participation.versions, progress))
+    _compare_states(world, key, server.round, _state_hash(training, server, best, participation.versions, progress))
     server = training.taken_up(server)
     if server.round == 0:
-        _save_snapshot(run, key, Snapshot("untrained", 0, 0.0, server.params))
+        _save_snapshot(run, training, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
     turns: dict[int, list[float]] = defaultdict(list)
     started = time.perf_counter() - progress.seconds
@@ -219,7 +243,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 progress.best_round, progress.best_accuracy, progress.best_versions = number + 1, accuracy, dict(participation.versions)
             if number + 1 == early:
                 progress.early_versions = dict(participation.versions)
-                _save_snapshot(run, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
+                _save_snapshot(run, training, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
             progress.seconds = time.perf_counter() - started
             run.append(
                 "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
@@ -227,9 +251,14 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             saved = training.to_save(server)
-            if run.leads:  # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
-                at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
-                _save_checkpoint(run, key, saved, best, participation.versions, progress, at_hand)
+            at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
+            held = _state(run, saved, best, participation.versions, progress, at_hand)
+            # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
+            if saver is not None:
+                saver.save(server.round, *held)
+            elif run.leads:
+                _save_checkpoint(run, key, server.round, held)
+            if run.leads:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
@@ -237,21 +266,26 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             if _patience_over(recipe, number + 1, progress):
                 run.console.say(f"{name}, seed {seed}: stops early, {recipe.rounds.patience} rounds without a better validation accuracy.")
                 break
+    if saver is not None:
+        saver.close()
     rounds_run = server.round
     if rounds_run < early:  # patience ended training before a tenth of it
-        _save_snapshot(run, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
+        _save_snapshot(run, training, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
     participation.versions = dict(progress.best_versions)
-    _save_snapshot(run, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
+    _save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
     times = _client_seconds(turns)
     reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
     run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
+    exported = _gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
         meta |= _shape(run)
-        export_model(export, _exported(training, best, recipe.data.num_clients), config.to_json(recipe), meta)
+        export_model(export, exported, config.to_json(recipe), meta)
     world.barrier()
+    if sharded is not None and recipe.attacks:
+        return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
     return Trained(training, _snapshots(run, key), summary, sha)
 
 
@@ -280,7 +314,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
     mixes = counts / counts.sum(1, keepdim=True)
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
-    shared_bytes = sum(tensor.nbytes for tensor in training.participation.template().values())
+    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
     spent = training.defence.budget
     return {
         "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
@@ -289,7 +323,7 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": sum(t.numel() for t in best.values()), "clients_at_once": training.participation.at_once,
+        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
@@ -307,7 +341,7 @@ def _expected(mix: Tensor, per_class: Tensor) -> float:
 def _exported(training: build.Training, params: Tensors, num_clients: int) -> Tensors:
     """The final model: the shared tensors, and under `head` every client's private front as `client-<k>/<name>`."""
     tensors = dict(params)
-    names = training.defence.initial_model()
+    names = [name for name, _ in training.defence.model.named_parameters()]
     if not all(name in params for name in names):
         for k in range(num_clients):
             state = training.participation.state(k)
@@ -317,7 +351,29 @@ def _exported(training: build.Training, params: Tensors, num_clients: int) -> Te
 
 def final_hash(training: build.Training, params: Tensors, num_clients: int) -> str:
     """SHA-256 of the final model: fp32 little-endian bytes, name order (see checkpoint.weights_sha256)."""
-    return weights_sha256(_exported(training, params, num_clients))
+    return weights_sha256(_whole(training, _exported(training, params, num_clients)))
+
+
+# --- where a client spans several ranks, the server's tensors are slices ---------------------------------------------
+
+
+def _whole(training: build.Training, tensors: Tensors) -> Mapping[str, Tensor]:
+    """The whole tensors, gathered one at a time as all ranks read them."""
+    return training.sharded.layout.whole(tensors) if training.sharded else tensors
+
+
+def _gathered(training: build.Training, tensors: Tensors, *, keep: bool) -> Tensors:
+    return training.sharded.layout.gathered(tensors, keep=keep) if training.sharded else tensors
+
+
+def _numel(training: build.Training, tensors: Tensors) -> int:
+    return training.sharded.layout.numel(tensors) if training.sharded else sum(t.numel() for t in tensors.values())
+
+
+def _as_attacked(run: Run, chosen: Any, seed: int, key: str) -> build.Training:
+    """The parts of a training on each rank by itself, as attacks take them; where there are none, they stay in slices."""
+    world = dataclasses.replace(run.world, mesh=None) if run.recipe.attacks else run.world
+    return build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -328,39 +384,59 @@ def _patience_over(recipe: config.Recipe, rounds_run: int, progress: _Progress) 
     return patience is not None and rounds_run > 0 and rounds_run - progress.best_round >= patience
 
 
+def _checkpoints(run: Run, key: str) -> Path:
+    return run.folder / "checkpoints" / key
+
+
 @span("checkpoint")
-def _save_checkpoint(
-    run: Run, key: str, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
-) -> None:
-    """speed: what decides, or only speeds up, how the next rounds are computed."""
+def _save_checkpoint(run: Run, key: str, number: int, held: tuple[Tensors, dict[str, Any]]) -> None:
+    save_checkpoint(_checkpoints(run, key), number, *held, keep=2)
+    checkpoints.prune(_checkpoints(run, key), before=number - 1)  # in slices, from before a resumption
+
+
+def _state(
+    run: Run, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress, speed: dict[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """What a checkpoint holds. speed: what decides, or only speeds up, how the next rounds are computed."""
     tensors = {f"params/{name}": tensor for name, tensor in server.params.items()}
     tensors |= {f"slots/{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
-    meta = {
+    return tensors, {
         "fingerprint": run.fingerprint, "round": server.round, "versions": versions, "best_round": progress.best_round,
         "best_accuracy": progress.best_accuracy, "best_versions": progress.best_versions, "early_versions": progress.early_versions,
         "seconds": progress.seconds, **speed,
     }  # fmt: skip
-    save_checkpoint(run.folder / "checkpoints" / key, server.round, tensors, meta, keep=2)
 
 
-def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | None:
-    """Rank 0 finds the newest whole checkpoint, the others read the same one; what one of them cannot read is told on all."""
+def _load_checkpoint(run: Run, key: str, training: build.Training) -> tuple[Tensors, dict[str, Any]] | None:
+    """Rank 0 finds the newest good checkpoint, in one file or in slices, and all read it into what they hold now: whole tensors or slices.
+
+    What one of them cannot read is told on all.
+    """
     if not run.recipe.resume:
         return None
-    folder, found, error = run.folder / "checkpoints" / key, None, None
+    folder, layout = _checkpoints(run, key), training.sharded.layout if training.sharded else None
+    found = cut = error = tensors = meta = None
     try:
         found = load_latest(folder, notice=run.console.notice) if run.leads else None
+        cut = checkpoints.newest(folder, run.console.notice) if run.leads else None
     except InputError as refused:
         error = str(refused)
-    number, error = run.world.broadcast_json([found[0] if found else None, error])
+    whole = found[0] if found else 0
+    number, in_slices, error = run.world.broadcast_json([max(whole, cut or 0) or None, (cut or 0) > whole, error])
     if error is not None:
         raise InputError(error)
     if number is None:
         return None
     try:
-        found = found or load_latest(folder, notice=lambda text: None, at=number)
-        if found is None or found[2]["fingerprint"] != run.fingerprint:
+        if in_slices:
+            tensors, meta = checkpoints.load(folder, number, layout, run.world.device)
+        else:
+            found = found or load_latest(folder, notice=lambda text: None, at=number)
+            if found is not None:
+                _, tensors, meta = found
+                tensors = layout.slices(tensors) if layout else tensors
+        if meta is None or meta["fingerprint"] != run.fingerprint:
             error = (
                 f"the checkpoint of round {number} in {folder} belongs to another recipe or other data: "
                 "resume with the recipe and data that began it, or choose another --out."
@@ -372,14 +448,15 @@ def _load_checkpoint(run: Run, key: str) -> tuple[Tensors, dict[str, Any]] | Non
     if bad:
         rank, host, text = bad[0]
         raise InputError(text if run.world.size == 1 else f"rank {rank} on host {host}: {text}")
-    return found[1], found[2]
+    return tensors, meta
 
 
-def _state_hash(server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> str:
+def _state_hash(training: build.Training, server: ServerState, best: Tensors, versions: dict[int, int], progress: _Progress) -> str:
     """SHA-256 of all that the next round depends on."""
     slots = {f"{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     plain = [sorted(versions.items()), progress.best_round, progress.best_accuracy, sorted(progress.best_versions.items()), sorted(slots)]
-    return hashlib.sha256("|".join([weights_sha256(server.params), weights_sha256(slots), weights_sha256(best), json.dumps(plain)]).encode()).hexdigest()
+    parts = [weights_sha256(_whole(training, tensors)) for tensors in (server.params, slots, best)]
+    return hashlib.sha256("|".join([*parts, json.dumps(plain)]).encode()).hexdigest()
 
 
 def _compare_states(world: World, key: str, number: int, state: str) -> None:
@@ -412,10 +489,11 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
 
 
 @span("checkpoint")
-def _save_snapshot(run: Run, key: str, snapshot: Snapshot) -> None:
+def _save_snapshot(run: Run, training: build.Training, key: str, snapshot: Snapshot) -> None:
+    params = _gathered(training, snapshot.params, keep=run.leads)
     if run.leads:
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}
-        save_file(snapshot_path(run.folder, key, snapshot.name), snapshot.params, meta)
+        save_file(snapshot_path(run.folder, key, snapshot.name), params, meta)
 
 
 def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
@@ -429,7 +507,8 @@ def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
 
 
 def _snapshots(run: Run, key: str) -> dict[str, Snapshot]:
-    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS}
+    """None where nothing attacks them and a whole model may not fit on a rank."""
+    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS} if run.recipe.attacks or run.world.mesh is None else {}
 
 
 def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
@@ -438,7 +517,7 @@ def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     export = run.folder / "models" / f"{key}.safetensors"
     if not export.exists():
         raise InputError(f"{name}, seed {seed}: {export} is missing, so its training has not ended. Finish the run with --resume first.")
-    return _finished(run, build.make_training(run.setting, chosen, seed=seed, world=run.world, state_folder=run.folder / "clients" / key), key, export)
+    return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
 
 def _finished(run: Run, training: build.Training, key: str, export: Path) -> Trained:
@@ -447,5 +526,6 @@ def _finished(run: Run, training: build.Training, key: str, export: Path) -> Tra
     if meta["fingerprint"] != run.fingerprint:
         raise InputError(f"{export} belongs to another recipe or other data: resume with those that made it, or choose another --out.")
     snapshots = _snapshots(run, key)
-    training.participation.versions = dict(snapshots["final"].versions)
+    if snapshots:
+        training.participation.versions = dict(snapshots["final"].versions)
     return Trained(training, snapshots, meta["summary"], meta["sha256"])

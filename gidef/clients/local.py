@@ -207,11 +207,16 @@ def _clip(gradients: list[Tensor], largest: float) -> None:
         torch._foreach_mul_(gradients, (largest / (length + 1e-6)).clamp(max=1.0))
 
 
+def torch_optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Torch's own optimiser with these settings."""
+    more = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused" if settings.fused else "foreach": True}
+    return torch.optim.Adam(parameters, **more) if settings.optimiser == "adam" else torch.optim.SGD(parameters, momentum=settings.momentum, **more)
+
+
 def _optimiser(settings: LocalSettings, parameters: list[nn.Parameter]) -> Callable[[list[Tensor]], None]:
     """step(gradients), fresh in every round, so that a client's result does not depend on where it trained before."""
     if settings.optimiser == "adam" or settings.fused:
-        more = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused" if settings.fused else "foreach": True}
-        made = torch.optim.Adam(parameters, **more) if settings.optimiser == "adam" else torch.optim.SGD(parameters, momentum=settings.momentum, **more)
+        made = torch_optimiser(settings, parameters)
 
         def step(gradients: list[Tensor]) -> None:
             for p, gradient in zip(parameters, gradients, strict=True):

@@ -57,15 +57,17 @@ class Participation:
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
         alike:    each update counts as one example, whatever the client's size.
+        train_player: `train_locally`, or its twin for a client on several ranks (see clients.sharded); initial and server tensors are then slices.
     """
 
     def __init__(
         self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
         *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None, alike: bool = False,
+        train_player: Callable[..., LocalResult] = train_locally,
     ) -> None:  # fmt: skip
         self.players, self._initial, self._shared = players, initial, frozenset(shared)
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
-        self._share, self._alike = share, alike or scaffold
+        self._share, self._alike, self._train_player = share, alike or scaffold, train_player
         self._private = tuple(name for name in initial if name not in self._shared)
         self._stacked = [getattr(player, "stacked", lambda: None)() for player in players]
         self.at_once = 1
@@ -128,7 +130,7 @@ class Participation:
         if player.kept is not None:
             load_parameters(player.kept, _decoders(begun.tensors))
         player.begin(client, seed=self._seed, round=server.round, progress=self._progress(server), first=begun.first)
-        result = train_locally(player, begun.start, client, settings, seed=self._seed, round=server.round, correction=begun.correction)
+        result = self._train_player(player, begun.start, client, settings, seed=self._seed, round=server.round, correction=begun.correction)
         return result, {name: p.detach().clone() for name, p in player.kept.named_parameters()} if player.kept is not None else {}
 
     def _together(

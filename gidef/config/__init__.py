@@ -362,6 +362,15 @@ class Speed:
     """A rank that gives no sign of life for so long (stopped, cut off) ends the run, with its name; one that was killed is noticed at once."""
     stall_s: float = 3600.0
     """Longest wait for a rank that is alive but does not come: above the longest attack chunk, and the longest training of one client."""
+    shard_size: int = 1
+    """G ranks train one client together, its network in G slices, for networks larger than a GPU; the run's ranks must fill whole groups. Results
+    agree over shard sizes but for rounding, and at equal shard size bit by bit for any number of ranks."""
+    shard_backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """With shard_size above 1."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """Of deepspeed: what is cut: nothing, the optimiser's state, the gradients as well, the parameters as well."""
+    offload: Literal["none", "cpu"] = "none"
+    """Of deepspeed, stages 1 to 3: cpu keeps the optimiser's state in main memory and steps there."""
 
 
 Partition = Iid | Dirichlet | Shards | QuantitySkew

@@ -13,7 +13,9 @@ from gidef.config import (
     DCS,
     DPSGD,
     CapacityNoise,
+    Censor,
     DeepLeakage,
+    GradDefense,
     GradInversion,
     ImprintServer,
     InstaHide,
@@ -26,6 +28,7 @@ from gidef.config import (
     Scaffold,
     SecureAggregation,
     SingleGradient,
+    Soteria,
     SurrogateModel,
     TrimmedMean,
     Undefended,
@@ -42,7 +45,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
-    "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
+    "shard_size": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
@@ -66,6 +69,7 @@ def problems(recipe: Recipe) -> list[str]:
             "replacement. Lower one or raise the other."
         )
     found.extend(_stream_problems(recipe))
+    found.extend(_shard_problems(recipe))
     found.extend(_aggregate_problems(recipe))
     if not recipe.seeds:
         found.append("seeds is empty: give at least one, e.g. --seeds 0.")
@@ -210,6 +214,46 @@ def _coupled(parts: tuple[Any, ...]) -> list[str]:
         return []
     coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
     return [type(part).__name__ for part in coupled]
+
+
+def _shard_problems(recipe: Recipe) -> list[str]:
+    """What a client in shards cannot do."""
+    speed, clients, found = recipe.speed, recipe.clients, []
+    if speed.offload != "none" and (speed.shard_backend != "deepspeed" or speed.zero_stage == 0):
+        found.append(f"speed.offload={speed.offload} needs speed.shard_backend=deepspeed and a speed.zero_stage above 0.")
+    if speed.shard_backend == "deepspeed" and speed.shard_size == 1:
+        found.append("speed.shard_backend=deepspeed shards one client over ranks: set speed.shard_size above 1, or shard_backend=fsdp2.")
+    if speed.shard_size == 1:
+        return found
+    if speed.workers > 1:
+        found.append(f"speed.workers={speed.workers}: a rank of a group works on one client at a time: set it to 0 or 1.")
+    alone = {
+        "clients_schedule": "longest_first", "reduction": "fixed_point", "sharded_server": False, "clients_at_once": 1, "fused_optimisers": False,
+        "channels_last": False, "compile_training": False,
+    }  # fmt: skip
+    for name, plain in alone.items():
+        if getattr(speed, name) != plain:
+            found.append(f"speed.{name}={getattr(speed, name)} is for clients on one rank each: leave it at {plain}, or set speed.shard_size=1.")
+    if recipe.data.stream:
+        found.append("data.stream=True is for clients on one rank each: keep the images in memory, or set speed.shard_size=1.")
+    if not isinstance(recipe.rounds.aggregate, Mean):
+        found.append(f"rounds.aggregate={type(recipe.rounds.aggregate).__name__} needs whole updates: take Mean, or set speed.shard_size=1.")
+    if speed.shard_backend == "deepspeed":
+        unlike = [name for name in ("accumulate", "proximal") if getattr(clients, name, 0) > (name == "accumulate")]
+        unlike = [f"clients.{name}={getattr(clients, name)}" for name in unlike]
+        unlike += ["clients.precision=bfloat16"] * (clients.precision == "bfloat16") + ["rounds.server=Scaffold"] * isinstance(recipe.rounds.server, Scaffold)
+        if unlike:
+            found.append(f"{', '.join(unlike)}: the step of speed.shard_backend=deepspeed knows none of it. Set shard_backend=fsdp2.")
+    for name, defence in recipe.chosen.items():
+        parts = defence if isinstance(defence, tuple) else (getattr(defence, "defence", defence),)
+        for part in parts:
+            if getattr(part, "schedule", "") == "simultaneous":
+                found.append(f"defences.{name}: schedule=simultaneous routes gradients itself: take alternating, or set speed.shard_size=1.")
+            if isinstance(part, SecureAggregation):
+                found.append(f"defences.{name}: masks cancel in whole sums: leave SecureAggregation out, or set speed.shard_size=1.")
+            if isinstance(part, DPSGD) and part.level == "sample" or isinstance(part, (Soteria, Censor, GradDefense, DCS)):
+                found.append(f"defences.{name}: {type(part).__name__} looks into a client's network as a whole: set speed.shard_size=1.")
+    return found
 
 
 def _data_problems(parts: tuple[Any, ...]) -> list[str]:

@@ -37,6 +37,10 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     nccl: Any = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
+    group: Any = field(default=None, repr=False, compare=False)
+    """The gloo group of one axis of a mesh, whose ranks `rank` and `size` then count; None for all ranks of the run."""
+    mesh: Any = field(default=None, repr=False, compare=False)
+    """The run's `mesh.Mesh` where a client spans several ranks, else None."""
     cores: int = 0
     """This rank's share of its host's cores (see `gidef.parallel.seats`); 0 while nobody has asked."""
 
@@ -50,8 +54,9 @@ class World:
 
     @contextlib.contextmanager
     def _together(self, label: str) -> Iterator[None]:
-        """All are there before a collective begins; one that breaks says who is lost."""
-        self.meet(label)
+        """All are there before a collective begins; one that breaks says who is lost. An axis' ranks do not wait for the others of the run."""
+        if self.group is None:
+            self.meet(label)
         try:
             yield
         except RuntimeError as error:
@@ -66,10 +71,10 @@ class World:
         if tensor.is_cuda and self.nccl is None:  # ranks that share a GPU: NCCL refuses them
             host = tensor.cpu()
             with self._together("all_reduce_sum_"):
-                dist.all_reduce(host)
+                dist.all_reduce(host, group=self.group)
             return tensor.copy_(host)
         with self._together("all_reduce_sum_"):
-            dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else None)
+            dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else self.group)
         return tensor
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
@@ -80,7 +85,7 @@ class World:
         host = sent.cpu() if sent.is_cuda and self.nccl is None else sent
         received = host.new_empty(sum(lengths))
         with self._together("all_to_all"):
-            dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else None)
+            dist.all_to_all_single(received, host, list(lengths), [len(part) for part in parts], group=self.nccl if host.is_cuda else self.group)
         return list(received.to(sent.device).split(list(lengths)))
 
     def reduce_scatter_sum(self, parts: Tensor) -> Tensor:
@@ -91,7 +96,7 @@ class World:
         own = torch.empty_like(host[0])
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the older name, before torch 2.14
         with self._together("reduce_scatter_sum"):
-            reduce_scatter(own, host.flatten(), group=self.nccl if host.is_cuda else None)
+            reduce_scatter(own, host.flatten(), group=self.nccl if host.is_cuda else self.group)
         return own.to(parts.device)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
@@ -101,7 +106,7 @@ class World:
         host = tensor.cpu() if tensor.is_cuda and self.nccl is None else tensor
         parts = [torch.empty_like(host) for _ in range(self.size)]
         with self._together("all_gather"):
-            dist.all_gather(parts, host, group=self.nccl if host.is_cuda else None)
+            dist.all_gather(parts, host, group=self.nccl if host.is_cuda else self.group)
         return [part.to(tensor.device) for part in parts]
 
     def barrier(self) -> None:
@@ -131,9 +136,9 @@ class World:
             return json.loads(data)
         length = torch.tensor([len(data)])
         with self._together("broadcast_json"):
-            dist.broadcast(length, source)
+            dist.broadcast(length, group=self.group, group_src=source)
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(text, source)
+            dist.broadcast(text, group=self.group, group_src=source)
         return json.loads(text.numpy().tobytes())
 
     def agree(self, label: str, text: str | bytes) -> None:
@@ -149,9 +154,9 @@ class World:
             raise RuntimeError(f"ranks disagree on {label}: {odd} of {self.size} ranks differ from the others")
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor, by rank."""
+        """Every rank's tensor on the CPU, by rank, once all have come."""
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor, group=self.group)
         return parts
 
 
