@@ -405,9 +405,12 @@ def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[
     """Each rank's clients in a round as it is planned before anything is measured, by number. A queue gives them out about like the plan by size."""
     recipe = setting.recipe
     cohort = draw_cohort(num_clients=recipe.data.num_clients, size=recipe.rounds.cohort_size or recipe.data.num_clients, seed=seed, round=round)
+    size = recipe.speed.shard_size  # the ranks of a group have the same clients
     if recipe.speed.clients_schedule == "static":
-        return [cohort[rank::ranks] for rank in range(ranks)]
-    return [[cohort[place] for place in part] for part in longest_first([setting.clients[k].num_examples for k in cohort], ranks)]
+        parts = [cohort[group :: ranks // size] for group in range(ranks // size)]
+    else:
+        parts = [[cohort[place] for place in part] for part in longest_first([setting.clients[k].num_examples for k in cohort], ranks // size)]
+    return [parts[rank // size] for rank in range(ranks)]
 
 
 @dataclass(frozen=True, slots=True)

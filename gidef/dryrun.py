@@ -83,7 +83,14 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
         world = seated(world)
         torch.set_num_threads(recipe.speed.threads)
         setting = build.load_setting(recipe, world=world, notice=console.notice)
+        if ranks % recipe.speed.shard_size:
+            raise InputError(f"--dry-run {ranks}: speed.shard_size={recipe.speed.shard_size} needs whole groups of ranks: give a multiple of it.")
         console.heading(f"{name}: a dry run for {ranks} rank{'s' * (ranks > 1)}")
+        if recipe.speed.shard_size > 1:
+            console.notice(
+                f"a client spans {recipe.speed.shard_size} ranks, but is measured on one: weights, gradients and optimiser take about "
+                f"1/{recipe.speed.shard_size} of that memory on each, and seconds leave out what the ranks of a group tell each other."
+            )
         shards = _shards(console, setting, ranks)
         found: dict[str, Forecast] = {}
         for key, defence in recipe.chosen.items():
