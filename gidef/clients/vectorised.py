@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.overrides import TorchFunctionMode
 
 from gidef.clients.local import LocalResult, LocalSettings, batches
 from gidef.errors import InputError
@@ -102,7 +104,7 @@ def train_together(
         y = labels[picked].to(device)
         noise = _padded([stacked.noise(place, batch.rows) for place, batch in enumerate(now)], width)
         leaf = weights[:count].detach().requires_grad_()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
+        with _FoldedNorms(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
             outputs = vmap(stacked.forward, in_dims=(0, 0, None if noise is None else 0))(layout.named(leaf), x, noise)
             beside: Tensors = {}
             if of_kept:
@@ -227,6 +229,47 @@ class _Layout:
     def each(self, stack: Tensor) -> list[Tensors]:
         """One map per client, views."""
         return [dict(zip(self.names, (p.view(s) for p, s in zip(row.split(self._sizes), self._shapes, strict=True)), strict=True)) for row in stack]
+
+
+class _GroupNorm(torch.autograd.Function):
+    """group_norm of K clients as one of K times the groups, the clients' channels side by side, as a grouped convolution leaves them and wants them.
+
+    PyTorch's own rule under vmap moves the clients to the front, which copies, and applies scale and shift in passes of their own.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        return torch.group_norm(x, groups, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple, x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, int]:  # fmt: skip
+        count = info.batch_size
+
+        def stacked(tensor: Tensor, at: int | None, to: int) -> Tensor:
+            return tensor.unsqueeze(to).expand(*tensor.shape[:to], count, *tensor.shape[to:]) if at is None else tensor.movedim(at, to)
+
+        affine = [None if one is None else stacked(one, at, 0).reshape(-1) for one, at in ((weight, in_dims[2]), (bias, in_dims[3]))]
+        side_by_side = stacked(x, in_dims[0], 1).flatten(1, 2)
+        return torch.group_norm(side_by_side, count * groups, *affine, eps).unflatten(1, (count, -1)), 1
+
+
+class _FoldedNorms(TorchFunctionMode):
+    """Inside, `group_norm` is `_GroupNorm`."""
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function is F.group_norm and torch._C._functorch.is_batchedtensor(args[0]):
+            return _group_norm(*args, **kwargs or {})
+        return function(*args, **kwargs or {})
+
+
+def _group_norm(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    return _GroupNorm.apply(x, num_groups, weight, bias, eps)
 
 
 def _sgd(weights: Tensor, settings: LocalSettings) -> Callable[[Rows, Tensor], None]:
