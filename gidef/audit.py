@@ -39,7 +39,8 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     for cell in cells:  # all attacks of a defence, seed and checkpoint see the same updates
         cell.releases = releases.of(cell)
     own = [cell for cell in cells if cell.twin is None]
-    _work(run, [*(fits.judge_task(run, fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
+    judges = [(fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)]
+    _work(run, [*(fits.judge_task(run, *one) for one in judges), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
     _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
     _work(run, applications.tasks(run, own), "attacks without matching: step")
     matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
@@ -55,8 +56,8 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
             fits.collect_decoded(run, cell)
         else:
             applications.collect(run, cell)
-    own, *more = (fits.load_judge(run, fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges))
-    scorer = Scorer(run, own, dict(zip(run.recipe.evaluation.judges, more, strict=True)))
+    first, *more = (fits.load_judge(run, *one) for one in judges)
+    scorer = Scorer(run, first, dict(zip(run.recipe.evaluation.judges, more, strict=True)))
     scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
     for cell in cells:
         findings.record(run, cell, scored[id(cell)])

@@ -114,7 +114,8 @@ def cohort_mean(simulate: Simulate, members: int, *, stepped: bool = False) -> S
 
     Args:    simulate: of one client.  members: M.  stepped: its noise has a leading axis of local steps.
     Returns: simulate(params, known, images, labels, noise): images (M · B, C, H, W) and labels (M · B, K) stand client after client; noise is
-             (M · B, *latent), or if stepped (steps, M · B / steps, *latent), in each step client after client. known: tensors under MEMBERS are one for each client, all others are everybody's.
+             (M · B, *latent), or if stepped (steps, M · B / steps, *latent), in each step client after client. known: tensors under MEMBERS are one
+             for each client, all others are everybody's.
     """
 
     def mean(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:

@@ -160,7 +160,8 @@ def _table(pages: Sequence[Page]) -> Html:
     oracle = any((row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None for row in rows)
     names = [*(["run"] if several else []), "defence", "attack", "checkpoint", *(["share policy"] if policies else []), *[*_HEADERS.values()][:-1]]
     certified = any(row.get("certified_bits") is not None for row in rows)
-    names += ["worst image dB", _HEADERS["ssim"], *(["bits per release", "lifetime bits", "Fano %"] if certified else []), *(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
+    names += ["worst image dB", _HEADERS["ssim"], *(["bits per release", "lifetime bits", "Fano %"] if certified else [])]
+    names += [*(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
