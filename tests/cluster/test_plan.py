@@ -1,4 +1,5 @@
-"""`gidef plan` against measured rounds: one host, then two, one core each, over a link of a known bandwidth."""
+"""`gidef plan` against measured rounds: one host, then two, one core each, over a link of a known bandwidth. Needs two idle cores: on a busy
+machine the two ranks wait for each other's turns, and the forecast, made of one rank's times, is far too short."""
 
 from __future__ import annotations
 
