@@ -13,6 +13,7 @@ gidef_ranks() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}"   # seconds from SIGTERM to SIGKILL of a rank
     export GIDEF_JOIN_S="${GIDEF_JOIN_S:-600}"    # seconds that hosts wait for one another at the start
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${out:-$PWD/runs/$(hostname -s)-$$}/extensions}"   # of this run: a killed compilation locks no other
+    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1048576}"   # freed weights go back at once: glibc keeps them else
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 }
 

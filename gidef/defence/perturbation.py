@@ -252,8 +252,9 @@ class SimultaneousPlayer(MinimaxPlayer):
         return alone - self._weight * errors.clamp(max=cap).mean(), [(alone + errors.mean(), None)]
 
     def stacked(self) -> StackedMinimax | None:
-        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, and for a player that plays another."""
-        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin
+        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, for a decoder's loss without
+        SSIM, and for a player that plays another."""
+        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin and self._settings.decoder_loss == "mse_ssim"
         if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
             return None
         return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
