@@ -156,7 +156,7 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
         differing, kept = _differences(mine, saved), {
             name: type(default := getattr(config.Speed(), name))(saved["speed"].get(name, default)) for name in config.LAST_BITS
         }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
@@ -412,7 +412,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         leave_on_sigterm(out, clear=world.rank == 0)
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
-        record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("attack", "attempt")) if world.rank == 0 else None
+        record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("matched", "attack", "attempt")) if world.rank == 0 else None
         own = rank_log(out, world.rank)
         with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)

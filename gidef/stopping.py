@@ -25,7 +25,8 @@ def leave_on_sigterm(folder: str | os.PathLike[str] | None, *, clear: bool = Fal
     named = os.environ.get(ENVIRON)
     marker = Path(named) if named else Path(folder, MARKER) if folder is not None else None
     if clear and marker is not None:
-        marker.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be made is refused elsewhere
+            marker.unlink(missing_ok=True)
 
     def leave(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher and a scheduler may both tell: once is enough

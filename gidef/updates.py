@@ -194,6 +194,14 @@ class FixedPointSum:
         return [*map(round, tail), weight, 1]
 
     @torch.no_grad()
+    def _encode(self, delta: Tensors, weight: int, metrics: Mapping[str, float], client: int | str) -> Tensor:
+        """One update's terms, checked: int64, laid out as the buffer without the counters."""
+        tail = torch.tensor(self._checked(delta, weight, metrics, client), device=self.buffer.device)
+        factor = weight * self._one
+        terms = [delta[name].detach().to(self.buffer.device, torch.float64).mul(factor).round_().flatten().to(torch.int64) for name in self._spans]
+        return torch.cat([*terms, tail])
+
+    @torch.no_grad()
     def _add_terms(self, delta: Tensors, weight: int) -> None:
         """round(2^f · n_k · Δ_k), part by part."""
         if not self._parts:

@@ -162,6 +162,14 @@ class MinimaxPlayer:
             self._decoder_step.step()
         self._decoder_step.zero_grad(set_to_none=True)
 
+    def stacked(self) -> StackedMinimax | None:
+        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, for a decoder's loss without
+        SSIM, and for a player that plays another."""
+        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin and self._settings.decoder_loss == "mse_ssim"
+        if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
+            return None
+        return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
+
 
 class SimultaneousPlayer(MinimaxPlayer):
     """The same game, but the client's step and the first of the decoder's k are taken at once, both gradients at the same (θ, η, φ, ψ).
@@ -250,14 +258,6 @@ class SimultaneousPlayer(MinimaxPlayer):
         factors = ((errors.detach() <= cap).to(latent.dtype) * -self._weight).view(-1, *[1] * (latent.dim() - 1))
         latent.register_hook(lambda gradient: gradient * factors)
         return alone - self._weight * errors.clamp(max=cap).mean(), [(alone + errors.mean(), None)]
-
-    def stacked(self) -> StackedMinimax | None:
-        """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, for a decoder's loss without
-        SSIM, and for a player that plays another."""
-        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin and self._settings.decoder_loss == "mse_ssim"
-        if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
-            return None
-        return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
 
 
 class LearnedDefence(Defence):

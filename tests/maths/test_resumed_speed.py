@@ -40,7 +40,7 @@ def test_a_resumed_run_goes_on_with_what_decides_the_last_bits(tmp_path, capsys)
         resumed = job._continued(mine, tmp_path, World())
     finally:
         torch.set_num_threads(before)
-    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, True, True, False]
+    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, False]
     assert (resumed.speed.workers, resumed.speed.timeout_s) == (3, mine.speed.timeout_s)  # only the seconds depend on these
     said = capsys.readouterr().err
     assert "speed.fused_optimisers=True" in said and "speed.compile_training=False" in said and "threads" not in said

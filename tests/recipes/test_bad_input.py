@@ -229,7 +229,7 @@ def test_a_run_killed_right_before_its_model_is_saved_goes_on_without_a_line_los
             main(RECIPE, name="small", args=["--out", str(tmp_path / "run")])
     assert start(capsys, tmp_path / "run", "--resume")[0] == 0
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "round", "round", "round", "start", "trained", "end"]
+    assert kinds == ["start", "round", "round", "round", "start", "trained", "matched", "end"]
 
 
 def test_a_trained_model_needs_no_file_that_its_training_began_with(whole, tmp_path):

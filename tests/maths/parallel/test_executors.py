@@ -123,6 +123,7 @@ def test_a_signal_s_exception_propagates_and_starts_nothing_more(workers: int, s
         started.append(task)
         if task == 0:
             raise stop
+        time.sleep(0.001)  # longer than the other thread needs to say so
 
     with pytest.raises(stop):
         run_tasks(World(), list(range(200)), [1.0] * 200, do, workers=workers)
