@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,3 +62,9 @@ def results(folder: Path) -> dict:
 
 def record(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks
 SIZES = (1, 4, 8)
 
 
-def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
+def train(rank: int, size: int, folder: Path, port: str) -> dict[str, Any]:
     """Digest of the weights after two rounds by K, and how far they are from K = 1."""
     import torch
 
@@ -33,7 +33,7 @@ def train(rank: int, size: int, folder: Path) -> dict[str, Any]:
         evaluation=config.Evaluation(num_victims=4, num_tuning=4), speed=config.Speed(workers=1),
     )  # fmt: skip
     told = {}
-    with open_world("cpu", 60, init_method=f"file://{folder}/meet", rank=rank, size=size) as world:
+    with open_world("cpu", 60, init_method=f"tcp://127.0.0.1:{port}", rank=rank, size=size) as world:
         setting = build.load_setting(recipe, world=world, notice=lambda text: None)
         one = None
         for at_once in SIZES:
@@ -55,10 +55,10 @@ def found(tmp_path_factory) -> dict[tuple[int, int], dict]:
     told = {}
     for size in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks{size}")
-        command = [sys.executable, __file__]
+        command, port = [sys.executable, __file__], str(launch.free_port())
         place = launch.environment(PYTHONPATH=str(launch.ROOT))
         ranks = [
-            subprocess.Popen([*command, str(rank), str(size), str(folder)], env=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen([*command, str(rank), str(size), str(folder), port], env=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for rank in range(size)
         ]
         try:
@@ -84,4 +84,4 @@ def test_k_1_and_k_8_agree_after_two_rounds(found):
 
 
 if __name__ == "__main__":
-    print(json.dumps(train(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
+    print(json.dumps(train(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])))

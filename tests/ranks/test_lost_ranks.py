@@ -20,15 +20,10 @@ import torch.distributed as dist
 import gidef
 from gidef.errors import RankFailure
 from gidef.parallel import World, open_world, run_tasks
+from tests.ranks.launch import free_port
 
 pytestmark = pytest.mark.ranks
 HOST = socket.gethostname()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 class Nursery:

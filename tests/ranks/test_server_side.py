@@ -1,4 +1,4 @@
-"""Robust rules and the sharded server step on one, two and three gloo ranks against one alone. Data are synthetic; ranks meet through a file."""
+"""Robust rules and the sharded server step on one, two and three gloo ranks against one alone. Data are synthetic."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from gidef.rounds.algorithm import federate
 from gidef.rounds.robust import krum, median, trimmed_mean
 from gidef.rounds.server import fed_adam, fed_avg, fed_yogi
 from gidef.types import Client, ServerState, Update
+from tests.ranks.launch import free_port
 from tests.ranks.test_streamed import shards_of_tiny
 
 pytestmark = pytest.mark.ranks
@@ -143,7 +144,8 @@ def test_two_and_three_ranks_give_the_bits_of_one(tmp_path: Path, monkeypatch: p
     environ |= {"PYTHONPATH": str(Path(gidef.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     alone = everything(World(), tmp_path)
     for size in (2, 3):
-        commands = [[sys.executable, "-m", "tests.ranks.test_server_side", str(rank), str(size), str(tmp_path)] for rank in range(size)]
+        port = free_port()
+        commands = [[sys.executable, "-m", "tests.ranks.test_server_side", str(rank), str(size), str(tmp_path), str(port)] for rank in range(size)]
         processes = [
             subprocess.Popen(one, env=environ, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for one in commands
         ]
@@ -158,7 +160,7 @@ def test_two_and_three_ranks_give_the_bits_of_one(tmp_path: Path, monkeypatch: p
 
 
 if __name__ == "__main__":
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    rank, size, folder, port = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    with open_world("cpu", timeout_s=60, init_method=f"file://{folder / f'meet-{size}'}", rank=rank, size=size) as world:
+    with open_world("cpu", timeout_s=60, init_method=f"tcp://127.0.0.1:{port}", rank=rank, size=size) as world:
         print(everything(world, folder))
