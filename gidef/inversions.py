@@ -264,7 +264,7 @@ def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Program
         first, seconds = None, float("inf")
     if first is not None and seconds < SHORT_S:
         return first
-    candidates = modes or ["vmap", "loop", "traced", *(["compiled"] if speed.compile or run.world.device.type == "cuda" else [])]
+    candidates = modes or ["vmap", "loop", "traced", *(["compiled"] if speed.compile else [])]
     try:
         return attacks.calibrate(
             plan.observations, simulate, matching, modes=candidates, at_once=speed.attacks_at_once or None, budget_s=min(60.0, 0.1 * seconds),

@@ -7,6 +7,7 @@ iterations of the real attack, and the one that would finish all of them first i
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,10 @@ from gidef.attack.program import Programs
 from gidef.errors import InputError
 from gidef.types import Observation
 
-MOST = 256
+MOST = {"cpu": 256, "cuda": 1024}
 """Attacks in one program, at most."""
+SHORT_S, PAYS = 5.0, 0.2
+"""Seconds that are always granted, and the share of the attacks' own time that a calibration may take."""
 GAIN = 0.97
 """A larger program is tried as long as it takes at most this share of the time per attack of the last one."""
 
@@ -76,7 +79,7 @@ def calibrate(
     modes: Sequence[str] = ("loop", "vmap", "traced"),
     workers: int = 1,
     at_once: int | None = None,
-    most: int = MOST,
+    most: int | None = None,
     attacks: int | None = None,
     iterations: int = 3,
     budget_s: float = 60.0,
@@ -93,7 +96,8 @@ def calibrate(
     Args:    observations, simulate, matching, seed, precision, dtype, device, programs: of the attack, as in `run_chunk`.
              modes: candidates, see program.py.  workers: programs that run at the same time, each with its share of the attacks.
              at_once: only this many, instead of 1, 2, 4, … `most`.  attacks: to be run in all (default: every start of every observation).
-             iterations: measured after the first.  budget_s: no further candidate is begun after so long.
+             iterations: measured after the first.  budget_s: no further candidate is begun after so long, nor after a fifth of what all
+             attacks would take with the best one.
              measured: candidates that were measured before; they are in the table, and are not measured again.
              memory_bytes: what a program may take; None takes 80 % of the device's free memory on a GPU and does not ask on a CPU.
     Returns: the choice. Ties within a per cent go to fewer attacks at once, which lose less when a run is killed.
@@ -104,7 +108,7 @@ def calibrate(
     share = max(1, -(-total // max(workers, 1)))
     if matching.together:  # the starts of an observation are one chunk, in turns of at_once
         share = max(share, matching.starts)
-    sizes = [at_once] if at_once else _sizes(min(share, most))
+    sizes = [at_once] if at_once else _sizes(min(share, most or MOST.get(device.type, MOST["cpu"])))
     everyone = [(o, s) for o in range(len(observations)) for s in range(matching.starts)]
     if memory_bytes is None and device.type == "cuda":
         memory_bytes = int(0.8 * torch.cuda.mem_get_info(device)[0])
@@ -116,13 +120,18 @@ def calibrate(
             if (mode, size) in known:
                 before = known[mode, size]
                 continue
-            if found and clock() - began > budget_s:
+            best = min((_seconds(one, share, matching.iterations + 1) for one in found if one.ms is not None), default=math.inf)
+            if found and clock() - began > min(budget_s, max(SHORT_S, PAYS * best)):
                 break
             if _too_large(before, size, memory_bytes):
                 found.append(Candidate(mode, size, None, 0.0, error="it would not fit into memory"))
                 break
             chunk = tuple((everyone * (1 + size // len(everyone)))[:size])
-            one = _measured(chunk, observations, simulate, matching, mode, iterations, seed, precision, dtype, device, programs, clock)
+            # CUDA graphs keep their memory: those that are measured are not kept beside one another
+            made = programs if device.type == "cpu" else Programs()
+            one = _measured(chunk, observations, simulate, matching, mode, iterations, seed, precision, dtype, device, made, clock)
+            if made is not programs:
+                programs.notices += [text for text in made.notices if text not in programs.notices]
             found.append(one)
             if one.ms is None or (before is not None and one.ms > GAIN * before.ms and size > 4):
                 break

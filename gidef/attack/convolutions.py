@@ -1,4 +1,4 @@
-"""Large convolutions of many attacks on a CPU, one after another instead of as one of K groups, which is what `vmap` makes of them.
+"""Convolutions of many attacks without the K groups that `vmap` makes of them, which no library computes fast.
 
 A convolution and its two gradients are linear in each of their arguments, and each one's derivatives are the other two; so three
 functions are closed under any number of derivatives:
@@ -7,12 +7,17 @@ functions are closed under any number of derivatives:
     x̄ = ȳ *ᵀ w         _ToInput
     w̄ = Σ ȳ x          _ToWeight
 
-Where the weight is shared, attacks become images of one batch; where each has its own (a weight's gradient, and its derivative), they are
-convolved one by one. Images stay channels-last, in which convolutions on a CPU are faster, strided ones' gradients nearly twice.
+Where the weight is shared, attacks become images of one batch. Where each has its own (a weight's gradient, and its derivative):
+
+    on a CPU    large ones are convolved one by one, in channels-last, in which convolutions on a CPU are faster, strided ones' gradients
+                nearly twice; small ones are left to `vmap`
+    on a GPU    all are products of matrices, in one batched call: the windows of the images, copied side by side, and the weights. The
+                gradient to the input is a convolution too, of the slope with zeros put between its entries, and the weight turned over.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +40,7 @@ class Geometry(NamedTuple):
 
 
 class LargeConvolutions(TorchFunctionMode):
-    """Within this context, large ungrouped 2-D convolutions on the CPU run as said above, with the same numbers to rounding.
+    """Within this context, ungrouped 2-D convolutions, on a CPU large ones, run as said above, with the same numbers to rounding.
 
     For reverse-mode derivatives only: forward-mode raises.
     """
@@ -52,19 +57,64 @@ def _call(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor | None, Geometry] | None:
     """A call of conv2d that is ours to compute."""
-    if groups != 1 or input.dim() != 4 or input.device.type != "cpu" or isinstance(padding, str):
+    if groups != 1 or input.dim() != 4 or isinstance(padding, str):
         return None
     geometry = Geometry(*((value, value) if isinstance(value, int) else tuple(value) * (2 // len(value)) for value in (stride, padding, dilation)))
     outputs = math.prod(
         (length + 2 * p - (k - 1) * d - 1) // s + 1 for length, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
     )
-    if 2 * input.shape[0] * outputs * weight.numel() < LARGE:
+    if input.device.type == "cpu" and 2 * input.shape[0] * outputs * weight.numel() < LARGE:
         return None
     return input, weight, bias, geometry
 
 
 def _last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.device.type == "cpu" else tensor.contiguous()
+
+
+def _in_products(tensor: Tensor) -> bool:
+    """Whether convolutions with a weight for each attack run as products of matrices."""
+    return tensor.device.type != "cpu"
+
+
+def _windows(images: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
+    """(K, N, I, H, W) → (K, I, R, S, N, P, Q): what every output sees, a view of the padded images."""
+    (top, left), (down, right), (apart, beside) = geometry.padding, geometry.stride, geometry.dilation
+    padded = F.pad(images, (left, left, top, top)) if top or left else images
+    tall, wide = apart * (kernel[0] - 1) + 1, beside * (kernel[1] - 1) + 1
+    seen = padded.unfold(3, tall, down).unfold(4, wide, right)[..., ::apart, ::beside]  # (K, N, I, P, Q, R, S)
+    return seen.permute(0, 2, 5, 6, 1, 3, 4)
+
+
+def _forward_by_products(images: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """(K, N, I, H, W), (K, O, I, R, S) → (K, N, O, P, Q)."""
+    seen = _windows(images, weight.shape[3:], geometry)
+    count, positions = seen.shape[0], seen.shape[4:]
+    found = weight.reshape(count, weight.shape[1], -1) @ seen.reshape(count, math.prod(seen.shape[1:4]), -1)
+    return found.unflatten(2, positions).movedim(1, 2)
+
+
+def _to_input_by_products(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
+    """(K, N, O, P, Q), (K, O, I, R, S) → (K, N, I, *size)."""
+    margins, spread = [], list(slope.shape[3:])
+    for length, places, kernel, stride, padding, dilation in zip(size, slope.shape[3:], weight.shape[3:], *geometry, strict=True):
+        before = dilation * (kernel - 1) - padding
+        margins.append((before, length + dilation * (kernel - 1) - before - (stride * (places - 1) + 1)))
+    if geometry.stride != (1, 1):
+        spread = [stride * (places - 1) + 1 for stride, places in zip(geometry.stride, slope.shape[3:], strict=True)]
+        apart = slope.new_zeros((*slope.shape[:3], *spread))
+        apart[..., :: geometry.stride[0], :: geometry.stride[1]] = slope
+        slope = apart
+    slope = F.pad(slope, (*margins[1], *margins[0]))  # cut where a margin is negative
+    return _forward_by_products(slope, weight.transpose(1, 2).flip(3, 4), Geometry((1, 1), (0, 0), geometry.dilation))
+
+
+def _to_weight_by_products(slope: Tensor, images: Tensor, geometry: Geometry, kernel: torch.Size) -> Tensor:
+    """(K, N, O, P, Q), (K, N, I, H, W) → (K, O, I, R, S)."""
+    seen = _windows(images, kernel, geometry)[..., : slope.shape[3], : slope.shape[4]]
+    count, parts = seen.shape[0], seen.shape[1:4]
+    found = slope.transpose(1, 2).reshape(count, slope.shape[2], -1) @ seen.reshape(count, math.prod(parts), -1).mT
+    return found.unflatten(2, parts)
 
 
 class _Forward(torch.autograd.Function):
@@ -89,7 +139,8 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
-        return _over_attacks(info.batch_size, in_dims, x, weight, lambda x, weight: _Forward.apply(x, weight, geometry))
+        products = functools.partial(_forward_by_products, geometry=geometry)
+        return _over_attacks(info.batch_size, in_dims, x, weight, lambda x, weight: _Forward.apply(x, weight, geometry), products)
 
 
 class _ToInput(torch.autograd.Function):
@@ -116,7 +167,8 @@ class _ToInput(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> tuple[Tensor, int]:
-        return _over_attacks(info.batch_size, in_dims, slope, weight, lambda slope, weight: _ToInput.apply(slope, weight, geometry, size))
+        products = functools.partial(_to_input_by_products, geometry=geometry, size=size)
+        return _over_attacks(info.batch_size, in_dims, slope, weight, lambda slope, weight: _ToInput.apply(slope, weight, geometry, size), products)
 
 
 class _ToWeight(torch.autograd.Function):
@@ -144,15 +196,21 @@ class _ToWeight(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, slope: Tensor, x: Tensor, geometry: Geometry, kernel: torch.Size) -> tuple[Tensor, int]:
         slope, x = (_leading(tensor, dim, info.batch_size) for tensor, dim in zip((slope, x), in_dims, strict=False))
+        if _in_products(x):
+            return _to_weight_by_products(slope, x, geometry, kernel), 0
         return torch.stack([_ToWeight.apply(a, b, geometry, kernel) for a, b in zip(slope.unbind(), x.unbind(), strict=True)]), 0
 
 
-def _over_attacks(attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, int]:
+def _over_attacks(
+    attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor], products: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, int]:
     """vmap's rule of the two functions of images and a weight."""
     if in_dims[1] is None:  # one weight for all: attacks are images of one batch
         images = images.movedim(in_dims[0], 0)
         return apply(images.flatten(0, 1), weight).unflatten(0, images.shape[:2]), 0
     images, weight = (_leading(tensor, dim, attacks) for tensor, dim in zip((images, weight), in_dims, strict=False))
+    if _in_products(images):
+        return products(images, weight), 0
     found = torch.cat([apply(a, b) for a, b in zip(images.unbind(), weight.unbind(), strict=True)])
     return found.unflatten(0, images.shape[:2]), 0
 

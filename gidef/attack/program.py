@@ -2,8 +2,8 @@
 
     "loop"       one attack after another
     "vmap"       all attacks as one vectorised program
-    "traced"     the same, recorded once as a graph of plain operators and replayed without Python's dispatch
-    "compiled"   the recorded graph, compiled by torch.compile; on a GPU with CUDA graphs
+    "traced"     the same, recorded once as a graph of plain operators and replayed without Python's dispatch; on a GPU as a CUDA graph
+    "compiled"   the recorded graph, compiled by torch.compile; on a GPU as a CUDA graph
 
 Both derivatives, the client's and the attacker's, are taken by function transforms inside the recorded program, so that the graph is
 one forward pass and nothing differentiates a compiled function, which torch.compile cannot do.
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from gidef.attack.convolutions import LargeConvolutions
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.matching import RESERVED, Matching, Point, Simulate, distance_and_slope
+from gidef.attack.pools import GatheredPools, pools_need_help
 from gidef.errors import InputError
 from gidef.similarity import total_variation
 from gidef.types import Tensors
@@ -84,6 +85,8 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         stack = contextlib.ExitStack()
         if "width" in knobs:
             stack.enter_context(CurvedKinks(knobs["width"]))
+        if many and pools_need_help():
+            stack.enter_context(GatheredPools())
         if precision in ("bfloat16", "bfloat16_all"):  # the client's pass only; the matching loss stays as it is
             stack.enter_context(LowProducts())
         return stack
@@ -223,9 +226,9 @@ class Programs:
         except Exception as error:  # whatever a model's code raises when it is recorded; it may still run
             self.notices.append(f"the attack's program could not be recorded ({_first_line(error)}): it runs vectorised and unrecorded.")
             return program
-        run = graph
-        if mode == "compiled":
-            run = self._compiled(graph, leaves)
+        run = self._compiled(graph, leaves) if mode == "compiled" else graph
+        if leaves[0].is_cuda:
+            run = self._captured(run, leaves)
 
         def evaluate(*inputs: Any) -> tuple[Tensor, ...]:
             loss, final, fit, *gradients = run(*pytree.tree_leaves(inputs))
@@ -234,9 +237,8 @@ class Programs:
         return evaluate
 
     def _compiled(self, graph: torch.fx.GraphModule, leaves: list[Tensor]) -> Callable:
-        on_gpu = leaves[0].is_cuda
         # on a CPU no rule tells which layout of images is faster: both are tried; a wrapper in C++ saves a tenth where kernels are many
-        tried = [{"mode": "reduce-overhead"}] if on_gpu else [{"options": {"cpp_wrapper": True, "layout_optimization": choice}} for choice in (False, True)]
+        tried = [{}] if leaves[0].is_cuda else [{"options": {"cpp_wrapper": True, "layout_optimization": choice}} for choice in (False, True)]
         found, errors = [], []
         for settings in tried:
             try:
@@ -252,11 +254,53 @@ class Programs:
         if not found:
             self.notices.append(f"the attack's program could not be compiled ({_first_line(errors[0])}): it runs recorded, not compiled.")
             return graph
-        compiled = min(found, key=lambda one: one[0])[1]
-        if not on_gpu:
-            return compiled
-        # CUDA graphs write their outputs into the same memory at every replay
-        return lambda *leaves: tuple(tensor.clone() for tensor in compiled(*leaves))
+        return min(found, key=lambda one: one[0])[1]
+
+    def _captured(self, program: Callable, leaves: list[Tensor]) -> Callable:
+        """The program as a CUDA graph, or itself where it cannot be captured, as when it asks the device for a value."""
+        try:
+            return CudaGraph(program, leaves)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize(leaves[0].device)
+            self.notices.append(f"the attack's program could not be captured as a CUDA graph ({_first_line(error)}): its kernels are launched one by one.")
+            return program
+
+
+class CudaGraph:
+    """A function of tensors on one GPU, captured once and replayed: one launch instead of thousands. It may not ask the device for a value.
+
+    The arguments of later calls are copied into those of the capture; those that are the very tensors of the last call, unchanged, are not.
+    Several threads may call it: one at a time is served, on the stream of the caller.
+    """
+
+    WARM_UPS = 2
+
+    def __init__(self, program: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor]) -> None:
+        self._lock, device = threading.Lock(), leaves[0].device
+        self._own = [leaf.detach().clone() for leaf in leaves]
+        self._seen = [(leaf, leaf._version) for leaf in leaves]
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad():
+            with torch.cuda.stream(side):
+                for _ in range(self.WARM_UPS):
+                    program(*self._own)
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                self._found = program(*self._own)
+        self._program = program  # its constants live as long as the graph
+
+    def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        with self._lock, torch.no_grad():
+            for place, (leaf, (seen, version)) in enumerate(zip(leaves, self._seen, strict=True)):
+                if leaf is not seen or leaf._version != version:
+                    self._own[place].copy_(leaf)
+                    self._seen[place] = (leaf, leaf._version)
+            self._graph.replay()
+            return tuple(tensor.clone() for tensor in self._found)
 
 
 def _seconds(program: Callable, leaves: list[Tensor]) -> float:

@@ -18,9 +18,11 @@ def draws(*shapes):
     return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.fixture
-def all_large(monkeypatch):
+@pytest.fixture(params=["one by one", "products"])
+def all_large(request, monkeypatch):
+    """The ways of a CPU and of a GPU."""
     monkeypatch.setattr(convolutions, "LARGE", 0)
+    monkeypatch.setattr(convolutions, "_in_products", lambda tensor: request.param == "products")
 
 
 def network(weight, bias, x, stride, padding, dilation):
