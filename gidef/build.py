@@ -390,6 +390,11 @@ def local_settings(clients: config.Clients) -> LocalSettings:
             return LocalSettings(**{name: getattr(clients, name) for name in fields})
 
 
+def lacks_tf32(recipe: config.Recipe, world: World) -> bool:
+    """Whether clients are to train in TF32 on a device that has none: they train in float32."""
+    return recipe.clients.precision == "tf32" and world.device.type != "cuda"
+
+
 def num_workers(recipe: config.Recipe, world: World) -> int:
     """Clients or chunks that this rank works on at the same time."""
     if world.mesh is not None:
@@ -472,6 +477,8 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     store = ClientStore(state_folder, memory=cohort_size)
     players = [defence.encoded_player() for _ in range(0 if sharded else workers)]
     settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
+    if lacks_tf32(recipe, world):
+        settings = dataclasses.replace(settings, precision="float32")
     if recipe.speed.channels_last:
         for player in players:
             player.model.to(memory_format=torch.channels_last)
@@ -527,9 +534,10 @@ def _run_summed(
 
 
 def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable[[str], None]) -> None:
-    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without."""
+    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without; and they belong
+    to the thread that began them, so several workers, whose threads are fresh in every round, do too."""
     players = training.participation.players
-    graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1
+    graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1 and len(players) == 1
     for player in players:
         if getattr(player, "compile", None) is None:
             notice(f"speed.compile_training: the steps of {type(training.defence).__name__} run uncompiled.")

@@ -103,8 +103,13 @@ def _stretches(events: Sequence[Any]) -> Iterator[Stretch]:
             yield Stretch(kind, event.time_range.start, event.time_range.end)
 
 
+def _is_kernel(event: Any) -> bool:
+    """Of an event or of a row of events; names of stretches are repeated on the GPU, over the kernels that they cover."""
+    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
 def _idle(events: Sequence[Any], start: float, end: float) -> float | None:
-    kernels = sorted((event.time_range.start, event.time_range.end) for event in events if event.device_type == DeviceType.CUDA)
+    kernels = sorted((event.time_range.start, event.time_range.end) for event in events if _is_kernel(event))
     if not kernels:
         return None
     busy, reached = 0.0, start
@@ -155,12 +160,12 @@ class _Rounds:
 
     def _read(self) -> None:
         events = self._profiler.events()
-        whole = next(event.time_range for event in events if event.name == "gidef rounds")
+        whole = next(event.time_range for event in events if event.name == "gidef rounds" and event.device_type == DeviceType.CPU)
         self.found.shares = shares(_stretches(events), whole.start, whole.end)
         self.found.idle = _idle(events, whole.start, whole.end)
         on_gpu = self.found.idle is not None
         for row in self._profiler.key_averages():
-            if on_gpu and row.device_type == DeviceType.CUDA:
+            if on_gpu and _is_kernel(row):
                 self.found.costs.append((row.key, row.count, row.self_device_time_total))
             elif not on_gpu and not row.key.startswith((PREFIX, "gidef rounds", "Optimizer.")):
                 self.found.costs.append((row.key, row.count, row.self_cpu_time_total))

@@ -129,6 +129,8 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
 
     def work(worker: int) -> None:
         torch.set_num_threads(run.recipe.speed.threads)
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device)  # the current device is per thread
         for chunk in mine[worker :: len(models)]:
             result[chunk * CHUNK : (chunk + 1) * CHUNK] = predict_chunk(models[worker], images.images, chunk, noise)
 
@@ -207,6 +209,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
     training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    if build.lacks_tf32(recipe, world):
+        run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
     if recipe.speed.compile_training:
         build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()

@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from gidef.attack.kinks import CurvedKinks
 from gidef.attack.matching import RESERVED, Matching, Point, Simulate, distance_and_slope
 from gidef.attack.pools import GatheredPools, pools_need_help
 from gidef.errors import InputError
+from gidef.precision import tf32
 from gidef.similarity import total_variation
 from gidef.types import Tensors
 
@@ -143,21 +144,6 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
 
 def _norm(tensors: Tensors) -> Tensor:
     return sum(tensor.square().sum() for tensor in tensors.values()).sqrt()
-
-
-@contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Within this context, products of float32 on a GPU round their factors to TF32 (10 bits of mantissa); nothing on a CPU.
-
-    The matching loss has no products of matrices, so it stays float32. The switch is the process', not the thread's.
-    """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class Programs:

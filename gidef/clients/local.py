@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gidef.errors import InputError
+from gidef.precision import in_own_precision
 from gidef.rng import generator
 from gidef.spans import span
 from gidef.types import Client, Tensors
@@ -55,7 +56,7 @@ class LocalSettings:
     grad_clip: float = 5.0
     accumulate: int = 1
     proximal: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     steps: int | None = None
     fused: bool = False
     channels_last: bool = False
@@ -111,6 +112,7 @@ def load_parameters(module: nn.Module, tensors: Tensors) -> None:
 
 
 @span("steps")
+@in_own_precision
 def train_locally(
     player: Player,
     start: Tensors,

@@ -18,6 +18,7 @@ from gidef.clients.evaluate import CHUNK
 from gidef.clients.local import LocalResult, LocalSettings, Player, batches, torch_optimiser
 from gidef.clients.participate import Store
 from gidef.errors import InputError
+from gidef.precision import in_own_precision
 from gidef.types import Client, Tensors
 
 
@@ -204,6 +205,7 @@ def train_sharded(engine: Engine, group: Group) -> Callable[..., LocalResult]:
     Raises: InputError on all of them if the loss stops being finite.
     """
 
+    @in_own_precision
     def train(
         player: Player, start: Tensors, client: Client, settings: LocalSettings, *, seed: int, round: int, correction: Callable[[str], Tensor] | None = None
     ) -> LocalResult:

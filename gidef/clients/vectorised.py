@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from gidef.clients.local import LocalResult, LocalSettings, batches
 from gidef.errors import InputError
+from gidef.precision import in_own_precision
 from gidef.types import Client, Tensors
 
 # K clients, B images of a batch, P parameters
@@ -58,6 +59,7 @@ def cut_into_groups(costs: Sequence[float], at_once: int) -> list[list[int]]:
     return [order[first:last] for first, last in zip(ends, ends[1:], strict=False)]
 
 
+@in_own_precision
 def train_together(
     stacked: Stacked,
     starts: Sequence[Tensors],

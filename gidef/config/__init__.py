@@ -176,8 +176,8 @@ class LocalTraining:
     """Batches whose gradients are averaged before one step."""
     proximal: float = 0.0
     """FedProx's weight of (1/2)|w - w_server|^2."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast of the forward pass; parameters stay float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """tf32: on a GPU, products with factors rounded to 10 bits of mantissa. bfloat16: autocast of the forward pass; parameters stay float32."""
 
 
 @_config
@@ -187,7 +187,7 @@ class SingleGradient:
     batch_size: int = 64
     lr: float = 0.1
     grad_clip: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
 
 # --- rounds and the server -------------------------------------------------------------------------------------------

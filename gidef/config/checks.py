@@ -313,8 +313,8 @@ def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list
         return found
     if getattr(clients, "accumulate", 1) > 1:
         found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
-    if clients.precision == "bfloat16":
-        found.append(f"{name}: clients.precision=bfloat16 rounds the norms that bound each image's part by up to 0.4 %: set it to float32.")
+    if (share := {"tf32": 0.05, "bfloat16": 0.4}.get(clients.precision)) is not None:
+        found.append(f"{name}: clients.precision={clients.precision} rounds the norms that bound each image's part by up to {share} %: set it to float32.")
     found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _coupled(parts)]
     return found
 

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from gidef.errors import InputError, RankFailure
 from gidef.parallel.watch import Watch, fresh_name
+from gidef.precision import full_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +232,7 @@ def open_world(
     chosen = _choose_device(device, place.local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        full_float32()
     if place.size == 1:
         yield World(0, 1, place.local_rank, chosen)
         return

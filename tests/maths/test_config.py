@@ -270,7 +270,7 @@ WRONG_TYPES = [
     (Recipe(data=Data(partition=FedAvg())), "data.partition=FedAvg", "Iid or Dirichlet or Shards or QuantitySkew"),
     (Recipe(data=Data), "data=<class", "Data"),
     (Recipe(rounds=Rounds(server="FedAvg")), "rounds.server='FedAvg'", "FedAvg or FedAdam"),
-    (Recipe(clients=LocalTraining(precision="float16")), "clients.precision='float16'", "one of 'float32', 'bfloat16'"),
+    (Recipe(clients=LocalTraining(precision="float16")), "clients.precision='float16'", "one of 'float32', 'tf32', 'bfloat16'"),
     (Recipe(share_policy="none"), "share_policy='none'", "'full', 'head', 'all'"),
     (Recipe(seeds=0), "seeds=0", "a tuple, each of it a whole number"),
     (Recipe(seeds=("0",)), "seeds=('0',)", "a tuple, each of it a whole number"),

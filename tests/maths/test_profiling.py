@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from gidef import cli, profiling, spans
 from gidef.data import Dataset, synthetic_blood_cells
@@ -56,6 +58,15 @@ def test_each_moment_counts_for_the_stretch_that_was_entered_last():
     assert found == pytest.approx({kind: time / 100 for kind, time in by_hand.items()})
     assert sum(found.values()) == pytest.approx(1)
     assert shares([], 0, 10)["rest"] == 1
+
+
+def test_a_gpu_idles_under_the_names_of_stretches_that_are_repeated_on_it():
+    def event(start, end, device, annotation=False):
+        return SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), device_type=device, is_user_annotation=annotation)
+
+    events = [event(0, 10, DeviceType.CUDA, True), event(1, 3, DeviceType.CUDA), event(2, 4, DeviceType.CUDA), event(0, 9, DeviceType.CPU)]
+    assert profiling._idle(events, 0, 10) == pytest.approx(0.7)
+    assert profiling._idle(events[3:], 0, 10) is None
 
 
 def test_stretches_are_named_only_while_somebody_watches():

@@ -1,0 +1,68 @@
+"""Training on a device of its own: nothing of the CPU meets the device's tensors, as a GPU would refuse. See tests/stand_in.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+from gidef import build, config, training
+from gidef.parallel import World, cohort
+from gidef.report import Console
+from gidef.training import Run, train
+from tests.small_run import RECIPE
+from tests.stand_in import DEVICE, Mixed, watched
+
+SGD = config.LocalTraining(batch_size=8, optimiser="sgd", lr=0.1, momentum=0.9)
+CASES = {
+    "control variates, private fronts": (config.LearnedPerturbation(ramp=0.0), {"share_policy": "head", "clients": SGD, "server": config.Scaffold()}),
+    "a stack, frozen noise": (config.IsotropicNoise(frozen=True), {"at_once": 3, "server": config.FedAdam()}),
+    "mixtures, orthogonal updates": ((config.MixUp(), config.Censor(draws=2)), {"aggregate": config.Median()}),
+    "private steps": (config.DPSGD(noise_multiplier=1.0, target_epsilon=None, form="ghost"), {}),
+}
+
+
+@pytest.fixture
+def one_thread_and_values_made_up(monkeypatch):
+    """Evaluation on this thread, which is watched; and counters that came back are not checked, as they were made up."""
+
+    class Pool(contextlib.nullcontext):
+        def map(self, do, items):
+            return map(do, items)
+
+    monkeypatch.setattr(training, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
+    monkeypatch.setattr(build, "_home", lambda images, device, notice: device)
+    monkeypatch.setattr(cohort.Part, "settle", lambda self, counters: ([0.1] * len(self.cohort), [0] * len(self.cohort)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_takes_nothing_of_the_cpu_to_its_device(case, tmp_path, one_thread_and_values_made_up):
+    chosen, asked = CASES[case]
+    if case == "private steps":
+        pytest.importorskip("opacus")
+    rounds = dataclasses.replace(RECIPE.rounds, count=2, **{name: asked[name] for name in ("server", "aggregate") if name in asked})
+    recipe = dataclasses.replace(
+        RECIPE, rounds=rounds, clients=asked.get("clients", RECIPE.clients), share_policy=asked.get("share_policy", "full"),
+        speed=dataclasses.replace(RECIPE.speed, clients_at_once=asked.get("at_once", 1)),
+    )  # fmt: skip
+    world = World(device=DEVICE)
+    with watched():
+        run = Run(build.load_setting(recipe, world=world, notice=lambda text: None), world, tmp_path, Console(rank=1), None, "mark")
+        found = train(run, "d", chosen, 0)
+    assert found.training.participation.at_once == asked.get("at_once", 1)
+    assert all(tensor.device == DEVICE for tensor in found.snapshots["final"].params.values())
+
+
+def test_the_stand_in_refuses_what_a_gpu_refuses():
+    with watched():
+        there, here = torch.zeros(3, 4, device=DEVICE), torch.zeros(4)
+        assert there[torch.tensor([0, 2])].shape == (2, 4) and float(there.sum()) == 0.25 and there.cpu().device.type == "cpu"
+        for mixed in (
+            lambda: there * here, lambda: torch.cat([there, here[None]]), lambda: here[torch.zeros(1, dtype=torch.int64, device=DEVICE)],
+            lambda: torch.randn(3, generator=torch.Generator(), device=DEVICE), lambda: torch.randn(3, generator=torch.Generator(DEVICE)),
+            lambda: torch.nn.functional.linear(there, here[None]), lambda: torch.where(here > 0, there, 0.0),
+        ):  # fmt: skip
+            with pytest.raises(Mixed):
+                mixed()
