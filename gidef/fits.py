@@ -142,8 +142,8 @@ def decoder_task(run: Run, cell: Cell) -> Task:
                 )  # fmt: skip
                 held = {**private, **cell.snapshot.params}
                 load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
-                noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images), device=run.world.device))
-                perturbed = model.run(batch, noise).perturbed
+                noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images)))
+                perturbed = model.run(batch, None if noise is None else noise.to(batch.device)).perturbed
                 images.append(decoder(perturbed).clamp(0, 1).cpu())
                 if in_loop is not None:  # the opponent that the client trained against, for the gap
                     load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})

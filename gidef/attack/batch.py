@@ -213,7 +213,14 @@ def draws(chunk: Chunk, matching: Matching, iteration: int, seed: int, cast: dic
     def one(draw: Any, name: str, observation: int, start: int) -> Tensor:
         return draw(generator(seed, "draws", name, observation, start % matching.restarts, iteration))
 
-    return {name: torch.stack([one(draw, name, *attack) for attack in chunk]).to(**cast) for name, draw in matching.drawn.items()}
+    return {name: _sent(torch.stack([one(draw, name, *attack) for attack in chunk]), cast) for name, draw in matching.drawn.items()}
+
+
+def _sent(tensor: Tensor, cast: dict[str, Any]) -> Tensor:
+    """To the attack's device and type; to a GPU from pinned memory, so that the host does not wait for what is queued there."""
+    if torch.device(cast["device"]).type != "cuda" or tensor.is_cuda:
+        return tensor.to(**cast)
+    return tensor.to(cast["dtype"]).pin_memory().to(cast["device"], non_blocking=True)
 
 
 def _checked(what: str, given: Tensor, expected: tuple[int, ...]) -> Tensor:

@@ -206,8 +206,8 @@ class ChunkRun:
                 best, own = _noted(best, own, variables, final, fit, iteration, running, matching.patience)
                 if iteration in curve:
                     own["losses"][:, curve[iteration]] = torch.where(running, final, torch.nan)
-                if iteration in marks:
-                    kept["all"][:, marks[iteration]] = best["code" if matching.render is not None else "images"].half()[:, None]
+                for place in marks.get(iteration, ()):  # by a number: a list would be copied to the device, for which the host waits
+                    kept["all"][:, place] = best["code" if matching.render is not None else "images"].half()
             if iteration % self.every == 0 or iteration == end or time.monotonic() - told_at > self.every_s:
                 alive = own["failure"][:count] == OK
                 yield iteration, int((~alive).sum()), float(final[:count][alive].mean())

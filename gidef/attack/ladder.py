@@ -15,7 +15,8 @@ from gidef.attack.engine import Progress, run_chunk
 from gidef.attack.matching import Matching, Simulate
 from gidef.types import Observation, Tensors
 
-_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc", "not enough memory")
+_WORDS = ("out of memory", "can't allocate memory", "cannot allocate memory", "std::bad_alloc", "not enough memory", "status_alloc_failed")
+"""Of allocators, and of cuBLAS, cuDNN and cuSOLVER, which tell by their status when their workspaces or handles find no room."""
 
 
 @dataclass(frozen=True, slots=True)

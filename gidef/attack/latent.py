@@ -143,7 +143,8 @@ def latent_basis(update: Tensors, reader: Reader, latent_shape: tuple[int, ...],
     basis = torch.linalg.qr(found.flatten(1).T).Q.T * math.sqrt(math.prod(latent_shape))
     if size == 1 and reader.bias is not None:
         read = reader.patches(basis.unflatten(1, latent_shape))[0]  # (entries, P)
-        delta = torch.linalg.lstsq(read, weight.T).solution.sum(0)  # Σ δ, were the basis the latent itself
+        # on the CPU, whose driver bears patches that depend on one another, as those of a smooth latent do; a GPU has none that does
+        delta = torch.linalg.lstsq(read.cpu(), weight.T.cpu()).solution.sum(0).to(weight)  # Σ δ, were the basis the latent itself
         bias = update[reader.bias].double()
         if float(bias.square().sum()) > 0:
             basis = basis * (delta @ bias / bias.square().sum())

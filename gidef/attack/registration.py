@@ -156,11 +156,12 @@ def group_consistency(
     @torch.no_grad()
     def coupling(images: Tensor, groups: list[list[int]], progress: float, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         loss, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
+        every = rows_of(groups, len(images), images.device)  # at the first iteration too, so that none in the middle waits for the copy
         now = weight * min(1.0, max(0.0, progress - begin) / ramp) if ramp > 0 else weight * (progress >= begin)
         if now == 0:
             return loss, gradient
         allowed = min(max_shift, min(images.shape[-2:]) / 4)
-        for rows in rows_of(groups, len(images), images.device):
+        for rows in every:
             given = labels[rows] if permute == "labels" and labels is not None else None
             apart = _apart(images[rows], allowed, affine, register_images, least_correlation, permute, given)
             loss[rows] = now * apart.square().mean((-4, -3, -2, -1))

@@ -759,6 +759,7 @@ def main(options: Options) -> dict[str, Any]:
     device = torch.device(options.device)
     by_cpu = device.type == "cpu" and options.threads == 1
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides: PyTorch's default rounds the convolutions of a GPU
     results = {
         "format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out)}, "hardware": hardware(options), "versions": versions(),
         "clock": "cpu" if by_cpu else "wall", "tolerance_db": TOLERANCE_DB, "rows": [],
@@ -771,7 +772,13 @@ def main(options: Options) -> dict[str, Any]:
         console.say(f"{results['hardware']['gpu'] or results['hardware']['cpu']}, {options.threads} threads, " + ", ".join(f"{k} {v:.1f} GFLOP/s" for k, v in rates.items()))
         for case in cases:
             console.heading(f"{case.title}: {case.attacks} attacks of {case.batch}, {case.iterations} iterations")
-            results["rows"].append(measure(case, options, console, max(rates.values())))
+            try:
+                results["rows"].append(measure(case, options, console, max(rates.values())))
+            except torch.OutOfMemoryError:
+                console.notice(f"{case.name}: the device's memory ran out; the case is left out. Lower --attacks, or choose --modes.")
+            gc.collect()  # outside the handler, whose traceback holds the tensors
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             options.out.write_text(json.dumps(results, indent=1))  # after each case: a long run that is stopped keeps what it has
         for table in tables(results["rows"], options.modes):
             console.table(table)

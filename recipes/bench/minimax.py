@@ -449,11 +449,12 @@ def operations(step: Step) -> int:
 
 
 def launches(step: Step) -> int:
-    """CUDA kernels of a step."""
+    """CUDA kernels of a step, copies and fills by the copy engines not among them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    on_gpu = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_gpu)
 
 
 def measure(contenders: dict[str, Step], options: Options, device: torch.device, peak: float) -> dict[str, dict[str, Any]]:

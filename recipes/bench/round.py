@@ -174,6 +174,7 @@ def ours(problem: Problem, batch: int, clients_at_once: int | None) -> tuple[Rou
 
 def peer(problem: Problem, batch: int) -> Callable[[], tuple[attack.Watch, Tensors]]:
     """What was spent on one round, and the model after two."""
+    os.environ["PFL_PYTORCH_DEVICE"] = str(problem.world.device)  # else it takes a GPU wherever there is one, and the net with it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from pfl.aggregate.simulate import SimulatedBackend
@@ -388,7 +389,14 @@ def main(options: Options) -> dict[str, Any]:
     if options.small:
         names, options = options.settings or ("tiny",), dataclasses.replace(options, cohort=options.cohort or 4, repetitions=min(2, options.repetitions))
     torch.set_num_threads(options.threads)
+    # for all sides, as `run_recipe` has them; TF32, PyTorch's default for convolutions on a GPU, alone would part the sides by more than TOLERANCE
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = torch.cuda.is_available(), False
+    wanted = options.peer
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
+        options = dataclasses.replace(options, peer=False)
     with ranks(options) as world, Console(world.rank) as console:
+        if wanted and not options.peer:
+            console.notice(f"{PEER} joins the ranks of a machine with GPUs by NCCL alone, a GPU for each: it is left out.")
         if options.peer and not peer_is_there():
             console.notice(f'{PEER} is not installed: gidef stands beside the bare loop alone. pip install "gidef[bench]" brings it.')
         by_cpu = world.device.type == "cpu" and options.threads == 1 and world.size == 1

@@ -42,7 +42,8 @@ class Heard(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         by_mask = name in ("index", "index_put", "index_put_") and any(one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1])
-        if name in ASKING or by_mask:
+        of_numbers = name == "lift_fresh" and args[0].ndim > 0  # of Python's numbers, also a list of indices: made on the host, and a device's copy waits
+        if name in ASKING or by_mask or of_numbers:
             self.asked.append((self.steps, name))
         return function(*args, **(kwargs or {}))
 
