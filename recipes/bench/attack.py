@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,7 @@ from gidef.data import as_float, load_dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.metrics import pair, psnr_db
 from gidef.models.surgery import make_differentiable
+from gidef.precision import tf32
 from gidef.report import Console
 from gidef.rng import generator, stream_seed
 from gidef.types import Observation, Tensors
@@ -95,6 +96,8 @@ class Options:
     device: str = "cpu"
     small: bool = False
     """Few attacks and iterations."""
+    precision: Literal["float32", "tf32"] = "float32"
+    """Of products on both sides; tf32 on a GPU."""
     peer: bool = True
     """Measure the peer too, if it is installed."""
     out: Path = Path("runs/bench_attack.json")
@@ -313,13 +316,13 @@ class PeerRun:
     spans: list[Watch]
 
 
-def peer_attack(problem: Problem, iterations: int, *, dtype: str = "float", **optim: Any) -> PeerRun:
+def peer_attack(problem: Problem, iterations: int, *, precision: str = "float32", dtype: str = "float", **optim: Any) -> PeerRun:
     """The peer attacks a problem, one attack after another.
 
-    dtype, optim: other values for fields of its preset. Nothing of the package is changed: it is given what its server and its user would hand
+    precision: as in Options.  dtype, optim: other values for fields of its preset. Nothing of the package is changed: it is given what its server and its user would hand
     it, a loss, and the images to start from. A hook on its objective reads the clock at the start of every iteration.
     """
-    with quiet():
+    with quiet(), tf32() if precision == "tf32" else contextlib.nullcontext():
         import breaching
 
         changes = {"optim.max_iterations": iterations, "optim.callback": iterations, "impl.dtype": dtype, **{f"optim.{k}": v for k, v in optim.items()}}
@@ -388,6 +391,7 @@ class Engine:
     matching: Matching
     mode: str
     at_once: int
+    precision: str = "float32"
     programs: Programs = field(default_factory=Programs)
 
     def __post_init__(self) -> None:
@@ -398,7 +402,7 @@ class Engine:
     def start(self, every: int, attacks: int | None = None) -> Any:
         """The running attack, which yields after iteration 0 and after every `every` more."""
         chunk = tuple((index, 0) for index in range(attacks or len(self.observations)))
-        cast = {"device": self.problem.images.device, "dtype": self.problem.images.dtype}
+        cast = {"device": self.problem.images.device, "dtype": self.problem.images.dtype, "precision": self.precision}
         return run_chunk(
             chunk, self.observations, self.simulate, self.matching, seed=0, mode=self.mode, every=every, at_once=self.at_once, programs=self.programs, **cast
         )
@@ -516,10 +520,10 @@ class Contender:
         return {"ms": spread, "wall_ms": statistics.median(self.wall_ms), "first_s": self.first_s, "peak_mib": self.peak_mib, "notes": self.notes}
 
 
-def time_peer(contender: Contender, problem: Problem, by_cpu: bool) -> None:
+def time_peer(contender: Contender, problem: Problem, by_cpu: bool, precision: str) -> None:
     """A turn: every attack of the problem, from its first to its last iteration."""
     case, device = problem.case, problem.images.device
-    spans = peer_attack(problem, case.slice + 1).spans
+    spans = peer_attack(problem, case.slice + 1, precision=precision).spans
     spent = Watch(device, wall=sum(span.wall for span in spans), cpu=sum(span.cpu for span in spans))
     contender.add(spent, case.slice * len(spans), by_cpu)
 
@@ -546,10 +550,10 @@ def warm_up(contender: Contender, engine: Engine, attacks: int | None = None) ->
     contender.notes = list(engine.programs.notices)
 
 
-def most_at_once(problem: Problem, console: Console) -> int:
+def most_at_once(problem: Problem, options: Options, console: Console) -> int:
     """On a GPU: how many attacks in one program are fastest, by the engine's own calibration."""
     engine = Engine(problem, settings_for(problem, problem.case.iterations), "vmap", 1)
-    cast = {"device": problem.images.device, "dtype": problem.images.dtype}
+    cast = {"device": problem.images.device, "dtype": problem.images.dtype, "precision": options.precision}
     found = calibrate(engine.observations, engine.simulate, engine.matching, seed=0, modes=("vmap",), most=problem.case.most, **cast)
     for line in found.lines():
         console.say(f"  {line}")
@@ -565,7 +569,7 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
     by_cpu = device.type == "cpu" and options.threads == 1
     with_peer = options.peer and peer_is_there()
     pool = pose(dataclasses.replace(case, attacks=case.most), options.seeds[0], device)  # on a CPU no larger than the case
-    at_once = case.attacks if device.type == "cpu" else most_at_once(pool, console)
+    at_once = case.attacks if device.type == "cpu" else most_at_once(pool, options, console)
     timed = pool.take(range(at_once))
     forward, iteration = flops(timed)
     few = min(at_once, 2)  # attacks that the peer and the loop take on in a turn: their speed does not depend on K
@@ -573,10 +577,10 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
     contenders, engines = {}, {}
     if with_peer:
         contender, watch = Contender(PEER), Watch(device)
-        peer_attack(timed.take([0]), 1)
+        peer_attack(timed.take([0]), 1, precision=options.precision)
         contenders[PEER], contender.first_s = contender, watch.read().wall
     for mode in options.modes:
-        engine, contender, attacks = Engine(timed, matching, mode, at_once), Contender(mode), few if mode == "loop" else at_once
+        engine, contender, attacks = Engine(timed, matching, mode, at_once, options.precision), Contender(mode), few if mode == "loop" else at_once
         try:
             warm_up(contender, engine, attacks)
         except InputError as error:
@@ -595,7 +599,7 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
 
     def take_turn(contender: Contender, turn: int) -> None:
         if contender.name == PEER:
-            time_peer(contender, timed.take((turn * few + place) % at_once for place in range(few)), by_cpu)
+            time_peer(contender, timed.take((turn * few + place) % at_once for place in range(few)), by_cpu, options.precision)
         else:
             time_engine(contender, engines[contender.name][0], by_cpu, engines[contender.name][1])
 
@@ -642,11 +646,11 @@ def judge(problem: Problem, options: Options, engine: Engine, console: Console, 
         if with_peer:
             console.say(f"  {case.attacks} whole attacks by {PEER}, seed {seed}")
             watch = Watch(device)
-            peers += psnr(peer_attack(problem, case.iterations).images, problem)
+            peers += psnr(peer_attack(problem, case.iterations, precision=options.precision).images, problem)
             peer_spent.append(watch.read())
         if seed != options.seeds[0] or engine.at_once != case.attacks:  # another net or K: a program of its own, made outside the clock
             matching = settings_for(problem, case.iterations, snapshots=_snapshots(case))
-            engine = Engine(problem, matching, engine.mode, case.attacks)
+            engine = Engine(problem, matching, engine.mode, case.attacks, options.precision)
             warm_up(Contender(engine.mode), engine)
         console.say(f"  {case.attacks} whole attacks, {engine.mode}, seed {seed}")
         times, watch, running = [], Watch(device), engine.start(every)
@@ -759,7 +763,7 @@ def main(options: Options) -> dict[str, Any]:
     device = torch.device(options.device)
     by_cpu = device.type == "cpu" and options.threads == 1
     torch.set_num_threads(options.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides: PyTorch's default rounds the convolutions of a GPU
+    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides: PyTorch's default rounds the convolutions of a GPU; see --precision
     results = {
         "format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out)}, "hardware": hardware(options), "versions": versions(),
         "clock": "cpu" if by_cpu else "wall", "tolerance_db": TOLERANCE_DB, "rows": [],
@@ -768,7 +772,8 @@ def main(options: Options) -> dict[str, Any]:
     with Console() as console:
         if options.peer and not peer_is_there():
             console.notice(f'{PEER} is not installed: the engine is measured alone. pip install "gidef[bench]" brings it.')
-        rates = results["peak_gflops"] = peak_gflops(device, by_cpu)
+        with tf32() if options.precision == "tf32" else contextlib.nullcontext():
+            rates = results["peak_gflops"] = peak_gflops(device, by_cpu)
         console.say(f"{results['hardware']['gpu'] or results['hardware']['cpu']}, {options.threads} threads, " + ", ".join(f"{k} {v:.1f} GFLOP/s" for k, v in rates.items()))
         for case in cases:
             console.heading(f"{case.title}: {case.attacks} attacks of {case.batch}, {case.iterations} iterations")
