@@ -32,9 +32,14 @@ def one_thread_and_values_made_up(monkeypatch):
         def map(self, do, items):
             return map(do, items)
 
+    def settle(part, counters):
+        for error in part.errors.values():
+            raise error
+        return [0.1] * len(part.cohort), [0] * len(part.cohort)
+
     monkeypatch.setattr(training, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
     monkeypatch.setattr(build, "_home", lambda images, device, notice: device)
-    monkeypatch.setattr(cohort.Part, "settle", lambda self, counters: ([0.1] * len(self.cohort), [0] * len(self.cohort)))
+    monkeypatch.setattr(cohort.Part, "settle", settle)
 
 
 @pytest.mark.parametrize("case", CASES)
