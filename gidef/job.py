@@ -51,7 +51,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
         recipe = _continued(recipe, folder, world)
-        setting = build.load_setting(recipe, world=world, notice=said.append)
+        setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
         for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
                 build.make_defence(one, recipe, setting.dataset, seed=0)
@@ -406,7 +406,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         world = seated(world)
         settle_threads(new)
         said: list[str] = []
-        setting = build.load_setting(new, world=world, notice=said.append)
+        setting = build.load_setting(new, world=world, notice=said.append, folder=folder)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
