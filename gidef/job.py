@@ -223,7 +223,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
     console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
-    for note in dict.fromkeys([*dataset.notes, *said]):
+    for note in dict.fromkeys([*said, *dataset.notes]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
@@ -418,7 +418,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
-            for note in dict.fromkeys([*setting.dataset.notes, *said]):
+            for note in dict.fromkeys([*said, *setting.dataset.notes]):
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
