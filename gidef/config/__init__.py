@@ -357,7 +357,7 @@ class Speed:
     sharded_server: bool = False
     """Each rank keeps and steps a slice of the server's optimiser: for very large models. The bits are the same."""
     deterministic: bool = False
-    """Deterministic kernels on a GPU (slower)."""
+    """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0
     """A rank that gives no sign of life for so long (stopped, cut off) ends the run, with its name; one that was killed is noticed at once."""
     stall_s: float = 3600.0
