@@ -63,7 +63,7 @@ from gidef.data import as_float, load_dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.metrics import pair, psnr_db
 from gidef.models.surgery import make_differentiable
-from gidef.precision import tf32
+from gidef.precision import full_float32, tf32
 from gidef.report import Console
 from gidef.rng import generator, stream_seed
 from gidef.types import Observation, Tensors
@@ -763,7 +763,7 @@ def main(options: Options) -> dict[str, Any]:
     device = torch.device(options.device)
     by_cpu = device.type == "cpu" and options.threads == 1
     torch.set_num_threads(options.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides: PyTorch's default rounds the convolutions of a GPU; see --precision
+    full_float32()  # on both sides: PyTorch's default rounds the convolutions of a GPU; see --precision
     results = {
         "format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out)}, "hardware": hardware(options), "versions": versions(),
         "clock": "cpu" if by_cpu else "wall", "tolerance_db": TOLERANCE_DB, "rows": [],
