@@ -153,6 +153,9 @@ class Model:
     configuration (for pretrained weights), or nothing."""
     pretrained: str | None = None
     """A local .safetensors file with the backbone's weights."""
+    noisy_prediction: bool = True
+    """Validation and test predict with the noise that a client trains with. False: from the latent without it, as whoever predicts for himself
+    does, since nothing leaves him then; what is released in training, and attacked, has its noise either way."""
 
 
 # --- what a client does in a round -----------------------------------------------------------------------------------
