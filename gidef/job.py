@@ -112,7 +112,7 @@ def settle_threads(recipe: config.Recipe) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = not recipe.speed.deterministic
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # the kernels of a convolution are the same in every process
         torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds convolutions to TF32, whatever precision is asked for
 
 

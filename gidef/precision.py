@@ -22,8 +22,8 @@ def full_float32() -> None:
 
 
 @contextlib.contextmanager
-def tf32() -> Iterator[None]:
-    """Within this context, products of float32 on a GPU round their factors to TF32; nothing on a CPU.
+def tf32(rounded: bool = True) -> Iterator[None]:
+    """Within this context, products of float32 on a GPU round their factors to TF32, or do not, whatever was so before; nothing on a CPU.
 
     The switch is the process', not the thread's: it goes back to where it was once the last thread has left.
     """
@@ -31,7 +31,7 @@ def tf32() -> Iterator[None]:
     with _LOCK:
         if _inside == 0:
             _before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-            _switch(True, True)
+        _switch(rounded, rounded)
         _inside += 1
     try:
         yield

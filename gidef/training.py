@@ -10,7 +10,7 @@ import socket
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +112,9 @@ def early_round(rounds: int) -> int:
 def logits(run: Run, training: build.Training, tensors: Tensors, images: Images, *, seed: int, split: str) -> Tensor:
     """Logits (N, K) float32 on the CPU, the same bits on every rank: chunks are dealt out over ranks and worker threads.
 
-    A perturbation is on at its trained strength, with noise from (seed, split, chunk).
+    A perturbation is on at its trained strength, with noise from (seed, split, chunk), unless predictions are to be without.
     """
-    world, defence = run.world, training.defence
+    world = run.world
     if training.sharded is not None:
         return _logits_of_shards(run, training, tensors, images, seed=seed, split=split)
     models = [player.model for player in training.participation.players]
@@ -124,8 +124,7 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     result = torch.zeros(len(images), run.setting.dataset.num_classes)
     mine = list(range(num_chunks(images.images)))[world.rank :: world.size]
 
-    def noise(count: int, chunk: int) -> Tensor | None:
-        return defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=world.device))
+    noise = _noise_of_predictions(run, training, seed=seed, split=split)
 
     def work(worker: int) -> None:
         torch.set_num_threads(run.recipe.speed.threads)
@@ -142,16 +141,24 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
     return result
 
 
+def _noise_of_predictions(run: Run, training: build.Training, *, seed: int, split: str) -> Callable[[int, int], Tensor | None]:
+    """noise(count, chunk), see `Model.noisy_prediction`."""
+
+    def noise(count: int, chunk: int) -> Tensor | None:
+        if not run.recipe.model.noisy_prediction:
+            return None
+        return training.defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=run.world.device))
+
+    return noise
+
+
 def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, images: Images, *, seed: int, split: str) -> Tensor:
     """`logits` where a network lies on a group of ranks: chunks are dealt out over groups, and a chunk's rows over the group."""
-    world, mesh, defence, model = run.world, run.world.mesh, training.defence, training.participation.players[0].model
+    world, mesh, model = run.world, run.world.mesh, training.participation.players[0].model
     training.sharded.engine.load(tensors)
     model.eval()
     result = torch.zeros(len(images), run.setting.dataset.num_classes)
-
-    def noise(count: int, chunk: int) -> Tensor | None:
-        return defence.draw_noise(count, generator=generator(seed, "evaluation", split, chunk, device=world.device))
-
+    noise = _noise_of_predictions(run, training, seed=seed, split=split)
     for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
         for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
             result[rows] = found

@@ -25,7 +25,7 @@ from gidef.main import sweep
 
 RECIPE = Recipe(
     data=Data(num_clients=10),
-    model=Model(name="small", cut="neck", neck=64),
+    model=Model(name="small", cut="neck", neck=64, noisy_prediction=False),
     clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
     rounds=Rounds(count=20),
     defences={

@@ -11,13 +11,11 @@ Where the weight is shared, attacks become images of one batch. Where each has i
 
     on a CPU    large ones are convolved one by one, in channels-last, in which convolutions on a CPU are faster, strided ones' gradients
                 nearly twice; small ones are left to `vmap`
-    on a GPU    all are products of matrices, in one batched call: the windows of the images, copied side by side, and the weights. The
-                gradient to the input is a convolution too, of the slope with zeros put between its entries, and the weight turned over.
+    on a GPU    all are products of matrices, in one batched call: the windows of the images, copied side by side, and the weights
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,25 +94,58 @@ def _forward_by_products(images: Tensor, weight: Tensor, geometry: Geometry) -> 
 
 def _to_input_by_products(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
     """(K, N, O, P, Q), (K, O, I, R, S) → (K, N, I, *size)."""
-    margins, spread = [], list(slope.shape[3:])
-    for length, places, kernel, stride, padding, dilation in zip(size, slope.shape[3:], weight.shape[3:], *geometry, strict=True):
-        before = dilation * (kernel - 1) - padding
-        margins.append((before, length + dilation * (kernel - 1) - before - (stride * (places - 1) + 1)))
-    if geometry.stride != (1, 1):
-        spread = [stride * (places - 1) + 1 for stride, places in zip(geometry.stride, slope.shape[3:], strict=True)]
-        apart = slope.new_zeros((*slope.shape[:3], *spread))
-        apart[..., :: geometry.stride[0], :: geometry.stride[1]] = slope
-        slope = apart
-    slope = F.pad(slope, (*margins[1], *margins[0]))  # cut where a margin is negative
-    return _forward_by_products(slope, weight.transpose(1, 2).flip(3, 4), Geometry((1, 1), (0, 0), geometry.dilation))
+    parts = weight.reshape(*weight.shape[:2], -1).mT[:, None] @ slope.flatten(3)  # (K, N, I R S, P Q)
+    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
+    found = F.fold(parts.flatten(0, 1), tuple(size), tuple(weight.shape[3:]), stride=stride, padding=padding, dilation=dilation)
+    return found.unflatten(0, slope.shape[:2])
 
 
 def _to_weight_by_products(slope: Tensor, images: Tensor, geometry: Geometry, kernel: torch.Size) -> Tensor:
     """(K, N, O, P, Q), (K, N, I, H, W) → (K, O, I, R, S)."""
-    seen = _windows(images, kernel, geometry)[..., : slope.shape[3], : slope.shape[4]]
+    seen = _windows(images, kernel, geometry)
     count, parts = seen.shape[0], seen.shape[1:4]
     found = slope.transpose(1, 2).reshape(count, slope.shape[2], -1) @ seen.reshape(count, math.prod(parts), -1).mT
     return found.unflatten(2, parts)
+
+
+class _ByProducts(torch.autograd.Function):
+    """One of the three, by its name, for K attacks with weights of their own; `more` is the size or the kernel that it is told."""
+
+    @staticmethod
+    def forward(name: str, first: Tensor, second: Tensor, geometry: Geometry, more: Any) -> Tensor:
+        if name == "forward":
+            return _forward_by_products(first, second, geometry)
+        return (_to_input_by_products if name == "to_input" else _to_weight_by_products)(first, second, geometry, more)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.name, first, second, ctx.geometry, _ = inputs
+        ctx.save_for_backward(first, second)
+
+    @staticmethod
+    def backward(ctx: Any, more: Tensor) -> tuple[None, Tensor | None, Tensor | None, None, None]:
+        (first, second), geometry = ctx.saved_tensors, ctx.geometry
+        _, to_first, to_second, *_ = ctx.needs_input_grad
+        # what image, weight and slope are, once one of them is `more`
+        if ctx.name == "forward":
+            image, weight, slope = first, second, more
+        elif ctx.name == "to_input":
+            image, weight, slope = more, second, first
+        else:
+            image, weight, slope = second, more, first
+        of = {
+            "image": lambda: _ByProducts.apply("to_input", slope, weight, geometry, image.shape[3:]),
+            "weight": lambda: _ByProducts.apply("to_weight", slope, image, geometry, weight.shape[3:]),
+            "slope": lambda: _ByProducts.apply("forward", image, weight, geometry, None),
+        }
+        asked = {"forward": ("image", "weight"), "to_input": ("slope", "weight"), "to_weight": ("slope", "image")}[ctx.name]
+        return None, of[asked[0]]() if to_first else None, of[asked[1]]() if to_second else None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, name: str, first: Tensor, second: Tensor, geometry: Geometry, more: Any) -> tuple[Tensor, int]:
+        first, second = (_leading(tensor, dim, info.batch_size) for tensor, dim in zip((first, second), in_dims[1:3], strict=True))
+        attacks = first.shape[:2]
+        return _ByProducts.apply(name, first.flatten(0, 1), second.flatten(0, 1), geometry, more).unflatten(0, attacks), 0
 
 
 class _Forward(torch.autograd.Function):
@@ -139,8 +170,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
-        products = functools.partial(_forward_by_products, geometry=geometry)
-        return _over_attacks(info.batch_size, in_dims, x, weight, lambda x, weight: _Forward.apply(x, weight, geometry), products)
+        return _over_attacks("forward", info.batch_size, in_dims, x, weight, geometry, None, lambda x, weight: _Forward.apply(x, weight, geometry))
 
 
 class _ToInput(torch.autograd.Function):
@@ -167,8 +197,8 @@ class _ToInput(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> tuple[Tensor, int]:
-        products = functools.partial(_to_input_by_products, geometry=geometry, size=size)
-        return _over_attacks(info.batch_size, in_dims, slope, weight, lambda slope, weight: _ToInput.apply(slope, weight, geometry, size), products)
+        apply = lambda slope, weight: _ToInput.apply(slope, weight, geometry, size)  # noqa: E731
+        return _over_attacks("to_input", info.batch_size, in_dims, slope, weight, geometry, size, apply)
 
 
 class _ToWeight(torch.autograd.Function):
@@ -197,12 +227,12 @@ class _ToWeight(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, slope: Tensor, x: Tensor, geometry: Geometry, kernel: torch.Size) -> tuple[Tensor, int]:
         slope, x = (_leading(tensor, dim, info.batch_size) for tensor, dim in zip((slope, x), in_dims, strict=False))
         if _in_products(x):
-            return _to_weight_by_products(slope, x, geometry, kernel), 0
+            return _ByProducts.apply("to_weight", slope, x, geometry, kernel), 0
         return torch.stack([_ToWeight.apply(a, b, geometry, kernel) for a, b in zip(slope.unbind(), x.unbind(), strict=True)]), 0
 
 
 def _over_attacks(
-    attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, apply: Callable[[Tensor, Tensor], Tensor], products: Callable[[Tensor, Tensor], Tensor]
+    name: str, attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, geometry: Geometry, more: Any, apply: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, int]:
     """vmap's rule of the two functions of images and a weight."""
     if in_dims[1] is None:  # one weight for all: attacks are images of one batch
@@ -210,7 +240,7 @@ def _over_attacks(
         return apply(images.flatten(0, 1), weight).unflatten(0, images.shape[:2]), 0
     images, weight = (_leading(tensor, dim, attacks) for tensor, dim in zip((images, weight), in_dims, strict=False))
     if _in_products(images):
-        return products(images, weight), 0
+        return _ByProducts.apply(name, images, weight, geometry, more), 0
     found = torch.cat([apply(a, b) for a, b in zip(images.unbind(), weight.unbind(), strict=True)])
     return found.unflatten(0, images.shape[:2]), 0
 

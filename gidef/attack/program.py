@@ -169,16 +169,16 @@ class Programs:
             raise InputError(f"precision={precision!r} is unknown: choose one of {', '.join(PRECISIONS)}.")
         if matching.form != "double_backward" and not callable(getattr(simulate, "loss", None)):
             raise InputError(f"form={matching.form!r} needs a simulator of one gradient that carries its loss; this one has none: use double_backward.")
-        if precision != "tf32":
+        if precision != "tf32" and not inputs[3].is_cuda:
             return self._get(simulate, matching, dims, inputs, mode, precision)
-        with tf32():
+        with tf32(precision == "tf32"):
             evaluate = self._get(simulate, matching, dims, inputs, mode, precision)
 
-        def in_tf32(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-            with tf32():
+        def in_precision(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+            with tf32(precision == "tf32"):
                 return evaluate(*inputs)
 
-        return in_tf32
+        return in_precision
 
     def _get(self, simulate: Simulate, matching: Matching, dims: tuple[Any, ...], inputs: tuple[Any, ...], mode: str, precision: str) -> Evaluate:
         step = one_attack(simulate, matching, precision, many=mode != "loop")

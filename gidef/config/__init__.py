@@ -153,6 +153,9 @@ class Model:
     configuration (for pretrained weights), or nothing."""
     pretrained: str | None = None
     """A local .safetensors file with the backbone's weights."""
+    noisy_prediction: bool = True
+    """Validation and test predict with the noise that a client trains with. False: from the latent without it, as whoever predicts for himself
+    does, since nothing leaves him then; what is released in training, and attacked, has its noise either way."""
 
 
 # --- what a client does in a round -----------------------------------------------------------------------------------
@@ -357,7 +360,7 @@ class Speed:
     sharded_server: bool = False
     """Each rank keeps and steps a slice of the server's optimiser: for very large models. The bits are the same."""
     deterministic: bool = False
-    """Deterministic kernels on a GPU (slower)."""
+    """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0
     """A rank that gives no sign of life for so long (stopped, cut off) ends the run, with its name; one that was killed is noticed at once."""
     stall_s: float = 3600.0

@@ -142,4 +142,4 @@ class Plain:
 
     def compile(self, **options: Any) -> None:
         """The net's passes as a program, see `Compiled`."""
-        self._forward = Compiled(self.model, **options)
+        self._forward = Compiled(self.model, modules=[self.model], **options)

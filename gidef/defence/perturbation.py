@@ -141,7 +141,7 @@ class MinimaxPlayer:
 
     def compile(self, **options: Any) -> None:
         """Encoder and predictor as a program, see `Compiled`; the decoder's steps run as they are."""
-        self._forward = Compiled(self.model.run, **options)
+        self._forward = Compiled(self.model.run, modules=[self.model], **options)
 
     def _run(self, images: Tensor, rows: Tensor) -> Outputs:
         return self._forward(images, self._draw(images, rows))
@@ -218,7 +218,7 @@ class SimultaneousPlayer(MinimaxPlayer):
 
     def compile(self, **options: Any) -> None:
         """Both players' losses as one program, in the place of both forms that follow."""
-        self._program = Compiled(self._both, **options)
+        self._program = Compiled(self._both, modules=[self.model, self.kept], **options)
 
     def _both(self, images: Tensor, labels: Tensor, noise: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """A scalar whose backward pass leaves both players' gradients, as neither loss reaches the other's weights; L_c; z̃.

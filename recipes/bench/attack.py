@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import gc
 import importlib.metadata
@@ -63,7 +64,7 @@ from gidef.data import as_float, load_dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.metrics import pair, psnr_db
 from gidef.models.surgery import make_differentiable
-from gidef.precision import tf32
+from gidef.precision import full_float32, tf32
 from gidef.report import Console
 from gidef.rng import generator, stream_seed
 from gidef.types import Observation, Tensors
@@ -96,6 +97,8 @@ class Options:
     device: str = "cpu"
     small: bool = False
     """Few attacks and iterations."""
+    lock: Path | None = None
+    """A file. Benchmarks that name the same one may run at the same time: they record and compile side by side, and are timed one after another."""
     precision: Literal["float32", "tf32"] = "float32"
     """Of products on both sides; tf32 on a GPU."""
     peer: bool = True
@@ -563,13 +566,33 @@ def most_at_once(problem: Problem, options: Options, console: Console) -> int:
 # --- a case --------------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """While nobody else is timed who names this file."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def free(device: torch.device) -> None:
+    """What is no longer used goes back to the device: others may need it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(case: Case, options: Options, console: Console, peak: float) -> dict[str, Any]:
     """Everything about one case: see the top of this file."""
     device = torch.device(options.device)
     by_cpu = device.type == "cpu" and options.threads == 1
     with_peer = options.peer and peer_is_there()
     pool = pose(dataclasses.replace(case, attacks=case.most), options.seeds[0], device)  # on a CPU no larger than the case
-    at_once = case.attacks if device.type == "cpu" else most_at_once(pool, options, console)
+    with alone(options.lock):
+        at_once = case.attacks if device.type == "cpu" else most_at_once(pool, options, console)
+    free(device)
     timed = pool.take(range(at_once))
     forward, iteration = flops(timed)
     few = min(at_once, 2)  # attacks that the peer and the loop take on in a turn: their speed does not depend on K
@@ -591,6 +614,7 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
         except torch.cuda.OutOfMemoryError:
             console.notice(f"{case.name}, {mode}: {attacks} attacks at once do not fit into the device's memory; it is left out")
             continue
+        free(device)
         for note in contender.notes:
             console.notice(f"{case.name}, {mode}: {note}")
         contenders[mode], engines[mode] = contender, (engine, attacks)
@@ -603,15 +627,16 @@ def measure(case: Case, options: Options, console: Console, peak: float) -> dict
         else:
             time_engine(contender, engines[contender.name][0], by_cpu, engines[contender.name][1])
 
-    with console.track(f"{case.name} turn", options.repetitions) as track:
-        for turn in range(options.repetitions):
-            for name in contenders:
-                take_turn(contenders[name], turn)
-            track.update(turn + 1)
-    for name, contender in contenders.items():  # a turn of its own: looking at memory slows what follows
-        with peak_memory(device) as memory:
-            take_turn(Contender(name), 0)
-        contender.peak_mib = memory.get("mib")
+    with alone(options.lock):
+        with console.track(f"{case.name} turn", options.repetitions) as track:
+            for turn in range(options.repetitions):
+                for name in contenders:
+                    take_turn(contenders[name], turn)
+                track.update(turn + 1)
+        for name, contender in contenders.items():  # a turn of its own: looking at memory slows what follows
+            with peak_memory(device) as memory:
+                take_turn(Contender(name), 0)
+            contender.peak_mib = memory.get("mib")
 
     best = min(engines, key=lambda name: contenders[name].median)
     engine = engines[best][0]
@@ -645,23 +670,26 @@ def judge(problem: Problem, options: Options, engine: Engine, console: Console, 
             problem = pose(case, seed, device)
         if with_peer:
             console.say(f"  {case.attacks} whole attacks by {PEER}, seed {seed}")
-            watch = Watch(device)
-            peers += psnr(peer_attack(problem, case.iterations, precision=options.precision).images, problem)
-            peer_spent.append(watch.read())
+            with alone(options.lock):
+                watch = Watch(device)
+                peers += psnr(peer_attack(problem, case.iterations, precision=options.precision).images, problem)
+                peer_spent.append(watch.read())
         if seed != options.seeds[0] or engine.at_once != case.attacks:  # another net or K: a program of its own, made outside the clock
             matching = settings_for(problem, case.iterations, snapshots=_snapshots(case))
-            engine = Engine(problem, matching, engine.mode, case.attacks, options.precision)
+            again = "traced" if device.type == "cuda" and engine.mode == "compiled" else engine.mode  # to compile once is enough
+            engine = Engine(problem, matching, again, case.attacks, options.precision)
             warm_up(Contender(engine.mode), engine)
         console.say(f"  {case.attacks} whole attacks, {engine.mode}, seed {seed}")
-        times, watch, running = [], Watch(device), engine.start(every)
-        while True:
-            try:
-                progress = next(running)
-            except StopIteration as end:
-                result = end.value
-                break
-            times.append((progress.iteration, watch.read().wall))
-        spent.append(watch.read())
+        with alone(options.lock):
+            times, watch, running = [], Watch(device), engine.start(every)
+            while True:
+                try:
+                    progress = next(running)
+                except StopIteration as end:
+                    result = end.value
+                    break
+                times.append((progress.iteration, watch.read().wall))
+            spent.append(watch.read())
         ours += psnr(result["images"], problem)
         curve = [statistics.fmean(psnr(shown, problem)) for shown in result["snapshots"].float().unbind(1)]
         curves.append((curve, [seconds for iteration, seconds in times if iteration]))
@@ -763,16 +791,16 @@ def main(options: Options) -> dict[str, Any]:
     device = torch.device(options.device)
     by_cpu = device.type == "cpu" and options.threads == 1
     torch.set_num_threads(options.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 on both sides: PyTorch's default rounds the convolutions of a GPU; see --precision
+    full_float32()  # on both sides: PyTorch's default rounds the convolutions of a GPU; see --precision
     results = {
-        "format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out)}, "hardware": hardware(options), "versions": versions(),
+        "format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out), "lock": options.lock and str(options.lock)}, "hardware": hardware(options), "versions": versions(),
         "clock": "cpu" if by_cpu else "wall", "tolerance_db": TOLERANCE_DB, "rows": [],
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with Console() as console:
         if options.peer and not peer_is_there():
             console.notice(f'{PEER} is not installed: the engine is measured alone. pip install "gidef[bench]" brings it.')
-        with tf32() if options.precision == "tf32" else contextlib.nullcontext():
+        with alone(options.lock), tf32() if options.precision == "tf32" else contextlib.nullcontext():
             rates = results["peak_gflops"] = peak_gflops(device, by_cpu)
         console.say(f"{results['hardware']['gpu'] or results['hardware']['cpu']}, {options.threads} threads, " + ", ".join(f"{k} {v:.1f} GFLOP/s" for k, v in rates.items()))
         for case in cases:
@@ -781,9 +809,7 @@ def main(options: Options) -> dict[str, Any]:
                 results["rows"].append(measure(case, options, console, max(rates.values())))
             except torch.OutOfMemoryError:
                 console.notice(f"{case.name}: the device's memory ran out; the case is left out. Lower --attacks, or choose --modes.")
-            gc.collect()  # outside the handler, whose traceback holds the tensors
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free(device)  # outside the handler, whose traceback holds the tensors
             options.out.write_text(json.dumps(results, indent=1))  # after each case: a long run that is stopped keeps what it has
         for table in tables(results["rows"], options.modes):
             console.table(table)

@@ -34,6 +34,7 @@ from gidef.clients.local import LocalSettings
 from gidef.clients.participate import Participation, shared_names
 from gidef.defence.base import Plain
 from gidef.errors import InputError
+from gidef.precision import full_float32
 from gidef.report import Console
 from gidef.types import Client, ServerState, Update
 
@@ -200,6 +201,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.small:
         options = dataclasses.replace(options, cases=options.cases or (CASES[0].name,), at_once=options.at_once[:2], steps=2, repetitions=min(2, options.repetitions))
     torch.set_num_threads(options.threads)
+    full_float32()  # on a GPU too
     results: dict[str, Any] = {"format": 1, "options": {**vars(options), "out": str(options.out)}, "hardware": attack.hardware(options), "versions": attack.versions(), "rows": []}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with Console() as console:

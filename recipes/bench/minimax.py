@@ -59,6 +59,7 @@ from gidef.defence.perturbation import MinimaxSettings, decoder_loss
 from gidef.errors import InputError
 from gidef.models import ConvBottleneck, SplitModel, decoder_for, make_backbone
 from gidef.models.perturbation import Perturbation
+from gidef.precision import full_float32
 from gidef.report import Console
 from gidef.rng import generator, unit_noise
 from gidef.similarity import dependence
@@ -534,6 +535,7 @@ def main(options: Options) -> dict[str, Any]:
     device, cases = torch.device(options.device), ("small",) if options.small else options.cases
     options = options if not options.small else Options(**{**vars(options), "turns": min(options.turns, 3), "steps": options.steps or 2})
     torch.set_num_threads(options.threads)
+    full_float32()  # on a GPU too
     found, apart = {}, {}
     with Console() as console:
         rates = attack.peak_gflops(device, device.type == "cpu" and options.threads == 1)

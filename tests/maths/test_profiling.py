@@ -94,9 +94,10 @@ def test_a_recipe_is_profiled_one_defence_at_a_time(page, capsys):
         assert sum(profile.shares.values()) == pytest.approx(1) and min(profile.shares.values()) >= 0
         # all of a round is there: training, aggregation, what follows
         assert all(profile.shares[kind] > 0 for kind in ("arithmetic", "steps", "data", "optimiser", "client", "round", "evaluation", "checkpoint"))
-        assert profile.seconds > 0 and profile.watched_s > 0 and profile.idle is None
+        assert profile.seconds > 0 and profile.watched_s > 0 and (profile.idle is None) == (not torch.cuda.is_available())
         costs = [cost for _, _, cost in profile.costs]
-        assert costs == sorted(costs, reverse=True) and "convolution" in " ".join(row[0] for row in profile.costs[:5])
+        assert costs == sorted(costs, reverse=True)
+        assert torch.cuda.is_available() or "convolution" in " ".join(row[0] for row in profile.costs[:5])
         trace = json.loads(gzip.decompress((page.parent / "traces" / f"{name}-0.json.gz").read_bytes()))
         events = [event["name"] for event in trace["traceEvents"]]
         assert events.count("gidef: client") == 3 and events.count("gidef: round") == 1

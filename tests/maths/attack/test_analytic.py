@@ -394,7 +394,10 @@ def test_labels_that_are_not_granted_are_recovered():
 @pytest.mark.skipif(not os.environ.get("GIDEF_DATA"), reason="real images only with GIDEF_DATA")
 @pytest.mark.parametrize("file", ["bloodmnist_resplit.npz", "cifar10.npz", "pneumoniamnist.npz"])
 def test_real_images_are_read_off_a_perturbed_vit_in_float32(file):
-    with np.load(Path(os.environ["GIDEF_DATA"]) / file) as archive:
+    path = Path(os.environ["GIDEF_DATA"]) / file
+    if not path.exists():
+        pytest.skip(f"{path} is absent")
+    with np.load(path) as archive:
         image = torch.tensor(archive["train_images"][3]).float() / 255
     image = image[None, None] if image.ndim == 2 else image.permute(2, 0, 1)[None]
     shape = tuple(image.shape[1:])

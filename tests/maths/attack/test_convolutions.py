@@ -85,3 +85,19 @@ def test_small_grouped_and_named_paddings_are_left_to_pytorch(monkeypatch):
         F.conv2d(x, weight, padding="same")
         with pytest.raises(AssertionError, match="not ours"):
             F.conv2d(x, weight)
+
+
+def test_draws_within_attacks(all_large):
+    """An expectation over draws is a map within the map over attacks."""
+    x, noise, weight = draws((3, 1, 2, 6, 6), (4, 3, 2, 3, 3), (3, 2, 3, 3))
+
+    def step(x, noise):
+        def update(x):
+            return vmap(lambda one: grad(lambda w: F.conv2d(x, w + one, None, 1, 1).tanh().square().sum())(weight))(noise).mean(0)
+
+        found, pull = vjp(update, x)
+        return pull(found.cos())[0]
+
+    expected = torch.stack([step(one, noise) for one in x])
+    with LargeConvolutions():
+        torch.testing.assert_close(vmap(step, in_dims=(0, None))(x, noise), expected, rtol=1e-10, atol=1e-10)

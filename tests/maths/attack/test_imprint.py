@@ -26,8 +26,9 @@ TINY = (1, 2, 2)
 @pytest.fixture(scope="module")
 def cells():
     """(private images, their labels, public images), [0, 1]."""
-    if os.environ.get("GIDEF_DATA"):
-        with np.load(Path(os.environ["GIDEF_DATA"]) / "bloodmnist_resplit.npz") as archive:
+    path = Path(os.environ.get("GIDEF_DATA", "")) / "bloodmnist_resplit.npz"
+    if path.is_file():
+        with np.load(path) as archive:
             private, labels, public = (archive[key][:400] for key in ("train_images", "train_labels", "val_images"))
         private, public = (torch.tensor(one).permute(0, 3, 1, 2).float() / 255 for one in (private, public))
         return private, torch.tensor(labels[:, 0]).long(), public

@@ -34,7 +34,10 @@ from gidef.metrics import psnr_db
 from gidef.types import Observation
 
 DEVICE = torch.device("cuda:0")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 MODES = ("loop", "vmap", "traced")
 

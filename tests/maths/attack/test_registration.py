@@ -31,8 +31,9 @@ def scene(*, seed=0, shift=(0.0, 0.0), linear=((1.0, 0.0), (0.0, 1.0))):
 
 def photographs(count=8):
     """Blood cells (count, 3, 28, 28): real ones where there are any, else made up."""
-    if folder := os.environ.get("GIDEF_DATA"):
-        with numpy.load(pathlib.Path(folder) / "bloodmnist_resplit.npz") as archive:
+    path = pathlib.Path(os.environ.get("GIDEF_DATA", "")) / "bloodmnist_resplit.npz"
+    if path.is_file():
+        with numpy.load(path) as archive:
             return torch.from_numpy(archive["val_images"][:count]).permute(0, 3, 1, 2).double() / 255
     return synthetic_blood_cells(size=28, train=8, val=8, test=8, seed=0).train.images[:count].double() / 255
 

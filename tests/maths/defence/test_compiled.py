@@ -32,7 +32,8 @@ def silence(text):
 
 def stepped(player, seed, size=BATCH):
     """The loss of a batch, once its gradients are in place."""
-    images, labels = a_batch(seed, size=size, dtype=next(player.model.parameters()).dtype)
+    weight = next(player.model.parameters())
+    images, labels = (tensor.to(weight.device) for tensor in a_batch(seed, size=size, dtype=weight.dtype))
     player.model.zero_grad()
     loss = player.loss(images, labels, rows=torch.arange(size), epoch=0)
     (player.backward if hasattr(player, "backward") else loss.backward)()
@@ -90,6 +91,23 @@ def test_the_undefended_client_compiles_and_so_does_one_with_encoded_batches():
     torch.testing.assert_close(stepped(program, 0), stepped(plain, 0), rtol=1e-12, atol=0)
     for p, q in zip(program.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("game", GAMES)
+def test_a_step_of_cuda_graphs_has_the_gradients_of_the_step_as_it_is(game):
+    plain, program = (begun(make_defence(**GAMES[game]), device="cuda") for _ in range(2))
+    program.compile(notice=silence, graphs=True)
+    for number, size in enumerate((BATCH, BATCH, 3, BATCH)):
+        torch.testing.assert_close(stepped(program, number, size), stepped(plain, number, size), rtol=1e-10, atol=1e-12)
+        for (name, p), q in zip(program.model.named_parameters(), plain.model.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+        for p, q in zip(program.kept.parameters(), plain.kept.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+        with torch.no_grad():  # what a round does between batches: weights change in place
+            for one in (program, plain):
+                for p in one.model.parameters():
+                    p.mul_(0.9)
 
 
 @pytest.mark.slow

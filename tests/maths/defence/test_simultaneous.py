@@ -71,8 +71,11 @@ def a_batch(seed=0, dtype=torch.float64, size=BATCH):
     return torch.rand(size, *SHAPE, generator=draw, dtype=torch.float64).to(dtype), torch.randint(CLASSES, (size,), generator=draw)
 
 
-def begun(defence, *, progress=0.5, first=False):
+def begun(defence, *, progress=0.5, first=False, device="cpu"):
     player = defence.player()
+    for module in (player.model, player.kept):
+        if module is not None:
+            module.to(device)
     player.begin(make_client(), seed=7, round=2, progress=progress, first=first)
     return player
 
