@@ -106,15 +106,6 @@ def test_a_cancelled_job_stays_cancelled_and_a_new_one_takes_it_up(cluster, alon
 
 
 @pytest.mark.cluster
-def test_a_job_that_is_out_of_time_without_a_warning_goes_on_in_another_life(cluster, alone, tmp_path):
-    """SLURM looks once a minute whether a time is over: of one minute it makes up to two, and this run takes more."""
-    job = cluster.submit(*TWO_NODES, "--time=1", "--signal=B:URG@5", "slurm/train.sbatch", FEW, "--out", tmp_path / "run", FEW_SLOW_S="10")
-    cluster.finished(job, timeout=800)
-    assert "DUE TO TIME LIMIT" in cluster.told(job) and int(cluster.job(job)["Restarts"]) >= 1
-    assert hashes(tmp_path / "run") == hashes(alone) and rounds(tmp_path / "run") == rounds(alone)
-
-
-@pytest.mark.cluster
 def test_a_job_that_fails_is_not_requeued(cluster, tmp_path):
     job = cluster.submit(*TWO_NODES, "slurm/train.sbatch", FEW, "--out", tmp_path / "run", "--data.path", "nowhere.npz")
     cluster.until(lambda: cluster.states(job) == {"FAILED"}, 180, "failed", job)
