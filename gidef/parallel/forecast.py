@@ -20,7 +20,7 @@ from gidef.parallel.plan import longest_first
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
     """gpus_per_node: g.  *_gbytes: bandwidth of payload, GB/s (10^9), of one GPU inside a node and of one node's interface, as iperf3 or nccl-tests
-    show it: over TCP on Ethernet, 1448 of a frame's 1514 bytes are payload.  *_us: latency of a message, µs.
+    show it: over TCP on Ethernet, 1448 of 1580 bytes are payload, the rest headers and acknowledgements.  *_us: latency of a message, µs.
     algorithm: of the all-reduce, see `reduce_s`.  meet_us: what the store at rank 0 needs for each rank's roll call, µs."""
 
     gpus_per_node: int = 8
