@@ -268,7 +268,9 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             if saver is not None:
                 saver.save(server.round, *held)
             elif run.leads:
-                behind.call(_save_checkpoint, run, key, server.round, held)  # while the next round is computed
+                tensors, meta = held
+                tensors = {one: tensor.detach().cpu() for one, tensor in tensors.items()}
+                behind.call(_save_checkpoint, run, key, server.round, (tensors, meta))  # while the next round is computed
             if run.leads:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
@@ -401,8 +403,6 @@ def _checkpoints(run: Run, key: str) -> Path:
 
 @span("checkpoint")
 def _save_checkpoint(run: Run, key: str, number: int, held: tuple[Tensors, dict[str, Any]]) -> None:
-    if run.world.device.type == "cuda":
-        torch.cuda.set_device(run.world.device)  # the current device is per thread
     save_checkpoint(_checkpoints(run, key), number, *held, keep=2)
     checkpoints.prune(_checkpoints(run, key), before=number - 1)  # in slices, from before a resumption
 
