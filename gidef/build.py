@@ -90,15 +90,15 @@ class Setting:
         raise KeyError(row)
 
 
-def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None]) -> Setting:
+def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None], folder: Path | None = None) -> Setting:
     """Load the images, cut them into clients and roles. Images live as uint8 on the device when they fit, else in main memory.
 
-    Rank 0 loads first, so that one rank downloads and the others find the file. Raises: InputError on every rank, see
+    Rank 0 loads first, so that one rank downloads and the others find the file. folder: the run's, where scans of streamed shards are kept. Raises: InputError on every rank, see
     data.load_dataset, the partitions and roles.
     """
     data, device, failed = recipe.data, world.device, None
     if data.stream:
-        return _streamed_setting(recipe, world=world, notice=notice)
+        return _streamed_setting(recipe, world=world, notice=notice, folder=folder)
     if world.rank != 0:
         world.broadcast_json(None)  # rank 0 has loaded, or failed
     arguments = {"path": data.path, "size": data.size, "seed": data.split_seed, "download": data.download, "notice": notice}
@@ -128,12 +128,12 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     return Setting(recipe, dataset, parts, class_counts(labels, parts, dataset.num_classes), roles, clients)
 
 
-def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None]) -> Setting:
+def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None], folder: Path | None) -> Setting:
     """The same where clients stream their images. See streams.load_streamed."""
     data, evaluation = recipe.data, recipe.evaluation
     found = load_streamed(
         places_of_clients(data.path, data.client_shards, data.num_clients), name=data.name, size=data.size, keep=data.stream_sample, seed=data.split_seed,
-        buffer=data.stream_buffer, decoders=recipe.speed.decoders, world=world, notice=notice,
+        buffer=data.stream_buffer, decoders=recipe.speed.decoders, world=world, notice=notice, folder=folder,
     )  # fmt: skip
     small = [client.id for client in found.clients if client.num_examples < data.min_examples]
     if small:

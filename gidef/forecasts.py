@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import statistics
 from pathlib import Path
 from typing import Any
 
 from gidef.errors import InputError
-from gidef.parallel.forecast import Forecast, Network, forecast
+from gidef.parallel.forecast import Evaluation, Forecast, Network, forecast
 from gidef.report import Console, read
 from gidef.report.files import write_atomically
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What a run on one rank says: seconds of each client, their spread over rounds, seconds of the rest of a round, bytes of the sum, cohort.
+    """What a run on one rank says: seconds of each client, their spread over rounds, seconds of evaluation, of saving and of the rest of a round, bytes of
+    the sum, cohort.
 
-    The first trained defence of the record is taken. The rest is the round's median time minus the median of its clients' summed times.
+    The first trained defence of the record is taken. The rest is the round's median time minus what is known of it.
     Raises: InputError for a record without them, or of several ranks, whose rounds hold waiting time.
     """
     lines = read(folder / "record.jsonl")
-    trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds")), None)
+    trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds") and "evaluation" in line), None)
     if trained is None:
         raise InputError(f"{folder} holds no client times: give the folder of a run that trained to its end with this version of gidef, or --times.")
     if any(line["world_size"] != 1 for line in lines if line["kind"] == "start"):
@@ -34,8 +36,11 @@ def measured(folder: Path) -> dict[str, Any]:
     times = [one["median"] for one in trained["client_seconds"].values()]
     spreads = [one["spread"] for one in trained["client_seconds"].values()]
     cohort = rounds[-1]["cohort"]
-    rest = max(0.0, statistics.median(kept) - statistics.fmean(times) * cohort)
-    return {"times": times, "spread": statistics.median(spreads), "rest_s": rest, "message": trained["reduced_bytes"], "cohort": cohort, "round_s": statistics.median(kept)}
+    evaluation, save, round_s = Evaluation(**trained["evaluation"]), trained["saving_seconds"], statistics.median(kept)
+    return {
+        "times": times, "spread": statistics.median(spreads), "evaluation": evaluation, "save_s": save, "message": trained["reduced_bytes"], "cohort": cohort,
+        "rest_s": max(0.0, round_s - statistics.fmean(times) * cohort - evaluation.seconds - save), "round_s": round_s,
+    }  # fmt: skip
 
 
 def plan(arguments: argparse.Namespace) -> list[Forecast]:
@@ -55,10 +60,11 @@ def plan(arguments: argparse.Namespace) -> list[Forecast]:
         raise InputError("every time, bandwidth and number of ranks must be above 0, and every latency, size and spread at least 0.")
     found["times"] = [time * arguments.scale for time in found["times"]]
     cohort = found.pop("cohort", None) or len(found["times"])
+    evaluation = found.pop("evaluation", None)
     rows = []
     for ranks in arguments.ranks:
         size = cohort if arguments.clients_per_rank is None else arguments.clients_per_rank * ranks
-        rows.append(forecast(ranks=ranks, network=network, cohort=size, **found))
+        rows.append(forecast(ranks=ranks, network=network, cohort=size, evaluation=evaluation and _of_cohort(evaluation, size), **found))
     with Console() as console:
         _show(console, rows, network, found)
         if arguments.out:
@@ -69,6 +75,11 @@ def plan(arguments: argparse.Namespace) -> list[Forecast]:
     return rows
 
 
+def _of_cohort(one: Evaluation, size: int) -> Evaluation:
+    """Where each client of a cohort has a front of its own that is evaluated, that of another cohort."""
+    return one if one.models == 1 else dataclasses.replace(one, models=size, seconds=one.seconds * size / one.models)
+
+
 def _show(console: Console, rows: list[Forecast], network: Network, found: dict[str, Any]) -> None:
     console.heading("Forecast of a round")
     console.say(
@@ -76,10 +87,11 @@ def _show(console: Console, rows: list[Forecast], network: Network, found: dict[
         f"{network.inter_gbytes:g} GB/s and {network.inter_us:g} us between nodes, {network.algorithm} all-reduce of {found['message'] / 1e6:.1f} MB"
     )
     console.say(f"clients   {len(found['times'])} times, {sum(found['times']) / len(found['times']):.3g} s on average; useful ranks at most {rows[0].useful:.1f} for {rows[0].cohort}")
-    console.say("ranks  clients    round s   busiest s   reduce s   meet s   rest s   efficiency")
+    console.say("ranks  clients    round s   busiest s   save s   reduce s   evaluate s   meet s   rest s   efficiency")
     for row in rows:
         console.say(
-            f"{row.ranks:>5}  {row.cohort:>7}  {row.round_s:>9.4g}  {row.clients_s:>10.4g}  {row.reduce_s:>9.3g}  {row.meet_s:>7.2g}  {row.rest_s:>7.3g}"
+            f"{row.ranks:>5}  {row.cohort:>7}  {row.round_s:>9.4g}  {row.clients_s:>10.4g}  {row.save_s:>7.2g}  {row.reduce_s:>9.3g}  {row.evaluate_s:>11.3g}"
+            f"  {row.meet_s:>7.2g}  {row.rest_s:>7.3g}"
             f"  {100 * row.ideal_s / row.round_s:>9.0f} %"
         )
 
@@ -87,8 +99,8 @@ def _show(console: Console, rows: list[Forecast], network: Network, found: dict[
 def _csv(rows: list[Forecast]) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["ranks", "cohort", "round_s", "clients_s", "reduce_s", "meet_s", "rest_s", "ideal_s", "useful_ranks"])
-    writer.writerows([r.ranks, r.cohort, r.round_s, r.clients_s, r.reduce_s, r.meet_s, r.rest_s, r.ideal_s, r.useful] for r in rows)
+    writer.writerow(["ranks", "cohort", "round_s", "clients_s", "save_s", "reduce_s", "evaluate_s", "meet_s", "rest_s", "ideal_s", "useful_ranks"])
+    writer.writerows([r.ranks, r.cohort, r.round_s, r.clients_s, r.save_s, r.reduce_s, r.evaluate_s, r.meet_s, r.rest_s, r.ideal_s, r.useful] for r in rows)
     return text.getvalue()
 
 

@@ -51,7 +51,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
         recipe = _continued(recipe, folder, world)
-        setting = build.load_setting(recipe, world=world, notice=said.append)
+        setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
         for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
                 build.make_defence(one, recipe, setting.dataset, seed=0)
@@ -223,7 +223,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.heading(f"{name}: do the shared updates give the patients away?")
     shape = "x".join(map(str, dataset.image_shape))
     console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
-    for note in dict.fromkeys([*dataset.notes, *said]):
+    for note in dict.fromkeys([*said, *dataset.notes]):
         console.notice(note)
     if dataset.synthetic:
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
@@ -406,7 +406,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         world = seated(world)
         settle_threads(new)
         said: list[str] = []
-        setting = build.load_setting(new, world=world, notice=said.append)
+        setting = build.load_setting(new, world=world, notice=said.append, folder=folder)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
@@ -418,7 +418,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
             console.heading(f"{name}: {folder} attacked again")
-            for note in dict.fromkeys([*setting.dataset.notes, *said]):
+            for note in dict.fromkeys([*said, *setting.dataset.notes]):
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}

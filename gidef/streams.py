@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gidef.checkpoint import load_file, save_file
 from gidef.data import Dataset, Images, check_dataset
 from gidef.data.splits import complete
 from gidef.data.stream import ClientShards, Kept, Scan, scan
+from gidef.data.tar_stream import remote
 from gidef.data.webdataset_shards import Shards, read_index, read_splits
 from gidef.errors import InputError
 from gidef.parallel import World
@@ -22,6 +26,10 @@ from gidef.types import Client
 
 AT_LEAST = 16
 """Images of every client that stay in memory."""
+SCANS = "scans"
+"""Folder of what the scans of a run found, in the run's."""
+FORMAT = 1
+"""Of a kept scan: to be raised whenever `data.stream.scan` finds something else in the same shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +49,7 @@ class Streamed:
 
 def load_streamed(
     lists: Sequence[Sequence[str]], *, name: str, size: int | None, keep: int, seed: int, buffer: int, decoders: int, world: World,
-    notice: Callable[[str], None],
+    notice: Callable[[str], None], folder: Path | None = None,
 ) -> Streamed:  # fmt: skip
     """Scan every client's shards, the ranks in parallel, and settle what is trained on, kept and held out.
 
@@ -49,9 +57,11 @@ def load_streamed(
     the kept images (see data.splits.complete), which their clients then do not train on.
 
     Args:   lists: by client, its shards.  keep: images in memory, of all clients together, but AT_LEAST of each, and of each class some.
+            folder: the run's, where what a scan finds is kept in SCANS, and found again by later starts as long as no shard's path, size and time of
+            change differ. Remote shards, which have none that can be trusted, are scanned at every start.
     Raises: InputError, on every rank, see data.stream.scan; and when clients differ in the size of their images.
     """
-    scans = _scan_all(lists, size=size, keep=max(AT_LEAST, -(-keep // len(lists))), seed=seed, decoders=decoders, world=world)
+    scans = _scan_all(lists, size=size, keep=max(AT_LEAST, -(-keep // len(lists))), seed=seed, decoders=decoders, world=world, folder=folder and folder / SCANS, notice=notice)
     sides = {one.shape[1:] for one in scans}
     if len(sides) > 1:
         raise InputError(f"the clients' first images have {sorted(f'{w}x{h}' for h, w in sides)} pixels: set data.size (a side in pixels) to resize all.")
@@ -100,11 +110,11 @@ def load_streamed(
     return Streamed(dataset, clients, parts, positions, counts)
 
 
-def _scan_all(lists: Sequence[Sequence[str]], *, world: World, **options: Any) -> list[Scan]:
+def _scan_all(lists: Sequence[Sequence[str]], *, world: World, folder: Path | None, notice: Callable[[str], None], **options: Any) -> list[Scan]:
     """Every client's scan; the images only of those that this rank scanned."""
     mine, failed, done = longest_first([_bytes(places) for places in lists], world.size)[world.rank], None, []
     try:
-        done = [scan(k, lists[k], **options) for k in sorted(mine)]
+        done = [_scanned(k, lists[k], folder, notice, **options) for k in sorted(mine)]
     except InputError as error:
         failed = str(error)
     if failures := sorted(text for text in world.all_gather_json(failed) if text):
@@ -112,6 +122,34 @@ def _scan_all(lists: Sequence[Sequence[str]], *, world: World, **options: Any) -
     own = {one.client: one for one in done}
     told = [one for part in world.all_gather_json([_told(one) for one in done]) for one in part]
     return [own.get(one["client"]) or _heard(one) for one in sorted(told, key=lambda one: one["client"])]
+
+
+def _scanned(client: int, places: Sequence[str], folder: Path | None, notice: Callable[[str], None], *, decoders: int, **options: Any) -> Scan:
+    """What an earlier life of the run found in a client's shards, if they and the options are the same, else a scan, which is then kept."""
+    path, key = folder and folder / f"client-{client:05d}.safetensors", _key(places, options)
+    if path is not None and key is not None and path.exists():
+        with contextlib.suppress(InputError):  # a damaged file is made anew
+            tensors, meta = load_file(path)
+            if meta["key"] == key:
+                kept = [Kept(*place, image) for place, image in zip(meta["scan"]["kept"], tensors["images"], strict=True)]
+                return replace(_heard(meta["scan"]), kept=tuple(kept))
+    found = scan(client, places, decoders=decoders, **options)
+    if path is not None and key is not None:
+        try:
+            save_file(path, {"images": torch.stack([one.image for one in found.kept])}, {"key": key, "scan": _told(found)})
+        except (OSError, InputError) as error:
+            notice(f"{path} cannot be written ({error}): the shards are scanned again when the run is resumed.")
+    return found
+
+
+def _key(places: Sequence[str], options: dict[str, Any]) -> list[Any] | None:
+    """What a scan depends on, as JSON gives it back; None if a shard is remote or cannot be looked at."""
+    if any(map(remote, places)):
+        return None
+    with contextlib.suppress(OSError):
+        shards = [[str(Path(place).resolve()), (about := os.stat(place)).st_size, about.st_mtime_ns] for place in places]
+        return [FORMAT, [list(pair) for pair in sorted(options.items())], shards]
+    return None
 
 
 def _bytes(places: Sequence[str]) -> int:

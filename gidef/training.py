@@ -204,6 +204,20 @@ def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]
     return {str(client): {"median": statistics.median(seconds), "spread": statistics.pstdev(logs[client])} for client, seconds in sorted(turns.items())}
 
 
+def _for_plan(run: Run, training: build.Training, turns: dict[int, list[float]], evaluating: list[float], saving: list[float]) -> dict[str, Any]:
+    """What `gidef plan` reads, of this life's rounds: seconds of clients, of a round's evaluations, which ranks share, and of saving, which rank 0 alone
+    does; bytes of the sums over ranks."""
+    rows, classes = len(run.setting.dataset.val), run.setting.dataset.num_classes
+    names = [name for name, _ in training.defence.model.named_parameters()]
+    template = training.participation.template()
+    models = 1 if training.sharded or all(name in template for name in names) else run.recipe.rounds.cohort_size or run.recipe.data.num_clients
+    found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "reduced_bytes": 8 * sum(tensor.numel() for tensor in template.values())}  # int64, see FixedPointSum
+    if evaluating:
+        found["evaluation"] = {"seconds": statistics.median(evaluating), "models": models, "chunks": num_chunks(run.setting.dataset.val.images), "bytes": 4 * rows * classes}
+        found["saving_seconds"] = statistics.median(saving)
+    return found
+
+
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """Train one defence and seed to its end, or continue it; every rank calls this together.
 
@@ -237,6 +251,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         _save_snapshot(run, training, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
     turns: dict[int, list[float]] = defaultdict(list)
+    evaluating, saving = [], []
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind:
@@ -247,7 +262,9 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             participation.versions |= dict.fromkeys(cohort, number)
             for client, seconds in zip(cohort, mean.seconds, strict=True):
                 turns[client].append(seconds)
+            began = time.perf_counter()
             values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
+            evaluating.append(time.perf_counter() - began)
             accuracy = sum(values) / len(values)
             if accuracy > progress.best_accuracy:
                 best = dict(server.params)
@@ -261,6 +278,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
             )  # fmt: skip
+            began = time.perf_counter()
             saved = training.to_save(server)
             at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
             held = _state(run, saved, best, dict(participation.versions), progress, at_hand)
@@ -275,6 +293,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
+            saving.append(time.perf_counter() - began)
             bar.update(number + 1, loss=mean.metrics["loss"], acc=accuracy)
             if _patience_over(recipe, number + 1, progress):
                 run.console.say(f"{name}, seed {seed}: stops early, {recipe.rounds.patience} rounds without a better validation accuracy.")
@@ -288,9 +307,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    times = _client_seconds(turns)
-    reduced = 8 * sum(tensor.numel() for tensor in participation.template().values())  # int64, see FixedPointSum
-    run.append("trained", weights_sha256=sha, **summary, client_seconds=times, reduced_bytes=reduced)  # before the export, whose presence tells a resumed run to keep this line
+    run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, turns, evaluating, saving))  # before the export, whose presence tells a resumed run to keep this line
     exported = _gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}

@@ -2,7 +2,8 @@
 #
 # How a job is stopped, and what the batch script sees of it:
 #   the time limit is near    --signal=B:USR1@120 sends USR1 to this shell alone, which passes it on as TERM (torchrun dies of USR1)
-#   scontrol requeue, scancel TERM to the tasks and then to this shell
+#   the time limit is over    TERM to the tasks and then to this shell
+#   scontrol requeue, scancel the same; SLURM has then decided what becomes of the job, and asking for a requeue would bring a cancelled one back
 #   preemption                TERM to the tasks alone: gidef leaves a marker, and SLURM remembers the time of the preemption
 # The exit status says nothing: torchrun ends with 1 after any TERM. GIDEF_REQUEUES: lives at most, against a job whose limit is too short to get anywhere.
 
@@ -26,7 +27,7 @@ gidef_job() {
         wait "$pid" || code=$?
         kill -0 "$pid" 2>/dev/null || break   # else only a trap ended the wait
     done
-    if [ "$code" -ne 0 ] && { [ -n "$stopped" ] || [ -e "$marker" ] || gidef_was_preempted; } \
+    if [ "$code" -ne 0 ] && { [ -n "$stopped" ] || [ -e "$marker" ] || gidef_was_preempted; } && gidef_is_undecided \
         && [ "${SLURM_RESTART_COUNT:-0}" -lt "${GIDEF_REQUEUES:-100}" ]; then
         echo "gidef: job $SLURM_JOB_ID was stopped before its end and goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60   # SLURM ends this shell
@@ -36,6 +37,11 @@ gidef_job() {
 
 gidef_was_preempted() {
     scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+}
+
+# Whether the job runs on, or would end by its time limit: neither cancelled nor in the queue again.
+gidef_is_undecided() {
+    scontrol show job "$SLURM_JOB_ID" | grep -qE 'JobState=RUNNING|Reason=TimeLimit'
 }
 
 # gidef_again DEFAULT_OUT ARGS: prints what ARGS lack of --out and --resume, one word a line. A folder of the job's own is resumed always, so that

@@ -1,8 +1,8 @@
 """How long a round takes on many GPUs, before one has them: measured client times, the real planner, and a stated model of the network.
 
-    T(G) = max_r Σ_{i on r} t_i + T_reduce(G) + T_meet(G) + T_rest
+    T(G) = max_r (Σ_{i on r} t_i + [r = 0] T_save) + T_reduce(G) + T_evaluate ⌈chunks / G⌉ / chunks + T_meet(G) + T_rest
 
-Only the standard library, so that it runs where no GPU is. Limits: ranks do not slow one another down (memory bandwidth, disks), the network is
+Rank 0 saves while the others begin the next round. Only the standard library, so that it runs where no GPU is. Limits: ranks do not slow one another down (memory bandwidth, disks), the network is
 idle otherwise, and the model knows no congestion; a rank's clients run one after another.
 """
 
@@ -19,7 +19,8 @@ from gidef.parallel.plan import longest_first
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """gpus_per_node: g.  *_gbytes: bandwidth, GB/s (10^9), of one GPU inside a node and of one node's interface.  *_us: latency of a message, µs.
+    """gpus_per_node: g.  *_gbytes: bandwidth of payload, GB/s (10^9), of one GPU inside a node and of one node's interface, as iperf3 or nccl-tests
+    show it: over TCP on Ethernet, 1448 of a frame's 1514 bytes are payload.  *_us: latency of a message, µs.
     algorithm: of the all-reduce, see `reduce_s`.  meet_us: what the store at rank 0 needs for each rank's roll call, µs."""
 
     gpus_per_node: int = 8
@@ -31,14 +32,28 @@ class Network:
     meet_us: float = 40.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """seconds: of all evaluations of a round on one rank.  models: how many are evaluated, one after another.  chunks: of images, which ranks
+    share out.  bytes: of one model's logits, summed over ranks."""
+
+    seconds: float = 0.0
+    models: int = 1
+    chunks: int = 1
+    bytes: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One round on `ranks` GPUs, in seconds. clients: the busiest rank's.  ideal: Σt / G.  useful: Σt / max t."""
+    """One round on `ranks` GPUs, in seconds. clients: the busiest rank's.  save: by how much saving makes the busiest rank busier.  evaluate: with its
+    sums over ranks.  ideal: Σt / G.  useful: Σt / max t."""
 
     ranks: int
     cohort: int
     clients_s: float
+    save_s: float
     reduce_s: float
+    evaluate_s: float
     meet_s: float
     rest_s: float
     ideal_s: float
@@ -46,7 +61,7 @@ class Forecast:
 
     @property
     def round_s(self) -> float:
-        return self.clients_s + self.reduce_s + self.meet_s + self.rest_s
+        return self.clients_s + self.save_s + self.reduce_s + self.evaluate_s + self.meet_s + self.rest_s
 
 
 ALGORITHMS = ("ring", "tree", "hierarchical")
@@ -81,27 +96,34 @@ def reduce_s(network: Network, message: float, ranks: int) -> float:
 
 def forecast(
     times: Sequence[float], ranks: int, network: Network, *, cohort: int | None = None, spread: float = 0.0, message: float = 0.0, rest_s: float = 0.0,
-    collectives: int = 4, rounds: int = 20, seed: int = 0,
-) -> Forecast:
+    save_s: float = 0.0, evaluation: Evaluation | None = None, collectives: int = 2, rounds: int = 20, seed: int = 0,
+) -> Forecast:  # fmt: skip
     """Mean round over simulated ones.
 
     Args:    times: measured seconds of each client, above 0.  cohort: clients per round (default all); more than there are times are drawn
              with repetition, as a larger federation of the same kind.  spread: a client's time varies around its measured one by a log-normal
              factor of this standard deviation, which the planner does not see.  message: bytes of the sum over ranks.
-             rest_s: what does not get shorter with more ranks (evaluation, server step, saving).  collectives: roll calls per round.
+             rest_s: what does not get shorter with more ranks (server step).  save_s: what rank 0 alone does.  evaluation: None for none.
+             collectives: roll calls per round, beside one for each evaluated model.
     Raises:  ValueError for no times, a time that is not above 0, or fewer than one rank.
     """
     if not times or not all(time > 0 for time in times) or ranks < 1:
         raise ValueError(f"{len(times)} client times and {ranks} ranks: give at least one time, each above 0, and one rank")
     size, draws = cohort or len(times), random.Random(seed)
-    slowest, totals, useful = [], [], []
+    slowest, saving, totals, useful = [], [], [], []
     for _ in range(rounds):
         drawn = draws.sample(list(times), size) if size <= len(times) else draws.choices(list(times), k=size)
         real = [time * math.exp(draws.gauss(-spread * spread / 2, spread)) for time in drawn] if spread else drawn
-        plan = longest_first(drawn, ranks)
-        slowest.append(max(sum(real[i] for i in mine) for mine in plan))
+        busy = [sum(real[i] for i in mine) for mine in longest_first(drawn, ranks)]
+        slowest.append(max(busy))
+        saving.append(max(0.0, busy[0] + save_s - slowest[-1]))
         totals.append(sum(real))
         useful.append(sum(real) / max(real))
-    meet = collectives * ranks * network.meet_us * 1e-6 if ranks > 1 else 0.0
-    total = statistics.fmean(totals)
-    return Forecast(ranks, size, statistics.fmean(slowest), reduce_s(network, message, ranks), meet, rest_s, total / ranks, statistics.fmean(useful))
+    found = evaluation or Evaluation(models=0)
+    evaluate = found.seconds * math.ceil(found.chunks / ranks) / found.chunks + found.models * reduce_s(network, found.bytes, ranks)
+    gathers = reduce_s(network, 0.0, ranks)  # of the seconds that clients took
+    meet = (collectives + found.models) * ranks * network.meet_us * 1e-6 + gathers if ranks > 1 else 0.0
+    return Forecast(
+        ranks=ranks, cohort=size, clients_s=statistics.fmean(slowest), save_s=statistics.fmean(saving), reduce_s=reduce_s(network, message, ranks),
+        evaluate_s=evaluate, meet_s=meet, rest_s=rest_s, ideal_s=statistics.fmean(totals) / ranks, useful=statistics.fmean(useful),
+    )  # fmt: skip

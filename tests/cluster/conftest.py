@@ -145,6 +145,7 @@ def cluster() -> Iterator[Cluster]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, host=socket.gethostname().split(".")[0], ports=_free_ports(3)))
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=143))  # else a cancelled run leaves its daemons behind
     try:
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log", "seed-file": "munged.seed"}
         here.run("munged", "--force", *(f"--{option}={folder / name}" for option, name in files.items()))
@@ -154,6 +155,7 @@ def cluster() -> Iterator[Cluster]:
         here.until(lambda: here.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D") == "2", 30, "two idle nodes")
         yield here
     finally:
+        signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
             here.run("scancel", "--user=root")
             here.until(lambda: not here.run("squeue", "-h"), 30, "an empty queue")

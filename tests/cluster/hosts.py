@@ -97,8 +97,8 @@ class Hosts:
         sh("ip", "link", "set", self.cable(i), state)
 
     def limit(self, i: int, mbit: float) -> None:
-        """Bandwidth of what a host sends."""
-        sh("tc", "-n", self.name(i), "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", f"{mbit:g}mbit", "burst", "32kbit", "latency", "400ms")
+        """Bandwidth of what a host sends. Its queue takes megabytes, or a long sum would lose packets and measure TCP's patience."""
+        sh("tc", "-n", self.name(i), "qdisc", "replace", "dev", "eth0", "root", "tbf", "rate", f"{mbit:g}mbit", "burst", "32kbit", "limit", "4mb")
 
     def start(self, i: int, *command: str, log: Path, **more: str) -> subprocess.Popen[bytes]:
         inside = ["ip", "netns", "exec", self.name(i), "unshare", "--uts", "bash", "-c", f'hostname {self.name(i)}; exec "$@"', "_", *command]

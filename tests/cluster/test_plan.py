@@ -1,5 +1,6 @@
-"""`gidef plan` against measured rounds: one host, then two, one core each, over a link of a known bandwidth. Needs two idle cores: on a busy
-machine the two ranks wait for each other's turns, and the forecast, made of one rank's times, is far too short."""
+"""`gidef plan` against measured rounds: one host, then two, one core each, over a link of a known bandwidth. Needs two cores for
+itself, and takes them from other processes by priority: else the two ranks wait for each other's turns, and the forecast, made of one rank's times, is
+far too short."""
 
 from __future__ import annotations
 
@@ -19,8 +20,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 ARGUMENTS = (
     "--data.num-clients", "8", "--rounds.cohort-size", "8", "--rounds.count", "8", "--only", "undefended", "--evaluation.checkpoints", "final", "--speed.workers", "1",
 )  # fmt: skip
+FIRST = ("setsid", "nice", "-n", "-20", "sh", "-c", 'echo -20 2>/dev/null > /proc/self/autogroup; exec "$@"', "_")
+"""In front of other processes: by niceness where the kernel weighs processes, and where it weighs sessions, too. Not real-time: that also stops the kernel's
+threads that write to disks."""
 MBIT = (None, 20.0, 5.0)
-TOLERANCE = 0.35
+PAYLOAD = 1448 / 1514
+"""Of an Ethernet frame that TCP fills, what is not its headers."""
+TOLERANCE = 0.25
 """Of the forecast, where the link is what a round waits for; where compute decides, another process on the core decides too, and the error is told only."""
 
 
@@ -30,14 +36,14 @@ def round_s(out) -> float:
 
 
 def test_the_forecast_of_two_hosts_from_one_is_close_where_the_link_is_slow(tmp_path):
-    if why := missing() or ("" if shutil.which("tc") and shutil.which("taskset") else "tc (iproute2) and taskset (util-linux) are needed"):
+    if why := missing() or ("" if all(map(shutil.which, ("tc", "taskset", "setsid"))) else "tc (iproute2), taskset and setsid (util-linux) are needed"):
         pytest.skip(why)
     cores = sorted(os.sched_getaffinity(0))
 
     def run(hosts: Hosts, size: int, out) -> None:
         processes = [
             hosts.start(
-                rank + 1, "taskset", "-c", str(cores[rank % len(cores)]), sys.executable, str(ROOT / "recipes" / "tiny.py"), *ARGUMENTS, "--out", str(out),
+                rank + 1, *FIRST, "taskset", "-c", str(cores[rank % len(cores)]), sys.executable, str(ROOT / "recipes" / "tiny.py"), *ARGUMENTS, "--out", str(out),
                 log=tmp_path / f"{out.name}-{rank}.log", RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=hosts.name(1), MASTER_PORT="29500",
             )
             for rank in range(size)
@@ -55,10 +61,10 @@ def test_the_forecast_of_two_hosts_from_one_is_close_where_the_link_is_slow(tmp_
                 for i in (1, 2):
                     hosts.limit(i, mbit)
             run(hosts, 2, tmp_path / f"two-{mbit}")
-            network = Network(gpus_per_node=1, inter_gbytes=(mbit or 8000.0) / 8000, inter_us=100, algorithm="ring", meet_us=200)
+            network = Network(gpus_per_node=1, inter_gbytes=PAYLOAD * (mbit or 8000.0) / 8000, inter_us=100, algorithm="ring", meet_us=200)
             guess, real = forecast(ranks=2, network=network, **found), round_s(tmp_path / f"two-{mbit}")
             told.append((mbit, guess.round_s, guess.reduce_s, real, guess.round_s / real - 1))
-            print(f"link {mbit or 'free'} Mbit/s: forecast {guess.round_s:.3f} s, of which sum {guess.reduce_s:.3f} s; measured {real:.3f} s; error {100 * told[-1][-1]:+.0f} %")
+            print(f"link {mbit or 'free'} Mbit/s: error {100 * told[-1][-1]:+.0f} %, measured {real:.3f} s, forecast {guess.round_s:.3f} s: {guess}")
     for _, guess, reduce, _, error in told:
         assert reduce < 0.5 * guess or abs(error) < TOLERANCE, told
     assert told[-1][2] > 0.5 * told[-1][1], "the slowest link does not show: lower its bandwidth"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,8 @@ def alone(cluster: Cluster, tmp_path_factory) -> Path:
     return folder
 
 
-def train(cluster: Cluster, folder: Path, *options: str) -> str:
-    return cluster.submit(*TWO_NODES, *options, "slurm/train.sbatch", FEW, "--out", folder)
+def train(cluster: Cluster, folder: Path, *options: str, more: tuple[str, ...] = ()) -> str:
+    return cluster.submit(*TWO_NODES, *options, "slurm/train.sbatch", FEW, "--out", folder, *more)
 
 
 def trained(cluster: Cluster, folder: Path, number: int, job: str) -> None:
@@ -91,6 +92,17 @@ def test_a_job_stops_before_its_time_is_over_and_goes_on_in_another_life(cluster
     assert "USR1 received" in cluster.told(job) and int(cluster.job(job)["Restarts"]) >= 1
     assert hashes(tmp_path / "run") == hashes(alone) and rounds(tmp_path / "run") == rounds(alone)
     assert len(lives(tmp_path / "run")) >= 2 and not (tmp_path / "run" / "preempted").exists()
+
+
+@pytest.mark.cluster
+def test_a_cancelled_job_stays_cancelled_and_a_new_one_takes_it_up(cluster, alone, tmp_path):
+    job = train(cluster, tmp_path / "run")
+    trained(cluster, tmp_path / "run", 2, job)
+    cluster.run("scancel", job)
+    cluster.until(lambda: not cluster.run("squeue", "-h", "-j", job), 60, "out of the queue", job)
+    time.sleep(8)  # a requeue takes 6 s here
+    assert cluster.states(job) == {"CANCELLED"} and cluster.job(job)["Restarts"] == "0", cluster.told(job)
+    check(cluster, tmp_path / "run", alone, train(cluster, tmp_path / "run", more=("--resume",)), began=2)
 
 
 @pytest.mark.cluster

@@ -10,13 +10,14 @@ import pytest
 from gidef.cli import main
 from gidef.errors import InputError
 from gidef.forecasts import measured
+from gidef.parallel.forecast import Evaluation, Network, forecast
 
 
 def run_folder(folder, world_size=1, **trained):
     lines = [
         {"kind": "start", "world_size": world_size},
         *({"kind": "round", "defence": "a", "seed": 0, "round": n, "seconds": s, "cohort": 2} for n, s in ((1, 9.0), (2, 12.0), (3, 15.0), (4, 18.5))),
-        {"kind": "trained", "defence": "a", "seed": 0, **({"client_seconds": {"0": {"median": 1.0, "spread": 0.1}, "1": {"median": 1.5, "spread": 0.3}}, "reduced_bytes": 8000} | trained)},
+        {"kind": "trained", "defence": "a", "seed": 0, **({"client_seconds": {"0": {"median": 1.0, "spread": 0.1}, "1": {"median": 1.5, "spread": 0.3}}, "reduced_bytes": 8000, "evaluation": {"seconds": 0.25, "models": 1, "chunks": 4, "bytes": 320}, "saving_seconds": 0.125} | trained)},
     ]
     folder.mkdir()
     (folder / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -25,7 +26,12 @@ def run_folder(folder, world_size=1, **trained):
 
 def test_a_record_gives_times_their_spread_the_rest_and_the_message(tmp_path):
     found = measured(run_folder(tmp_path / "run"))
-    assert found == {"times": [1.0, 1.5], "spread": 0.2, "rest_s": pytest.approx(0.5), "message": 8000, "cohort": 2, "round_s": 3.0}
+    evaluation = Evaluation(seconds=0.25, models=1, chunks=4, bytes=320)
+    assert found == {
+        "times": [1.0, 1.5], "spread": 0.2, "rest_s": pytest.approx(0.125), "evaluation": evaluation, "save_s": 0.125, "message": 8000, "cohort": 2, "round_s": 3.0
+    }  # fmt: skip
+    found.pop("round_s")
+    assert forecast(ranks=1, network=Network(), **found | {"spread": 0.0}).round_s == pytest.approx(3.0)
 
 
 def test_records_that_do_not_say_it_are_refused(tmp_path):
@@ -42,6 +48,14 @@ def test_the_command_writes_a_table_and_a_picture(tmp_path, capsys):
     assert float(rows[0]["round_s"]) > float(rows[1]["round_s"]) > float(rows[2]["round_s"]) > 0.5
     assert (tmp_path / "out" / "plan.png").stat().st_size > 10_000
     assert "useful ranks at most" in capsys.readouterr().out
+
+
+def test_fronts_of_clients_are_evaluated_as_many_as_the_cohort_has(tmp_path, capsys):
+    evaluation = {"seconds": 0.5, "models": 2, "chunks": 1, "bytes": 0}
+    options = ["--ranks", "1", "--spread", "0", "--rest", "0", "--clients-per-rank", "6", "--out", str(tmp_path / "out")]
+    main(["plan", str(run_folder(tmp_path / "run", evaluation=evaluation)), *options])
+    (row,) = csv.DictReader((tmp_path / "out" / "plan.csv").read_text().splitlines())
+    assert float(row["evaluate_s"]) == 1.5 and float(row["save_s"]) == 0.125 and "evaluate s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [[], ["--times", "1"], ["--times", "0", "--megabytes", "1"], ["--times", "1", "--megabytes", "1", "--inter-gbytes", "0"], ["--times", "1", "--megabytes", "1", "--ranks", "0"]])

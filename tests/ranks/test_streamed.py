@@ -8,6 +8,7 @@ import pytest
 
 from gidef import config
 from gidef.data import partition, synthetic_blood_cells, write_webdataset
+from gidef.forecasts import measured
 from tests.ranks.launch import record, results, run
 
 pytestmark = pytest.mark.ranks
@@ -27,7 +28,10 @@ def test_a_run_that_streams_trains_on_all_and_attacks_what_stays_in_memory(tmp_p
     said = run(1, "tiny.py", *arguments, *streamed, "--out", str(tmp_path / "run")).stdout
     assert "240 for training" in said and "4 (streamed)" in said
     found = results(tmp_path / "run")
+    assert len(list((tmp_path / "run" / "scans").iterdir())) == 4  # found again when the run is resumed: tests/maths/data/test_stream.py
     assert found["data"]["counts"]["train"] == 240 and found["data"]["counts"]["judge"] < 100 and len(found["rows"]) == 3
+    plan = measured(tmp_path / "run")
+    assert plan["evaluation"].models == plan["evaluation"].chunks == 1 and plan["evaluation"].bytes == 4 * 64 * 8 and plan["evaluation"].seconds > 0 < plan["save_s"]
     start, one = (line for line in record(tmp_path / "run") if line["kind"] in ("start", "round"))
     assert start["reduction"] == "float32" and one["examples"] > 150 and len(one["client_seconds"]) == 3
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -18,7 +19,7 @@ from gidef.data.decode import decode_array
 from gidef.data.stream import ClientShards, scan
 from gidef.errors import InputError
 from gidef.parallel import World
-from gidef.streams import load_streamed
+from gidef.streams import _key, load_streamed
 from gidef.types import Client
 
 DRAWS = np.random.default_rng(0)
@@ -264,3 +265,57 @@ def test_remote_shards_are_streamed_and_a_transfer_that_breaks_is_an_error(tmp_p
     monkeypatch.setattr(Response, "length", 5)
     with pytest.raises(InputError, match="broke off 5 bytes"):
         drawn(far)
+
+
+def test_a_later_start_finds_what_the_scan_found_unless_a_shard_or_a_choice_changed(tmp_path, monkeypatch):
+    """Client 1 has one broken example, greys and colours."""
+    lists = [[tar(tmp_path / f"{k}-{s}.tar", numbered(range(60 * k + 30 * s, 60 * k + 30 * s + 30))) for s in (0, 1)] for k in (0, 1)]
+    lists[1].append(tar(tmp_path / "1-2.tar", [("a.png", b"no picture"), ("a.cls", b"0"), ("b.npy", npy(np.full((9, 9), 77, np.uint8))), ("b.cls", b"2")]))
+    scanned = []
+    monkeypatch.setattr("gidef.streams.scan", lambda client, places, **options: scanned.append(client) or scan(client, places, **options))
+
+    def again(**options):
+        scanned.clear()
+        found, notices = load(lists, keep=40, folder=tmp_path / "run", **options)
+        return found, notices, list(scanned)
+
+    first, said, who = again()
+    assert who == [0, 1] and any("1 broken" in note for note in said)
+    later, told, who = again()
+    assert who == [] and told == said and later.dataset.md5 == first.dataset.md5
+    for split in ("train", "val", "test"):
+        mine, theirs = getattr(later.dataset, split), getattr(first.dataset, split)
+        assert torch.equal(mine.images, theirs.images) and torch.equal(mine.labels, theirs.labels)
+    assert torch.equal(later.counts, first.counts) and torch.equal(later.positions, first.positions)
+    for mine, theirs in zip(later.clients, first.clients, strict=True):
+        assert torch.equal(mine.images, theirs.images)
+        for (_, rows, images, labels), (_, rows_then, images_then, labels_then) in zip(drawn(mine.source), drawn(theirs.source), strict=True):
+            assert torch.equal(rows, rows_then) and torch.equal(images, images_then) and torch.equal(labels, labels_then)
+
+    assert again(seed=1)[2] == [0, 1] and again(seed=1)[2] == []
+    assert again(seed=1, size=12)[2] == [0, 1] and again(decoders=2, size=12, seed=1)[2] == []
+    again()
+    os.utime(lists[0][1], ns=(1, 1))
+    assert again()[2] == [0] and again()[2] == []
+    changed = tar(tmp_path / "1-0.tar", numbered(range(200, 229)))
+    os.utime(changed, ns=(2, 2))
+    found, _, who = again()
+    assert who == [1] and int(found.counts.sum()) == int(first.counts.sum()) - 1 and found.dataset.md5 != first.dataset.md5
+
+
+def test_a_kept_scan_that_is_damaged_is_made_anew_and_one_that_cannot_be_kept_is_said(tmp_path, monkeypatch):
+    lists = [[tar(tmp_path / "0.tar", numbered(range(60)))]]
+    found, _ = load(lists, folder=tmp_path / "run")
+    kept = tmp_path / "run" / "scans" / "client-00000.safetensors"
+    for damage in (b"", kept.read_bytes()[:-3], bytes(kept.stat().st_size)):
+        kept.write_bytes(damage)
+        assert torch.equal(load(lists, folder=tmp_path / "run")[0].dataset.train.images, found.dataset.train.images)
+        assert kept.stat().st_size > len(damage) or kept.read_bytes() != damage
+    (tmp_path / "file").write_text("")
+    again, notices = load(lists, folder=tmp_path / "file")
+    assert torch.equal(again.dataset.train.images, found.dataset.train.images) and any("cannot be written" in note for note in notices)
+
+
+def test_remote_shards_are_scanned_at_every_start(tmp_path):
+    assert _key([tar(tmp_path / "0.tar", numbered(range(3)))], {"seed": 0})
+    assert _key(["https://example.org/0.tar"], {"seed": 0}) is None and _key([str(tmp_path / "gone.tar")], {"seed": 0}) is None

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gidef.parallel.forecast import ALGORITHMS, Network, forecast, reduce_s
+from gidef.parallel.forecast import ALGORITHMS, Evaluation, Network, forecast, reduce_s
 
 FLAT = Network(gpus_per_node=1, intra_gbytes=1.0, inter_gbytes=1.0, intra_us=0, inter_us=0, meet_us=0)
 
@@ -73,3 +73,15 @@ def test_a_cohort_is_drawn_of_the_clients_and_the_rest_and_roll_calls_are_added(
     for wrong in ([], [0.0], [math.nan]):
         with pytest.raises(ValueError, match="client times"):
             forecast(wrong, 1, FLAT)
+
+
+def test_rank_0_saves_while_the_others_train_and_ranks_share_the_chunks_of_an_evaluation():
+    assert forecast([1.0] * 4, 2, FLAT, save_s=0.3).round_s == pytest.approx(2.3)  # as busy as the other, and saving
+    assert forecast([1.0, 4.0], 2, FLAT, save_s=0.3).round_s == pytest.approx(4.3)  # the planner gives rank 0 the longest
+    uneven = forecast([3.0, 2.0, 2.0], 2, FLAT, save_s=0.3)  # rank 0 has 3, rank 1 has 4
+    assert uneven.save_s == 0 and uneven.round_s == 4.0 and forecast([3.0, 2.0, 2.0], 2, FLAT, save_s=1.5).save_s == pytest.approx(0.5)
+    evaluation = Evaluation(seconds=0.6, models=1, chunks=3)
+    assert [forecast([1.0], ranks, FLAT, evaluation=evaluation).evaluate_s for ranks in (1, 2, 3, 4)] == pytest.approx([0.6, 0.4, 0.2, 0.2])
+    network = Network(gpus_per_node=1, inter_gbytes=0.01, inter_us=1000, algorithm="ring", meet_us=100)
+    sent = forecast([1.0], 2, network, evaluation=Evaluation(seconds=0.0, models=3, bytes=1e5))
+    assert sent.evaluate_s == pytest.approx(3 * (0.002 + 0.01)) and sent.meet_s == pytest.approx(5 * 2 * 100e-6 + 0.002)
