@@ -9,6 +9,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,35 @@ def save_checkpoint(folder: Path | str, number: int, tensors: Tensors, meta: dic
     for left in folder.glob("round-*.tmp"):  # of a process that was killed while saving
         left.unlink(missing_ok=True)
     return path
+
+
+class Behind:
+    """Calls in one thread of its own, one at a time: a checkpoint is written while the next round is computed. A context manager.
+
+    A call waits for the one before; what that one raised is raised then, or at the end of the context. The end waits in any case, also for an
+    error of the caller's, which comes first.
+    """
+
+    def __init__(self) -> None:
+        self._pool, self._running = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Start it. Its arguments must not change any more."""
+        self.wait()
+        self._running = self._pool.submit(function, *args, **options)
+
+    def wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
 
 
 def load_latest(

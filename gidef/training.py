@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gidef import at_once, build, config, metrics
-from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
+from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
 from gidef.clients.sharded import predict_part
@@ -254,7 +254,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     evaluating, saving = [], []
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
-    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar:
+    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind:
         stop = _patience_over(recipe, server.round, progress)
         rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
         for number, server, cohort, mean in () if stop else rounds:
@@ -281,12 +281,14 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             began = time.perf_counter()
             saved = training.to_save(server)
             at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
-            held = _state(run, saved, best, participation.versions, progress, at_hand)
+            held = _state(run, saved, best, dict(participation.versions), progress, at_hand)
             # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
             if saver is not None:
                 saver.save(server.round, *held)
             elif run.leads:
-                _save_checkpoint(run, key, server.round, held)
+                tensors, meta = held
+                tensors = {one: tensor.detach().cpu() for one, tensor in tensors.items()}
+                behind.call(_save_checkpoint, run, key, server.round, (tensors, meta))  # while the next round is computed
             if run.leads:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
                 referred = (before, participation.versions, progress.best_versions, progress.early_versions)

@@ -5,6 +5,8 @@ import hashlib
 import os
 import stat
 import struct
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from gidef import checkpoint
-from gidef.checkpoint import export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
-from gidef.errors import InputError
+from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
+from gidef.errors import InputError, StorageError
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -190,3 +192,36 @@ def test_the_weights_hash_is_that_of_float32_little_endian_bytes_in_name_order()
     expected = hashlib.sha256(struct.pack("<5f", 0.5, 1.0, 3.0, 2.0, 4.0)).hexdigest()
     assert weights_sha256(values) == expected == weights_sha256(dict(reversed(values.items())))
     assert weights_sha256({}) == hashlib.sha256().hexdigest()
+
+
+def test_a_call_behind_runs_beside_its_caller_and_the_next_waits_for_it():
+    began, go, order = threading.Event(), threading.Event(), []
+
+    def slow():
+        began.set()
+        assert go.wait(30)
+        order.append("slow")
+
+    with Behind() as behind:
+        behind.call(slow)
+        assert began.wait(30) and order == []  # it is on its way, and the caller is here
+        threading.Timer(0.1, go.set).start()
+        behind.call(order.append, "next")
+        assert order[0] == "slow"
+    assert order == ["slow", "next"]
+
+
+def test_what_a_call_behind_raises_is_raised_at_the_next_or_at_the_end():
+    def full():
+        raise StorageError("disk full")
+
+    with pytest.raises(StorageError, match="disk full"), Behind() as behind:
+        behind.call(full)
+        behind.call(pytest.fail, "after an error")
+    with pytest.raises(StorageError, match="disk full"), Behind() as behind:
+        behind.call(full)
+    done = []
+    with pytest.raises(KeyError), Behind() as behind:  # the caller's own error comes first, and the file is finished
+        behind.call(lambda: (time.sleep(0.05), done.append(1)))
+        raise KeyError
+    assert done == [1]

@@ -1,0 +1,28 @@
+"""The smallest job, with attacks computed in float64, in which no rounding is amplified into another image."""
+
+import dataclasses
+import functools
+
+import torch
+
+from gidef import inversions
+from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Undefended
+from gidef.data import Dataset, synthetic_blood_cells
+from gidef.main import main
+
+inversions.climb = functools.partial(inversions.climb, dtype=torch.float64)
+
+
+def few_cells() -> Dataset:
+    return synthetic_blood_cells(train=48, val=24, test=16, size=16)
+
+
+naive = NaiveMatching(iterations=30, restarts=2)
+main(
+    Recipe(
+        data=Data(name="double_recipe:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
+        clients=LocalTraining(batch_size=8), defences={"undefended": Undefended(), "learned": LearnedPerturbation(dependence_weight=0.0)},
+        attacks={"naive": naive, "joint": JointMatching(**{spec.name: getattr(naive, spec.name) for spec in dataclasses.fields(NaiveMatching)})},
+        evaluation=Evaluation(num_victims=4, num_tuning=0, checkpoints=("untrained",), judge_epochs=1),
+    )
+)  # fmt: skip
