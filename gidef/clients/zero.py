@@ -47,6 +47,7 @@ class Zero:
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": settings.grad_clip,
             "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 2**31,
         }  # fmt: skip
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it asks for the device's number in this form, which srun alone does not give
         self._engine, self._optimiser, *_ = deepspeed.initialize(
             model=model, optimizer=self._step, model_parameters=trained, config=chosen, dist_init_required=False, mpu=_Axis(group, process_group)
         )
