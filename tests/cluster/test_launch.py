@@ -135,12 +135,15 @@ def test_a_job_has_a_folder_of_its_own_that_it_may_go_on_in(shell):
         ("exit 1", {"PREEMPTED": "2026-01-01T00:00:00"}, True, "1"),  # before gidef could say so
         ("kill -USR1 $SCRIPT; sleep 0.5; exit 1", {}, True, "1"),  # the time limit is near
         ("kill -TERM $SCRIPT; sleep 0.5; exit 1", {}, True, "1"),
+        ("kill -TERM $SCRIPT; sleep 0.5; exit 1", {"STATE": "COMPLETING", "REASON": "TimeLimit"}, True, "1"),  # it is over
+        ("kill -TERM $SCRIPT; sleep 0.5; exit 1", {"STATE": "CANCELLED"}, False, "1"),
+        ("kill -TERM $SCRIPT; sleep 0.5; exit 1", {"STATE": "PENDING"}, False, "1"),  # requeued by somebody
         ("kill -USR1 $SCRIPT; sleep 0.5; exit 0", {}, False, "0"),
         ("kill -USR1 $SCRIPT; sleep 0.5; exit 1", {"SLURM_RESTART_COUNT": "100"}, False, "1"),  # it gets nowhere
     ],
 )
 def test_a_job_is_requeued_if_and_only_if_it_was_stopped_before_its_end(command, environ, requeued, status, shell, tmp_path):
-    for name, script in {"scontrol": 'echo "scontrol $*"; [ "$1" != show ] || echo "PreemptTime=${PREEMPTED:-None}"; [ "$1" != requeue ] || exit 1', "scancel": 'echo "scancel $*"'}.items():
+    for name, script in {"scontrol": 'echo "scontrol $*"; [ "$1" != show ] || echo "JobState=${STATE:-RUNNING} Reason=${REASON:-None} PreemptTime=${PREEMPTED:-None}"; [ "$1" != requeue ] || exit 1', "scancel": 'echo "scancel $*"'}.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "preempted").touch()  # of an earlier life
