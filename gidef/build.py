@@ -534,8 +534,8 @@ def _run_summed(
 
 
 def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable[[str], None]) -> None:
-    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without; and they belong
-    to the thread that began them, so several workers, whose threads are fresh in every round, do too."""
+    """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without; and
+    several workers, whose threads would replay on one stream, do too."""
     players = training.participation.players
     graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1 and len(players) == 1
     for player in players:

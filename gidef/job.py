@@ -113,7 +113,6 @@ def settle_threads(recipe: config.Recipe) -> None:
         torch.use_deterministic_algorithms(True)
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True  # the kernels of a convolution are the same in every process
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default rounds convolutions to TF32, whatever precision is asked for
 
 
 def _choose_folder(recipe: config.Recipe, name: str, world: World) -> tuple[Path, str | None]:

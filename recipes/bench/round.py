@@ -49,6 +49,7 @@ from gidef.clients.local import LocalSettings
 from gidef.errors import InputError
 from gidef.models import make_backbone
 from gidef.parallel import World, mean_over_world, open_world
+from gidef.precision import full_float32
 from gidef.report import Console
 from gidef.rng import generator
 from gidef.rounds.algorithm import run_round
@@ -389,8 +390,8 @@ def main(options: Options) -> dict[str, Any]:
     if options.small:
         names, options = options.settings or ("tiny",), dataclasses.replace(options, cohort=options.cohort or 4, repetitions=min(2, options.repetitions))
     torch.set_num_threads(options.threads)
-    # for all sides, as `run_recipe` has them; TF32, PyTorch's default for convolutions on a GPU, alone would part the sides by more than TOLERANCE
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = torch.cuda.is_available(), False
+    full_float32()  # for all sides: TF32, PyTorch's default for convolutions on a GPU, alone would part them by more than TOLERANCE
+    torch.backends.cudnn.deterministic = True  # as `run_recipe` has it
     wanted = options.peer
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and torch.cuda.is_available():
         options = dataclasses.replace(options, peer=False)

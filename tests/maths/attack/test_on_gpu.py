@@ -7,19 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_syncs import PROGRAMS as SYNCED
 from torch import nn
 from torch.func import functional_call, grad
 
 from gidef.attack import (
     Matching,
-    Searched,
     averaged,
     deep_leakage,
     drain,
     gradinversion,
-    inverting_gradients,
     joint,
-    modern_inverting_gradients,
     naive,
     run_chunk,
 )
@@ -28,8 +26,7 @@ from gidef.attack.engine import CURVE_POINTS
 from gidef.attack.ladder import climb
 from gidef.attack.latent import Reader, latent_basis
 from gidef.attack.lbfgs import Lbfgs
-from gidef.attack.optimisers import Adam, Momentum
-from gidef.attack.simulate import DRAWS
+from gidef.attack.optimisers import Momentum
 from gidef.metrics import psnr_db
 from gidef.types import Observation
 
@@ -198,21 +195,7 @@ class Watched:
         return result
 
 
-PROGRAMS = {
-    "Adam": lambda tiny: naive(**tiny.settings),
-    "signed Adam": lambda tiny: inverting_gradients(**tiny.settings),
-    "soft sign": lambda tiny: modern_inverting_gradients(**tiny.settings),
-    "joint": lambda tiny: joint(**NOISE, restarts=2, **tiny.settings),
-    "patience": lambda tiny: naive(patience=30, **tiny.settings),
-    "snapshots": lambda tiny: naive(snapshots=4, **tiny.settings),
-    "Langevin": lambda tiny: naive(optimiser=Adam(langevin=0.2, clip=1.0), **tiny.settings),
-    "L-BFGS": lambda tiny: deep_leakage(optimiser=Lbfgs(history=3, max_evaluations=4, max_search=3), **tiny.settings),
-    "consistent restarts": lambda tiny: gradinversion(restarts=2, **tiny.settings),
-    "forward over reverse": lambda tiny: naive(form="forward_over_reverse", **tiny.settings),
-    "central difference": lambda tiny: naive(form="central_difference", **tiny.settings),
-    "per layer, searched": lambda tiny: naive(distance="cosine_layers", searched={"unused": Searched(shape=(3,))}, **tiny.settings),
-    "drawn": lambda tiny: naive(drawn={DRAWS: lambda draw: torch.randn((3, *NOISE["noise_shape"]), generator=draw)}, **tiny.settings),
-}
+PROGRAMS = SYNCED | {"Adam": lambda tiny: naive(**tiny.settings), "patience": lambda tiny: naive(patience=30, **tiny.settings)}
 
 
 @pytest.mark.parametrize(("name", "mode"), [*((name, "vmap") for name in PROGRAMS), ("joint", "traced"), ("joint", "loop"), ("central difference", "traced")])
