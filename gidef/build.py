@@ -543,6 +543,8 @@ def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable
             notice(f"speed.compile_training: the steps of {type(training.defence).__name__} run uncompiled.")
             return
         player.compile(graphs=graphs, notice=notice)
+    if not graphs:  # a thread that records would hinder another that calls what torch.compile made
+        training.participation.recorder = None
 
 
 _MEANS = (

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from gidef.clients.local import LocalResult, LocalSettings, Player, load_parameters, train_locally
+from gidef.clients.recorded import Recorder
 from gidef.clients.vectorised import cut_into_groups, train_together
 from gidef.rng import generator
 from gidef.spans import span
@@ -70,6 +71,8 @@ class Participation:
         self._share, self._alike, self._train_player = share, alike or scaffold, train_player
         self._private = tuple(name for name in initial if name not in self._shared)
         self._stacked = [getattr(player, "stacked", lambda: None)() for player in players]
+        self.recorder: Recorder | None = Recorder()
+        """Of the steps of clients that train as one program; None: they go unrecorded."""
         self.at_once = 1
         """Clients that train as one program, see `groups`."""
         self.versions: dict[int, int] = {}
@@ -140,7 +143,7 @@ class Participation:
         return train_together(
             self._stacked[worker], [own.start for own in begun], [_decoders(own.tensors) for own in begun], clients, settings,
             seed=self._seed, round=server.round, progress=self._progress(server), first=[own.first for own in begun],
-            corrections=[own.correction for own in begun] if self._scaffold else None,
+            corrections=[own.correction for own in begun] if self._scaffold else None, recorder=self.recorder,
         )  # fmt: skip
 
     def _progress(self, server: ServerState) -> float:

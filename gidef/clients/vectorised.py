@@ -6,18 +6,21 @@ order. Clients are sorted by batches; one that has ended leaves the stack, and a
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import grad_and_value, vmap
 from torch.overrides import TorchFunctionMode
 
 from gidef.clients.local import LocalResult, LocalSettings, batches
+from gidef.clients.recorded import Recorder
 from gidef.errors import InputError
 from gidef.precision import in_own_precision
 from gidef.types import Client, Tensors
@@ -29,6 +32,7 @@ class Stacked(Protocol):
     """A player's game as functions of its weights; a player that can be vectorised returns one from `stacked()`, the others None.
 
     model, kept: the player's modules. Their own weights are neither read nor written.
+    steady:      whether `forward` and `loss` are the same functions in every round, so that they may be recorded; False if there is none.
     begin:      `Player.begin` of K clients at once; a place, below, is a client's index among them.
     noise:      of one batch, drawn as the player draws it: (B, ...), or None if there is none. Called once per batch, in the loop's order.
     kept_steps: steps on `kept` before the client's own, in this epoch.
@@ -72,12 +76,15 @@ def train_together(
     progress: float,
     first: Sequence[bool],
     corrections: Sequence[Callable[[str], Tensor]] | None = None,
+    recorder: Recorder | None = None,
 ) -> list[tuple[LocalResult, Tensors]]:
     """Train K clients from their starts; the stacked twin of `train_locally`.
 
     Args:
         starts, kept: every parameter of `stacked.model`, and of `stacked.kept` (empty without one), per client; not modified.
         corrections:  per client, see `train_locally`.
+        recorder:     keeps the steps of all clients with full batches recorded, where nothing is `kept` and the game is steady. Those with fewer
+                      are not worth a recording. A function of the clients alone, so that bits do not depend on what ran before.
     Returns: per client its LocalResult and what became of `kept`.
     Raises:  InputError if a client's loss stops being finite.  Whatever `vmap` raises for a model that it cannot take.
     """
@@ -98,6 +105,25 @@ def train_together(
     total = torch.zeros(len(clients), dtype=torch.float64, device=device)
     pending: Tensor | None = None
 
+    steady = recorder is not None and of_kept is None and getattr(stacked, "steady", False)
+
+    @contextlib.contextmanager
+    def in_context() -> Iterator[None]:
+        with _FoldedNorms(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
+            yield
+
+    def passed(weights: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
+        return vmap(stacked.forward, in_dims=(0, 0, None if noise is None else 0))(layout.named(weights), x, noise)
+
+    def gradients(weights: Tensor, x: Tensor, y: Tensor, parts: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+        def summed(weights: Tensor) -> tuple[Tensor, Tensor]:
+            with in_context():
+                losses = vmap(stacked.loss)(passed(weights, x, noise[0] if noise else None), {}, x, y, parts)
+            return losses.sum(), losses
+
+        gradient, (_, losses) = grad_and_value(summed, has_aux=True)(weights)
+        return gradient, losses
+
     for number in range(len(plans[0])):
         now = [plan[number] for plan in plans if len(plan) > number]
         count, width = len(now), max(len(batch.rows) for batch in now)
@@ -105,21 +131,29 @@ def train_together(
         x = images[picked].to(device, torch.float32).div_(255)
         y = labels[picked].to(device)
         noise = _padded([stacked.noise(place, batch.rows) for place, batch in enumerate(now)], width)
-        leaf = weights[:count].detach().requires_grad_()
-        with _FoldedNorms(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16", cache_enabled=False):
-            outputs = vmap(stacked.forward, in_dims=(0, 0, None if noise is None else 0))(layout.named(leaf), x, noise)
-            beside: Tensors = {}
-            if of_kept:
-                seen = tuple(output.detach() for output in outputs)
-                wanted = [stacked.kept_steps(place, batch.epoch) for place, batch in enumerate(now)]
-                for step in range(max(wanted)):
-                    rows = _rows([place for place, steps in enumerate(wanted) if steps > step], count, device)
-                    own = opponents[rows].detach().requires_grad_()
-                    losses = vmap(stacked.kept_loss)(of_kept.named(own), tuple(output[rows] for output in seen), x[rows], parts[rows])
-                    kept_step(rows, torch.autograd.grad(losses.sum(), own)[0])
-                beside = of_kept.named(opponents[:count])
-            losses = vmap(stacked.loss)(outputs, beside, x, y, parts)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        program = None
+        if steady and count == len(clients) and width == settings.batch_size:
+            inputs = (weights[:count].detach(), x, y, parts, *(() if noise is None else (noise,)))
+            program = recorder.get(gradients, inputs, settings.precision)
+        if program is not None:
+            with torch.no_grad():
+                gradient, losses = program(*inputs)
+        else:
+            leaf = weights[:count].detach().requires_grad_()
+            with in_context():
+                outputs = passed(leaf, x, noise)
+                beside: Tensors = {}
+                if of_kept:
+                    seen = tuple(output.detach() for output in outputs)
+                    wanted = [stacked.kept_steps(place, batch.epoch) for place, batch in enumerate(now)]
+                    for step in range(max(wanted)):
+                        rows = _rows([place for place, steps in enumerate(wanted) if steps > step], count, device)
+                        own = opponents[rows].detach().requires_grad_()
+                        losses = vmap(stacked.kept_loss)(of_kept.named(own), tuple(output[rows] for output in seen), x[rows], parts[rows])
+                        kept_step(rows, torch.autograd.grad(losses.sum(), own)[0])
+                    beside = of_kept.named(opponents[:count])
+                losses = vmap(stacked.loss)(outputs, beside, x, y, parts)
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         total[:count] += losses.detach()
         if settings.accumulate > 1:
             pending = gradient if pending is None else pending[:count] + gradient
@@ -178,16 +212,16 @@ def _laid_out(clients: Sequence[Client], plans: list[list[_Batch]], batch_size: 
     """All clients' images and labels, one behind the other; which of them each batch holds, int64 (steps, K, B); and the images' shares,
     float64 (steps, K, B). Padding is the client's own first image, of share 0."""
     width = min(batch_size, max(client.num_examples for client in clients))
-    index = torch.zeros(len(plans[0]), len(clients), width, dtype=torch.int64)
-    share, offset = torch.zeros(index.shape, dtype=torch.float64), 0
+    index = np.zeros((len(plans[0]), len(clients), width), dtype=np.int64)
+    share, offset = np.zeros(index.shape), 0
     for place, (client, plan) in enumerate(zip(clients, plans, strict=True)):
         index[:, place] = offset
         for number, batch in enumerate(plan):
-            index[number, place, : len(batch.rows)] += batch.rows.to(index.device)
+            index[number, place, : len(batch.rows)] += batch.rows.to("cpu").numpy()
             share[number, place, : len(batch.rows)] = 1 / len(batch.rows)
         offset += client.num_examples
     images, labels = torch.cat([client.images for client in clients]), torch.cat([client.labels for client in clients])
-    return images, labels, index.to(images.device), share
+    return images, labels, torch.from_numpy(index).to(images.device), torch.from_numpy(share)
 
 
 def _padded(parts: Sequence[Tensor | None], width: int) -> Tensor | None:

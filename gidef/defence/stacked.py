@@ -28,6 +28,7 @@ class StackedPlain:
 
     kept: nn.Module | None = None
     kept_lr = 0.0
+    steady = True
 
     def __init__(self, model: SplitModel) -> None:
         self.model = model
@@ -57,6 +58,7 @@ class StackedMinimax(StackedPlain):
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         super().__init__(model)
         self.kept, self.kept_lr, self._settings, self._frozen_noise = decoder, settings.decoder_lr, settings, frozen_noise
+        self.steady = settings.dependence_weight == 0  # else its weight grows with the rounds
 
     def begin(self, clients: Sequence[Client], *, seed: int, round: int, progress: float, first: Sequence[bool]) -> None:
         device = next(self.model.parameters()).device

@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 from gidef.clients.local import LocalSettings, train_locally
+from gidef.clients.recorded import Recorder
 from gidef.clients.vectorised import cut_into_groups, train_together
 from gidef.errors import InputError
 from gidef.rng import generator
@@ -86,6 +87,8 @@ class Game:
 
 
 class StackedGame:
+    steady = True
+
     def __init__(self, game):
         self.game, self.model, self.kept, self.kept_lr = game, game.model, game.kept, game.kept_lr
 
@@ -114,9 +117,23 @@ def weights(module, seed):
     return {name: torch.randn(p.shape, generator=draw, dtype=p.dtype) for name, p in module.named_parameters()}
 
 
+class Counting(Recorder):
+    """What was asked for, and the recordings that were made."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.given = 0, []
+
+    def get(self, *args):
+        self.asked += 1
+        self.given.append(super().get(*args))
+        return self.given[-1]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("decoder", [False, True])
 def test_every_client_ends_where_it_ends_alone(case, decoder):
+    recorder = Counting()
     settings, game = LocalSettings(**CASES[case]), Game(decoder)
     clients = [make_client(10 + k, size) for k, size in enumerate(SIZES)]
     starts, kept = [weights(game.model, k) for k in range(5)], [weights(game.kept, 50 + k) if decoder else {} for k in range(5)]
@@ -124,8 +141,10 @@ def test_every_client_ends_where_it_ends_alone(case, decoder):
     before = {name: tensor.clone() for name, tensor in starts[1].items()}
     found = train_together(
         game.stacked(), starts, kept, clients, settings, seed=1, round=2, progress=0.5, first=FIRST,
-        corrections=[shift.__getitem__ for shift in shifts] if shifts else None,
+        corrections=[shift.__getitem__ for shift in shifts] if shifts else None, recorder=recorder,
     )  # fmt: skip
+    # between a decoder's steps there is nothing to record, and a batch of 100 is never full
+    assert (recorder.asked > 0) == (not decoder and settings.batch_size == 4) and None not in recorder.given and len(set(recorder.given)) <= 1
     for k, client in enumerate(clients):
         if decoder:
             with torch.no_grad():
@@ -154,6 +173,44 @@ def test_a_client_s_bits_are_those_of_its_group_whatever_ran_before():
     deltas(used)
     for (one, _), (other, _) in zip(deltas(fresh), deltas(used), strict=True):
         assert all(torch.equal(one.delta[name], other.delta[name]) for name in one.delta)
+
+
+def test_steps_are_recorded_once_per_shape_where_the_game_is_steady():
+    class Moving(StackedGame):
+        steady = False
+
+    settings, clients = LocalSettings(**SGD | {"epochs": 2}), [make_client(10 + k, 8) for k in range(3)]
+    game, recorder = Game(decoder=False), Counting()
+
+    def deltas(stacked, recorder, seed=1):
+        found = train_together(stacked, [weights(game.model, 5)] * 3, [{}] * 3, clients, settings, seed=seed, round=0, progress=0.0, first=(True,) * 3, recorder=recorder)
+        return [result.delta for result, _ in found]
+
+    plain, moving = deltas(game.stacked(), None), Counting()
+    recorded = deltas(game.stacked(), recorder)
+    deltas(game.stacked(), recorder, seed=2)
+    assert recorder.asked == 8 and len(set(recorder.given)) == 1 and None not in recorder.given
+    for one, other in zip(recorded, plain, strict=True):
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(deltas(game.stacked(), recorder), recorded, strict=True) for name in one)
+    deltas(Moving(game), moving)
+    assert moving.asked == 0
+
+
+def test_what_cannot_be_recorded_trains_as_it_is():
+    class Refused(StackedGame):
+        def loss(self, outputs, kept, images, labels, share):
+            if torch.fx.experimental.proxy_tensor.get_proxy_mode() is not None:
+                raise NotImplementedError("not in a graph")
+            return super().loss(outputs, kept, images, labels, share)
+
+    settings, clients, game, recorder = LocalSettings(**SGD), [make_client(10 + k, 8) for k in range(3)], Game(decoder=False), Counting()
+    options = {"seed": 1, "round": 0, "progress": 0.0, "first": (True,) * 3}
+    found = train_together(Refused(game), [weights(game.model, 5)] * 3, [{}] * 3, clients, settings, **options, recorder=recorder)
+    plain = train_together(game.stacked(), [weights(game.model, 5)] * 3, [{}] * 3, clients, settings, **options)
+    assert recorder.given == [None, None]
+    assert all(torch.equal(one.delta[name], other.delta[name]) for (one, _), (other, _) in zip(found, plain, strict=True) for name in one.delta)
 
 
 def test_a_client_that_diverges_is_named():
