@@ -9,41 +9,32 @@ switch against it, runs under a `TorchFunctionMode` of its own; all others run w
 from __future__ import annotations
 
 import copy as copying
-import dis
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from types import CodeType, FunctionType, ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gidef.attack.surgery_parts import BatchNormPolicy, DropoutPolicy, Ramp, Statistics, Tape
+from gidef.attack.surgery_rules import OWN_BACKWARD, drops, operate, rate_of, set_flags, with_part
 from gidef.errors import InputError
 from gidef.models.surgery import make_differentiable
 from gidef.rng import generator
 from gidef.types import Tensors
 
-MASKS = "masks."
-"""Prefix of dropout's masks in `known`: "masks.<module>", and "masks.<module>:2" for that module's second draw in one forward."""
 STATISTICS = "statistics."
 """Prefix of granted batch statistics in `known`: "statistics.<module>.mean" and "statistics.<module>.var"."""
 TOLERANCE = 1e-9
 """Of the first gradient in float64, relative and per parameter."""
 
-BatchNormPolicy = Literal["eval", "train", "keep"]
-DropoutPolicy = Literal["off", "masks"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """loss(logits (B, classes), labels (B,) indices or (B, classes) probabilities) → scalar, a mean over the batch."""
-Statistics = list[tuple[Tensor, Tensor]]
-"""(mean, variance) of each BatchNorm, (channels,) both, in the order of `norm_names`."""
 
 
 def prepare(
@@ -79,24 +70,24 @@ def prepare(
     if batch_norm not in ("eval", "train", "keep") or dropout not in ("off", "masks"):
         raise InputError(f'batch_norm={batch_norm!r}, dropout={dropout!r}: choose "eval", "train" or "keep", and "off" or "masks".')
     copy = duplicate(model)
-    tape, changes = _Tape(batch_norm, dropout, fused_attention), Counter()
+    tape, changes = Tape(batch_norm, dropout, fused_attention), Counter()
     for module in copy.modules():
-        if (plain := _OWN_BACKWARD.get(type(module).__name__)) and type(module).__module__.startswith("timm."):
+        if (plain := OWN_BACKWARD.get(type(module).__name__)) and type(module).__module__.startswith("timm."):
             module.__class__, module.inplace = plain, False
             changes["activation with its own backward -> PyTorch's"] += 1
         changes["fused attention -> math"] += bool(getattr(module, "fused_attn", False)) and not fused_attention
         changes["in-place -> out of place"] += getattr(module, "inplace", False) is True
         if isinstance(module, nn.Hardsigmoid):
-            module.__class__ = _with(nn.Module, _Ramp)
+            module.__class__ = with_part(nn.Module, Ramp)
             changes["Hardsigmoid -> relu6(x + 3) / 6"] += 1
     make_differentiable(copy, fused_attention=fused_attention)
-    _set_flags(copy, batch_norm, dropout)
+    set_flags(copy, batch_norm, dropout)
     if dropout == "off":
-        for module in _drops(copy):
-            changes[f"{type(module).__name__} -> off"] += module.training and _rate(module) > 0
+        for module in drops(copy):
+            changes[f"{type(module).__name__} -> off"] += module.training and rate_of(module) > 0
             module.train(False)
     for name, module in list(copy.named_modules()):
-        _operate(module, name or "(root)", tape, changes)
+        operate(module, name or "(root)", tape, changes)
     tape.names = frozenset(name for name, _ in _own(copy))
     copy.__dict__["_tape"] = tape
     return copy, [f"{count} x {change}" for change, count in changes.items() if count]
@@ -145,8 +136,8 @@ def logits_of(copy: nn.Module, params: Tensors, known: Tensors, images: Tensor, 
 
 def set_modes(model: nn.Module, batch_norm: BatchNormPolicy, dropout: DropoutPolicy) -> None:
     """Train and eval flags, and nothing else, as `prepare` explains the policies; for a model without surgery."""
-    _set_flags(model, batch_norm, dropout)
-    for module in _drops(model) if dropout == "off" else ():
+    set_flags(model, batch_norm, dropout)
+    for module in drops(model) if dropout == "off" else ():
         module.train(False)
 
 
@@ -374,558 +365,13 @@ def _checked(logits: Any, model: nn.Module) -> Tensor:
     return logits
 
 
-# --- the parts of a copy --------------------------------------------------------------------------------------------------------------
-
-
-class _Tape:
-    """What one forward of a copy takes besides its tensors, and leaves behind; shared by the copy's modules."""
-
-    def __init__(self, batch_norm: BatchNormPolicy, dropout: DropoutPolicy, fused_attention: bool) -> None:
-        self.batch_norm, self.dropout, self.fused_attention = batch_norm, dropout, fused_attention
-        self.names: frozenset[str] = frozenset()
-        self.measured: dict[str, tuple[tuple[int, ...], float]] | None = None
-        self.begin({}, None)
-
-    def begin(self, known: Tensors, statistics: dict[str, Statistics] | None) -> None:
-        self.known, self.statistics, self.calls = known, statistics, Counter()
-
-    def mask(self, module: str, shape: Sequence[int], rate: float, like: Tensor) -> Tensor:
-        """The mask of this draw, of the dtype and on the device of what it multiplies."""
-        self.calls[module] += 1
-        name, shape = MASKS + module + (f":{self.calls[module]}" if self.calls[module] > 1 else ""), tuple(shape)
-        if self.measured is not None:
-            self.measured[name] = (shape, rate)
-            return like.new_full(shape, 1 - rate)
-        mask = self.known.get(name)
-        if mask is None or mask.shape != shape:
-            what = "is missing" if mask is None else f"has shape {tuple(mask.shape)}"
-            raise InputError(
-                f"mask {name!r} {what}: expected {shape} among the known tensors. Search or draw it (mask_shapes, draw_masks), or attack with "
-                'dropout="off".'
-            )
-        return mask.to(like)
-
-
-class _Drop(NamedTuple):
-    """A dropout: its rate, which entries share one of the mask's, and what the mask does."""
-
-    rate: float
-    over: Literal["elements", "channels", "examples", "batch"] = "elements"
-    alpha: bool = False
-    scaled: bool = True
-
-    def __call__(self, tape: _Tape, module: str, x: Tensor) -> Tensor:
-        if self.rate == 0:
-            return x
-        if self.rate == 1:  # drawn by none; alpha dropout's limit is 0 as well
-            return x * 0.0
-        ones = [1] * x.ndim
-        shape = {"elements": x.shape, "channels": [*x.shape[:2], *ones[2:]], "examples": [*x.shape[:1], *ones[1:]], "batch": ones}[self.over]
-        mask = tape.mask(module, shape, self.rate, x)
-        if self.alpha:
-            scale = 1 / math.sqrt((_SELU**2 * self.rate + 1) * (1 - self.rate))
-            return scale * (x * mask + _SELU * (mask - 1 + self.rate))
-        return x * (mask / (1 - self.rate)) if self.scaled else x * mask
-
-
-class _Ramp:
-    """nn.Hardsigmoid, twice differentiable."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _hardsigmoid(x)
-
-
-class _PureNorm:
-    """BatchNorm as a pure function, with what timm's BatchNormAct2d does after it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch = self.training or self.running_mean is None
-        y = _normalised(self._tape, self._name, x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, batch)
-        for part in ("drop", "act"):
-            if part in self._modules:
-                y = self._modules[part](y)
-        return y
-
-
-class _InputNorm:
-    """InstanceNorm in train mode, without its update of the running statistics."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.instance_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-
-
-class _Masked:
-    """A dropout module with its mask from the tape."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._drop(self._tape, self._name, x)
-
-
-class _GlobalMean:
-    """Average pooling to one position. PyTorch's own is slow for channels-last maps: it has no batching rule, and loops over attacks."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(self._dims, keepdim=True)
-
-
-class _Grouped:
-    """A convolution of many groups, by `_Convolved`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y = _Convolved.apply(x, weight, (self.stride, self.padding, self.dilation, self.groups))
-        return y if bias is None else y + bias.view(-1, *[1] * len(self.stride))
-
-
-class _Product(torch.autograd.Function):
-    """One of the three products of a convolution y = w ∗ x, each of which is bilinear with the other two for its derivatives.
-
-        y(x, w),   its gradient by the input i(g, w),   its gradient by the weight v(g, x):      ⟨g, y(x, w)⟩ = ⟨i(g, w), x⟩ = ⟨v(g, x), w⟩
-
-    So derivatives of any order are single convolutions. PyTorch's own second derivative loops over the groups.
-    A subclass says how it is computed from its two factors, what its gradients by them are, and which shape it has.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
-        ctx.rest = inputs[2:]
-
-    @classmethod
-    def linearised(cls, ctx: Any, first: Tensor | None, second: Tensor | None) -> Tensor:
-        one, other = ctx.saved_tensors
-        parts = [] if first is None else [cls.apply(first, other, *ctx.rest)]
-        return sum(parts if second is None else [*parts, cls.apply(one, second, *ctx.rest)])
-
-
-class _Convolved(_Product):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, how: tuple) -> Tensor:
-        stride, padding, dilation, groups = how
-        return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        return (
-            _ByInput.apply(g, weight, *ctx.rest, x.shape) if ctx.needs_input_grad[0] else None,
-            _ByWeight.apply(g, x, *ctx.rest, weight.shape) if ctx.needs_input_grad[1] else None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, x: Tensor | None, weight: Tensor | None, how: None) -> Tensor:
-        return _Convolved.linearised(ctx, x, weight)
-
-
-class _ByInput(_Product):
-    @staticmethod
-    def forward(g: Tensor, weight: Tensor, how: tuple, shape: torch.Size) -> Tensor:
-        return _convolution_backward(g, g.new_empty(()).expand(shape), weight, how, 0)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        g, weight = ctx.saved_tensors
-        return (
-            _Convolved.apply(dx, weight, ctx.rest[0]) if ctx.needs_input_grad[0] else None,
-            _ByWeight.apply(g, dx, ctx.rest[0], weight.shape) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, g: Tensor | None, weight: Tensor | None, how: None, shape: None) -> Tensor:
-        return _ByInput.linearised(ctx, g, weight)
-
-
-class _ByWeight(_Product):
-    @staticmethod
-    def forward(g: Tensor, x: Tensor, how: tuple, shape: torch.Size) -> Tensor:
-        return _convolution_backward(g, x, g.new_empty(()).expand(shape), how, 1)
-
-    @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
-        return (
-            _Convolved.apply(x, dw, ctx.rest[0]) if ctx.needs_input_grad[0] else None,
-            _ByInput.apply(g, dw, ctx.rest[0], x.shape) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, g: Tensor | None, x: Tensor | None, how: None, shape: None) -> Tensor:
-        return _ByWeight.linearised(ctx, g, x)
-
-
-def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, how: tuple, which: int) -> Tensor:
-    """The gradient by x (0) or by the weight (1); of the one that is asked for, only the shape is read."""
-    (stride, padding, dilation, groups), wanted = how, [which == 0, which == 1, False]
-    return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, wanted)[which]
-
-
-class _MathHeads:
-    """nn.MultiheadAttention by plain products."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        # is_causal is a hint about attn_mask here, as in PyTorch
-        if query.ndim == 2:
-            padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-            out, weights = (t.squeeze(0) for t in self._attend(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), padding, attn_mask))
-        elif self.batch_first:
-            out, weights = self._attend(query, key, value, key_padding_mask, attn_mask)
-        else:
-            out, weights = self._attend(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), key_padding_mask, attn_mask)
-            out = out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        return out, weights.mean(-3) if average_attn_weights else weights
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, L, E), (B, S, E), (B, S, E), (B, S) and (L, S) or (B heads, L, S) → (B, L, E) and weights (B, heads, L, S)."""
-        split = self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (F.linear(t, w, b) for t, w, b in zip((q, k, v), split, biases, strict=True))
-        keys = k.shape[1]
-        if self.bias_k is not None:
-            k, v = (torch.cat([t, bias.expand(len(t), 1, -1)], 1) for t, bias in ((k, self.bias_k), (v, self.bias_v)))
-        if self.add_zero_attn:
-            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
-        appended = k.shape[1] - keys
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        for hidden in (None if padding is None else padding[:, None, None], mask if mask is None or mask.ndim == 2 else mask.unflatten(0, (-1, self.num_heads))):
-            if hidden is not None:  # True hides, unlike in F.scaled_dot_product_attention
-                hidden = F.pad(hidden, (0, appended))
-                scores = scores.masked_fill(hidden, -math.inf) if hidden.dtype == torch.bool else scores + hidden
-        weights = scores.softmax(-1)
-        if self._masked:
-            weights = _Drop(self.dropout)(self._tape, self._name, weights)
-        return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights
-
-
-class _Watched:
-    """A module whose own code calls functions that cannot be attacked."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Replaced(self._tape, self._name, self._masked, getattr(self, "num_batches_tracked", None)):
-            return super().forward(*args, **kwargs)
-
-
-class _Replaced(TorchFunctionMode):
-    """Within one module: functional attention, hardsigmoid, dropout and BatchNorm as `prepare` replaces modules."""
-
-    def __init__(self, tape: _Tape, name: str, masked: bool, counter: Tensor | None) -> None:
-        super().__init__()
-        self.tape, self.name, self.masked, self.counter = tape, name, masked, counter
-
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if function in _DROPOUTS:
-            return self._dropout(function, *args, **kwargs)
-        if function is F.hardsigmoid:
-            return _hardsigmoid(args[0] if args else kwargs["input"])
-        if function is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if function is F.scaled_dot_product_attention and not self.tape.fused_attention:
-            return self._attention(*args, **kwargs)
-        if function is F.multi_head_attention_forward and "need_weights" in kwargs and not self.tape.fused_attention:
-            out, weights = function(*args, **{**kwargs, "need_weights": True})  # which makes PyTorch compute them
-            return out, weights if kwargs["need_weights"] else None
-        if function is Tensor.add_ and args[0] is self.counter is not None:  # of batches, by code that goes on to F.batch_norm
-            return self.counter
-        if function is Tensor.bernoulli_ and self.masked and kwargs.get("generator") is None:
-            keep = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return self.tape.mask(self.name, args[0].shape, 1 - keep, args[0]).clone()  # callers scale it in place
-        return function(*args, **kwargs)
-
-    def _dropout(self, function: Callable, input: Tensor, p: float = 0.5, training: bool | None = None, inplace: bool = False) -> Tensor:
-        drop = _DROPOUTS[function]
-        training = not drop.alpha if training is None else training  # PyTorch's defaults
-        if not training or not self.masked:
-            return input
-        return drop._replace(rate=p)(self.tape, self.name, input)
-
-    def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-        scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if enable_gqa:
-            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
-        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        weights = scores.softmax(-1)
-        return (_Drop(dropout_p)(self.tape, self.name, weights) if self.masked else weights) @ value
-
-    def _batch_norm(
-        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
-        training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-    ) -> Tensor:  # fmt: skip
-        return _normalised(self.tape, self.name, input, running_mean, running_var, weight, bias, eps, training)
-
-
-class _NothingCached(dict):
-    """A cache that never holds: what was computed within a transform of torch.func must not outlive it."""
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-    def __getitem__(self, key: object) -> Any:
-        return self.pop(key)
-
-
-class _Uncached:
-    """One of timm's attentions that keep their bias in eval mode; they renew the cache whenever they are moved or cast."""
-
-    @property
-    def attention_bias_cache(self) -> dict:
-        return self.__dict__.setdefault("_nothing", _NothingCached())
-
-    @attention_bias_cache.setter
-    def attention_bias_cache(self, cache: dict) -> None:
-        pass
-
-
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    ramp = F.relu6(x + 3)
-    # PyTorch's slope is 1/6 rounded to float32 even in float64, 3e-8 off: what a client releases has it too
-    return ramp / 6 + (ramp - ramp.detach()) * _SLOPE_ERROR if x.dtype == torch.float64 else ramp / 6
-
-
-def _normalised(
-    tape: _Tape, name: str, x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, batch: bool
-) -> Tensor:
-    """BatchNorm of x (B, channels, …): by the batch's statistics, or as an affine map. In float32 at least, as PyTorch's own."""
-    dtype, shape, dims = x.dtype, (1, -1, *[1] * (x.ndim - 2)), (0, *range(2, x.ndim))
-    x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
-    if batch or tape.statistics is not None:
-        if batch and x.numel() == x.shape[1] and tape.measured is None:
-            raise InputError(f"BatchNorm {name!r} gets one value per channel, {tuple(x.shape)}: take larger batches or images, or eval mode.")
-        batch_mean = x.mean(dims, keepdim=True)
-        centred = x - batch_mean
-        batch_var = centred.square().mean(dims, keepdim=True)
-        if tape.statistics is not None:
-            tape.statistics.setdefault(name, []).append((batch_mean.flatten(), batch_var.flatten()))
-    if batch:
-        scale = (batch_var + eps).rsqrt()
-        y = centred * (scale if weight is None else scale * weight.view(shape))
-        return (y if bias is None else y + bias.view(shape)).to(dtype)
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale.view(shape) + shift.view(shape)).to(dtype)
-
-
-# --- which module becomes what --------------------------------------------------------------------------------------------------------
-
-_SELU = 1.7580993408473766  # λα: alpha dropout sets entries to −λα
-_SLOPE_ERROR = float(torch.ops.aten.hardsigmoid_backward(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))) - 1 / 6
-_OWN_BACKWARD = {"SwishMe": nn.SiLU, "MishMe": nn.Mish, "HardSigmoidMe": nn.Hardsigmoid, "HardSwishMe": nn.Hardswish}
-_DROPOUTS: dict[Callable, _Drop] = {
-    F.dropout: _Drop(0.5),
-    F.dropout1d: _Drop(0.5, "channels"),
-    F.dropout2d: _Drop(0.5, "channels"),
-    F.dropout3d: _Drop(0.5, "channels"),
-    F.alpha_dropout: _Drop(0.5, alpha=True),
-    F.feature_alpha_dropout: _Drop(0.5, "channels", alpha=True),
-}
-_DROPOUT_MODULES = {
-    nn.Dropout: F.dropout,
-    nn.Dropout1d: F.dropout1d,
-    nn.Dropout2d: F.dropout2d,
-    nn.Dropout3d: F.dropout3d,
-    nn.AlphaDropout: F.alpha_dropout,
-    nn.FeatureAlphaDropout: F.feature_alpha_dropout,
-}
-_ATTENTION = frozenset({F.scaled_dot_product_attention, F.multi_head_attention_forward})
-_CAUGHT = frozenset({*_DROPOUTS, *_ATTENTION, F.hardsigmoid, F.batch_norm})
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_MANY_GROUPS = 32
-"""From where the loop over groups is avoided: regnetx_002, of up to 46 groups, runs at 0.65 s an iteration with it and 0.83 without
-(two images, 8 attacks, not recorded); MobileNetV3-small, of 16 to 576, at 0.69 and 0.68; ConvNeXt-tiny, of 96 to 768, at 3.85 and 3.22."""
-_POOLS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
-
-
-def _operate(module: nn.Module, name: str, tape: _Tape, changes: Counter) -> None:
-    """Change one module's class where needed, and count the change."""
-    masked = tape.dropout == "masks" and module.training
-    kind, what, more = None, [], {}
-    if isinstance(module, _BatchNorm) and _is_plain(type(module)):
-        batch = module.training or module.running_mean is None
-        kind, what = _PureNorm, ["BatchNorm -> batch statistics, without updates" if batch else "BatchNorm -> affine map of running statistics"]
-    elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
-        kind, what = _InputNorm, ["InstanceNorm -> without updates"]
-    elif (drop := _drop(module)) is not None:
-        if masked and drop.rate > 0:
-            kind, what, more = _Masked, [f"{type(module).__name__} -> explicit mask"], {"_drop": drop}
-    elif isinstance(module, nn.MultiheadAttention):
-        dropped = masked and module.dropout > 0
-        if dropped or not tape.fused_attention:
-            kind, what, more = _MathHeads, ["MultiheadAttention -> math" + " with explicit mask" * dropped], {"_masked": dropped}
-    elif any(type(module).forward is kind.forward for kind in _CONVOLUTIONS) and _in_many_groups(module):
-        kind, what = _Grouped, ["convolution of many groups -> without a loop over them"]
-    elif type(module) in _POOLS and {module.output_size} <= {1, (1,), (1, 1), (1, 1, 1)}:
-        kind, what, more = _GlobalMean, ["pooling to one position -> mean"], {"_dims": tuple(range(-1 - _POOLS.index(type(module)), 0))}
-    else:
-        what = _switched_off(module)
-        if caught := _caught(module, tape):
-            kind, what, more = _Watched, [*what, *caught], {"_masked": masked}
-    if kind is not None:
-        module.__class__ = _with(type(module), kind)
-        module.__dict__.update(_tape=tape, _name=name, **more)
-    changes.update(what)
-
-
-def _in_many_groups(module: nn.Conv2d) -> bool:
-    return module.groups >= _MANY_GROUPS and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-
-
-def _switched_off(module: nn.Module) -> list[str]:
-    """Turn off by its own switches what cannot be attacked in this module."""
-    what = []
-    if isinstance(getattr(module, "attention_bias_cache", None), dict):
-        del module.attention_bias_cache
-        module.__class__ = _with(type(module), _Uncached)
-        what.append("cached attention bias -> computed")
-    if getattr(module, "grad_checkpointing", False) is True:
-        module.grad_checkpointing = False
-        what.append("gradient checkpointing -> off")
-    if isinstance(module, nn.TransformerEncoderLayer) and module.activation_relu_or_gelu:
-        module.activation_relu_or_gelu = 0  # read by its fast path alone, which has no second derivative
-        what.append("TransformerEncoderLayer's fast path -> off")
-    for name, value in vars(module).items():
-        if value is F.hardsigmoid:
-            vars(module)[name] = _hardsigmoid
-            what.append("Hardsigmoid -> relu6(x + 3) / 6")
-    return what
-
-
-def _caught(module: nn.Module, tape: _Tape) -> list[str]:
-    """What the module's own code calls that must be caught when it runs."""
-    called, what = _calls(type(module)), []
-    if called & _ATTENTION and not hasattr(module, "fused_attn") and not tape.fused_attention:
-        what.append("functional attention -> math")
-    if F.hardsigmoid in called:
-        what.append("functional hardsigmoid -> relu6(x + 3) / 6")
-    if isinstance(module, _BatchNorm) or (F.batch_norm in called and any("running_" in name for name in module._buffers)):
-        what.append("functional BatchNorm -> without updates")
-    active = module.training and getattr(module, "drop_rate", None) != 0 and getattr(module, "drop_prob", None) != 0
-    if active and tape.dropout == "masks" and (called & _DROPOUTS.keys() or "bernoulli_" in called):
-        what.append("functional dropout -> explicit mask")
-    elif active and called & _DROPOUTS.keys():
-        what.append("functional dropout -> off")
-    return what
-
-
-@functools.cache
-def _calls(kind: type) -> frozenset:
-    """Functions of `_CAUGHT`, and "bernoulli_", that the methods of a class may call, directly or through functions outside torch."""
-    found, seen = set(), set()
-    for base in kind.__mro__:
-        if not base.__module__.startswith("torch.") and base is not object:
-            for name, method in vars(base).items():
-                if name != "__init__":  # a function that it keeps as an attribute is found there
-                    _search(getattr(method, "__func__", method), found, seen)
-    return frozenset(found)
-
-
-def _search(function: Any, found: set, seen: set) -> None:
-    if not isinstance(function, FunctionType) or function in seen or (function.__module__ or "").startswith("torch."):
-        return
-    seen.add(function)
-    _search(getattr(function, "__wrapped__", None), found, seen)
-    for value in _mentioned(function.__code__, function.__globals__):
-        if value == "bernoulli_" or (callable(value) and value in _CAUGHT):
-            found.add(value)
-        else:
-            _search(value, found, seen)
-
-
-def _mentioned(code: CodeType, names: dict[str, Any]) -> Iterator[Any]:
-    """Global functions that a code object mentions, by name or as an attribute of a module, and the attribute name "bernoulli_"."""
-    value: Any = None
-    for step in dis.get_instructions(code):
-        if step.opname == "LOAD_GLOBAL":
-            value = names.get(step.argval)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            value = getattr(value, step.argval, None) if isinstance(value, ModuleType) else None
-            if step.argval == "bernoulli_":
-                yield "bernoulli_"
-        else:
-            continue
-        if isinstance(value, FunctionType) or (callable(value) and not isinstance(value, type)):
-            yield value
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _mentioned(inner, names)
-
-
-def _drop(module: nn.Module) -> _Drop | None:
-    """The dropout that a module is, or None. Those that do something of their own are told by their class's name, as copies of timm's are."""
-    for kind, function in _DROPOUT_MODULES.items():
-        if type(module).forward is kind.forward:
-            return _DROPOUTS[function]._replace(rate=float(module.p))
-    if type(module).__name__ == "DropPath" and hasattr(module, "drop_prob"):
-        return _Drop(float(module.drop_prob or 0), "examples", scaled=getattr(module, "scale_by_keep", True))
-    if type(module).__name__ == "StochasticDepth" and hasattr(module, "mode"):
-        return _Drop(float(module.p), "examples" if module.mode == "row" else "batch")
-    return None
-
-
-def _drops(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that do nothing in train mode that they do not in eval mode, but for dropping something."""
-    for module in model.modules():
-        if _drop(module) is not None or isinstance(module, nn.MultiheadAttention) or type(module).__name__ in ("DropBlock2d", "PatchDropout"):
-            yield module
-
-
-def _rate(module: nn.Module) -> float:
-    if isinstance(module, nn.MultiheadAttention):
-        return module.dropout
-    drop = _drop(module)
-    return drop.rate if drop is not None else getattr(module, "drop_prob", None) or getattr(module, "prob", None) or 0.0
-
-
-def _set_flags(model: nn.Module, batch_norm: BatchNormPolicy, dropout: DropoutPolicy) -> None:
-    if batch_norm != "keep":
-        model.train(batch_norm == "train" or dropout == "masks")
-    if batch_norm == "eval":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(False)
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether a BatchNorm does what PyTorch's does, and then its children `drop` and `act` if it is timm's."""
-    timms = kind.__module__.startswith("timm.") and kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
-    return timms or kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-
-@functools.cache
-def _with(kind: type, part: type) -> type:
-    """The class with the part's forward; it keeps its name and stays a subclass."""
-    return type(kind.__name__, (part, kind), {"__module__": kind.__module__})
-
-
 def _own(copy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from copy.named_parameters()
     yield from copy.named_buffers()
 
 
-def _tape(copy: nn.Module) -> _Tape:
+def _tape(copy: nn.Module) -> Tape:
     tape = copy.__dict__.get("_tape")
-    if not isinstance(tape, _Tape):
+    if not isinstance(tape, Tape):
         raise InputError(f"this {type(copy).__name__} is no attack copy: give what prepare(model) returns.")
     return tape
