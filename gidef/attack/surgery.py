@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gidef.errors import InputError
+from gidef.models.norms import affine, after_norm, is_plain_norm, moments, rescaled
 from gidef.models.surgery import make_differentiable
 from gidef.rng import generator
 from gidef.types import Tensors
@@ -440,11 +441,7 @@ class _PureNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.training or self.running_mean is None
-        y = _normalised(self._tape, self._name, x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, batch)
-        for part in ("drop", "act"):
-            if part in self._modules:
-                y = self._modules[part](y)
-        return y
+        return after_norm(self, _normalised(self._tape, self._name, x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, batch))
 
 
 class _InputNorm:
@@ -708,24 +705,17 @@ def _normalised(
     tape: _Tape, name: str, x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, batch: bool
 ) -> Tensor:
     """BatchNorm of x (B, channels, …): by the batch's statistics, or as an affine map. In float32 at least, as PyTorch's own."""
-    dtype, shape, dims = x.dtype, (1, -1, *[1] * (x.ndim - 2)), (0, *range(2, x.ndim))
+    dtype = x.dtype
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     if batch or tape.statistics is not None:
         if batch and x.numel() == x.shape[1] and tape.measured is None:
             raise InputError(f"BatchNorm {name!r} gets one value per channel, {tuple(x.shape)}: take larger batches or images, or eval mode.")
-        batch_mean = x.mean(dims, keepdim=True)
-        centred = x - batch_mean
-        batch_var = centred.square().mean(dims, keepdim=True)
+        batch_mean, centred, batch_var = moments(x)
         if tape.statistics is not None:
             tape.statistics.setdefault(name, []).append((batch_mean.flatten(), batch_var.flatten()))
     if batch:
-        scale = (batch_var + eps).rsqrt()
-        y = centred * (scale if weight is None else scale * weight.view(shape))
-        return (y if bias is None else y + bias.view(shape)).to(dtype)
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale.view(shape) + shift.view(shape)).to(dtype)
+        return rescaled(centred, batch_var, weight, bias, eps).to(dtype)
+    return affine(x, mean, var, weight, bias, eps).to(dtype)
 
 
 # --- which module becomes what --------------------------------------------------------------------------------------------------------
@@ -762,7 +752,7 @@ def _operate(module: nn.Module, name: str, tape: _Tape, changes: Counter) -> Non
     """Change one module's class where needed, and count the change."""
     masked = tape.dropout == "masks" and module.training
     kind, what, more = None, [], {}
-    if isinstance(module, _BatchNorm) and _is_plain(type(module)):
+    if isinstance(module, _BatchNorm) and is_plain_norm(type(module)):
         batch = module.training or module.running_mean is None
         kind, what = _PureNorm, ["BatchNorm -> batch statistics, without updates" if batch else "BatchNorm -> affine map of running statistics"]
     elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
@@ -905,12 +895,6 @@ def _set_flags(model: nn.Module, batch_norm: BatchNormPolicy, dropout: DropoutPo
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.train(False)
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether a BatchNorm does what PyTorch's does, and then its children `drop` and `act` if it is timm's."""
-    timms = kind.__module__.startswith("timm.") and kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
-    return timms or kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @functools.cache
