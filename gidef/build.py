@@ -44,7 +44,16 @@ from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
-from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, freeze_batch_norm, frozen_statistics, has_batch_statistics, make_backbone
+from gidef.models import (
+    ConvBottleneck,
+    LinearBottleneck,
+    SplitModel,
+    decoder_for,
+    freeze_batch_norm,
+    frozen_statistics,
+    has_batch_statistics,
+    make_backbone,
+)
 from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores

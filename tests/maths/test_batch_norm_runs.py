@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file as safetensors_load
 from safetensors.torch import save_file
 
-from gidef import build, config, job
+from gidef import build, config, importing, job
 from gidef.checkpoint import load_file
 from gidef.clients.local import batches
 from gidef.config import DPSGD, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Rounds, Speed, Undefended
@@ -126,7 +126,7 @@ def test_frozen_statistics_outlive_the_file_that_they_came_from(tmp_path):
     assert torch.equal(logits(run, again.training, final, test, seed=0, split="test"), expected) and again.sha256 == trained.sha256
     assert all(torch.equal(tensor, began[name].float()) for name, tensor in again.training.frozen.items())
     (tmp_path / "weights.safetensors").unlink()
-    model, _ = build.load_model(run.folder / "models" / f"{key}.safetensors", load_code=__import__("gidef.importing").importing.load)
+    model, _ = build.load_model(run.folder / "models" / f"{key}.safetensors", load_code=importing.load)
     torch.testing.assert_close(model(test.images.float() / 255), expected)
     assert not torch.allclose(model.train()(test.images.float() / 255) * 0 + expected, expected * 1.01)
 
