@@ -44,7 +44,16 @@ from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
 from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
-from gidef.models import ConvBottleneck, LinearBottleneck, SplitModel, decoder_for, has_batch_statistics, make_backbone
+from gidef.models import (
+    ConvBottleneck,
+    LinearBottleneck,
+    SplitModel,
+    decoder_for,
+    freeze_batch_norm,
+    frozen_statistics,
+    has_batch_statistics,
+    make_backbone,
+)
 from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores
@@ -163,13 +172,16 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
     """
     model = recipe.model
     backbone = make_backbone(
-        model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm=model.norm,
+        model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm="group" if model.norm == "group" else "keep",
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
         options={} if model.neck is None else {"neck": model.neck},
     )  # fmt: skip
+    if model.norm == "frozen":
+        freeze_batch_norm(backbone)
     if has_batch_statistics(backbone):
         raise InputError(
-            f"model.norm={model.norm} leaves {model.name} with BatchNorm, whose running statistics belong to no share policy here: set model.norm=group."
+            f"model.norm={model.norm} leaves {model.name} with running statistics that training changes, and that belong to no share policy here: "
+            "set model.norm=frozen or group."
         )
     mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
     return SplitModel(
@@ -338,7 +350,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_cod
         raise InputError(f"{path}: its recipe cannot be built: {error}") from error
     first = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("client-00000/")}
     model = defence.model.to(device)
-    load_parameters(model, {name: {**first, **tensors}[name] for name, _ in model.named_parameters()})
+    load_parameters(model, {name: {**first, **tensors}[name] for name in [*(name for name, _ in model.named_parameters()), *frozen_statistics(model)]})
     return model.eval(), meta
 
 
@@ -451,6 +463,8 @@ class Training:
     """Which of the server's slots this rank holds; None: all."""
     sharded: Sharded | None = None
     """Where a client spans several ranks: the server's and the clients' tensors are then slices."""
+    frozen: Tensors = dataclasses.field(default_factory=dict)
+    """Running statistics of frozen BatchNorm, by name, whole and in main memory: what the model has beside its parameters."""
 
     def to_save(self, server: ServerState) -> ServerState:
         """The server with whole slots, on the first rank. Every rank calls this together."""
@@ -461,10 +475,16 @@ class Training:
         return server if self.slices is None else own(server, self.slices)
 
 
-def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path) -> Training:
-    """On one rank per client, or where the world has a mesh, on a group of ranks per client."""
+def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, state_folder: Path, frozen: Tensors | None = None) -> Training:
+    """On one rank per client, or where the world has a mesh, on a group of ranks per client.
+
+    frozen: the running statistics that the training began with, in the place of those that the model has now.
+    """
     recipe = setting.recipe
     defence = make_defence(chosen, recipe, setting.dataset, seed=seed, spends=privacy_budget(setting, chosen, seed=seed))
+    if frozen:
+        load_parameters(defence.model, frozen)
+    frozen = {name: tensor.detach().cpu().clone() for name, tensor in frozen_statistics(defence.model).items()}
     if world.mesh is None:  # else a player's copy goes to the devices in slices
         defence.model.to(world.device)
     if defence.decoder is not None:
@@ -517,7 +537,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     return Training(
         defence=defence, participation=participation, store=store, shared=shared, costs=costs, slices=slices,
         server=ServerState({name: initial[name] for name in shared}),
-        draw=draw, run=run, sharded=sharded,
+        draw=draw, run=run, sharded=sharded, frozen=frozen,
     )  # fmt: skip
 
 

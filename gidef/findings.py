@@ -27,6 +27,10 @@ Scored = dict[int, dict[str, Tensor]]
 """Values per victim of a cell, by id(cell); see `Scorer.score`."""
 
 
+NORMS = {"group": ("no BatchNorm", "none in the model"), "frozen": ("BatchNorm frozen (eval mode)", "eval"), "keep": ("BatchNorm in train mode", "train")}
+"""What a threat model says of the client's normalisation, by `Model.norm`: in words, and in short."""
+
+
 def threat(run: Run, cell: Cell) -> dict[str, Any]:
     """The threat model in words and numbers, for the row."""
     evaluation = run.recipe.evaluation
@@ -38,10 +42,10 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
     count = observe.members(run, cell.trained)
     seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
-    said = f"{server} server, {seen}, {knows}, no BatchNorm"
+    said = f"{server} server, {seen}, {knows}, {NORMS[run.recipe.model.norm][0]}"
     return {
         "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
-        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": "none in the model",
+        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": NORMS[run.recipe.model.norm][1],
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip
 

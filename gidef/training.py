@@ -9,7 +9,7 @@ import math
 import socket
 import statistics
 import time
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +34,8 @@ from gidef.spans import span
 from gidef.types import ServerState, Tensors
 
 CHECKPOINTS = ("untrained", "early", "final")
+FROZEN = "frozen/"
+"""Prefix in a snapshot's file of the running statistics that the training leaves as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: training had ended.")
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
-    training = build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    training = _made(run, chosen, seed, key, world)
     if build.lacks_tf32(recipe, world):
         run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
     if recipe.speed.compile_training:
@@ -312,7 +314,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}
         meta |= _shape(run)
-        export_model(export, exported, config.to_json(recipe), meta)
+        export_model(export, {**exported, **training.frozen}, config.to_json(recipe), meta)
     world.barrier()
     if sharded is not None and recipe.attacks:
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
@@ -381,7 +383,7 @@ def _exported(training: build.Training, params: Tensors, num_clients: int) -> Te
 
 def final_hash(training: build.Training, params: Tensors, num_clients: int) -> str:
     """SHA-256 of the final model: fp32 little-endian bytes, name order (see checkpoint.weights_sha256)."""
-    return weights_sha256(_whole(training, _exported(training, params, num_clients)))
+    return weights_sha256(ChainMap(training.frozen, _whole(training, _exported(training, params, num_clients))))
 
 
 # --- where a client spans several ranks, the server's tensors are slices ---------------------------------------------
@@ -403,7 +405,15 @@ def _numel(training: build.Training, tensors: Tensors) -> int:
 def _as_attacked(run: Run, chosen: Any, seed: int, key: str) -> build.Training:
     """The parts of a training on each rank by itself, as attacks take them; where there are none, they stay in slices."""
     world = dataclasses.replace(run.world, mesh=None) if run.recipe.attacks else run.world
-    return build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key)
+    return _made(run, chosen, seed, key, world)
+
+
+def _made(run: Run, chosen: Any, seed: int, key: str, world: World) -> build.Training:
+    """A training; frozen running statistics are those that this run's folder has of its start, if it has begun, whatever model.pretrained holds now."""
+    began = snapshot_path(run.folder, key, "untrained")
+    tensors = load_file(began)[0] if run.recipe.model.norm == "frozen" and began.exists() else {}
+    frozen = {name.removeprefix(FROZEN): tensor for name, tensor in tensors.items() if name.startswith(FROZEN)}
+    return build.make_training(run.setting, chosen, seed=seed, world=world, state_folder=run.folder / "clients" / key, frozen=frozen)
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -486,6 +496,7 @@ def _state_hash(training: build.Training, server: ServerState, best: Tensors, ve
     slots = {f"{slot}/{name}": tensor for slot, slots in server.slots.items() for name, tensor in slots.items()}
     plain = [sorted(versions.items()), progress.best_round, progress.best_accuracy, sorted(progress.best_versions.items()), sorted(slots)]
     parts = [weights_sha256(_whole(training, tensors)) for tensors in (server.params, slots, best)]
+    parts += [weights_sha256(training.frozen)] if training.frozen else []
     return hashlib.sha256("|".join([*parts, json.dumps(plain)]).encode()).hexdigest()
 
 
@@ -522,6 +533,7 @@ def _numbers(versions: dict[str, int]) -> dict[int, int]:
 def _save_snapshot(run: Run, training: build.Training, key: str, snapshot: Snapshot) -> None:
     params = _gathered(training, snapshot.params, keep=run.leads)
     if run.leads:
+        params = {**params, **{FROZEN + name: tensor for name, tensor in training.frozen.items()}}
         meta = {"name": snapshot.name, "round": snapshot.round, "progress": snapshot.progress, "versions": snapshot.versions, "fingerprint": run.fingerprint}
         save_file(snapshot_path(run.folder, key, snapshot.name), params, meta)
 
@@ -532,7 +544,7 @@ def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
     tensors, meta = load_file(path)
     if meta["fingerprint"] != run.fingerprint:
         raise InputError(f"{path} belongs to another recipe or other data: attack it with the recipe and data that made it.")
-    params = {n: t.to(run.world.device) for n, t in tensors.items()}
+    params = {n: t.to(run.world.device) for n, t in tensors.items() if not n.startswith(FROZEN)}
     return Snapshot(meta["name"], meta["round"], meta["progress"], params, _numbers(meta["versions"]))
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from gidef.attack.grouped import Convolved
 from gidef.errors import InputError
+from gidef.models.norms import affine, after_norm, moments, rescaled
 from gidef.types import Tensors
 
 MASKS = "masks."
@@ -100,11 +101,7 @@ class PureNorm:
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.training or self.running_mean is None
-        y = _normalised(self._tape, self._name, x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, batch)
-        for part in ("drop", "act"):
-            if part in self._modules:
-                y = self._modules[part](y)
-        return y
+        return after_norm(self, _normalised(self._tape, self._name, x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, batch))
 
 
 class InputNorm:
@@ -278,21 +275,14 @@ def _normalised(
     tape: Tape, name: str, x: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, batch: bool
 ) -> Tensor:
     """BatchNorm of x (B, channels, …): by the batch's statistics, or as an affine map. In float32 at least, as PyTorch's own."""
-    dtype, shape, dims = x.dtype, (1, -1, *[1] * (x.ndim - 2)), (0, *range(2, x.ndim))
+    dtype = x.dtype
     x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
     if batch or tape.statistics is not None:
         if batch and x.numel() == x.shape[1] and tape.measured is None:
             raise InputError(f"BatchNorm {name!r} gets one value per channel, {tuple(x.shape)}: take larger batches or images, or eval mode.")
-        batch_mean = x.mean(dims, keepdim=True)
-        centred = x - batch_mean
-        batch_var = centred.square().mean(dims, keepdim=True)
+        batch_mean, centred, batch_var = moments(x)
         if tape.statistics is not None:
             tape.statistics.setdefault(name, []).append((batch_mean.flatten(), batch_var.flatten()))
     if batch:
-        scale = (batch_var + eps).rsqrt()
-        y = centred * (scale if weight is None else scale * weight.view(shape))
-        return (y if bias is None else y + bias.view(shape)).to(dtype)
-    scale = (var + eps).rsqrt()
-    scale = scale if weight is None else scale * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return (x * scale.view(shape) + shift.view(shape)).to(dtype)
+        return rescaled(centred, batch_var, weight, bias, eps).to(dtype)
+    return affine(x, mean, var, weight, bias, eps).to(dtype)

@@ -30,6 +30,7 @@ from gidef.attack.surgery_parts import (
     Watched,
     hardsigmoid,
 )
+from gidef.models.norms import is_plain_norm
 
 OWN_BACKWARD = {"SwishMe": nn.SiLU, "MishMe": nn.Mish, "HardSigmoidMe": nn.Hardsigmoid, "HardSwishMe": nn.Hardswish}
 _DROPOUT_MODULES = {
@@ -53,7 +54,7 @@ def operate(module: nn.Module, name: str, tape: Tape, changes: Counter) -> None:
     """Change one module's class where needed, and count the change."""
     masked = tape.dropout == "masks" and module.training
     kind, what, more = None, [], {}
-    if isinstance(module, _BatchNorm) and _is_plain(type(module)):
+    if isinstance(module, _BatchNorm) and is_plain_norm(type(module)):
         batch = module.training or module.running_mean is None
         kind, what = PureNorm, ["BatchNorm -> batch statistics, without updates" if batch else "BatchNorm -> affine map of running statistics"]
     elif isinstance(module, _InstanceNorm) and module.training and module.track_running_stats:
@@ -196,12 +197,6 @@ def set_flags(model: nn.Module, batch_norm: BatchNormPolicy, dropout: DropoutPol
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.train(False)
-
-
-def _is_plain(kind: type) -> bool:
-    """Whether a BatchNorm does what PyTorch's does, and then its children `drop` and `act` if it is timm's."""
-    timms = kind.__module__.startswith("timm.") and kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
-    return timms or kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @functools.cache

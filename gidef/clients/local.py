@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gidef.errors import InputError
+from gidef.models import frozen_statistics
 from gidef.precision import in_own_precision
 from gidef.rng import generator
 from gidef.spans import span
@@ -105,8 +106,10 @@ def examples(
 
 
 def load_parameters(module: nn.Module, tensors: Tensors) -> None:
-    """Copy tensors into the module's parameters of the same names, in place; names that the module lacks raise KeyError."""
+    """Copy tensors into the module's parameters, and running statistics, of the same names, in place; names that the module lacks raise KeyError."""
     parameters = dict(module.named_parameters())
+    if not tensors.keys() <= parameters.keys():
+        parameters |= frozen_statistics(module)
     with torch.no_grad():
         torch._foreach_copy_([parameters[name] for name in tensors], [value.to(parameters[name].device) for name, value in tensors.items()])
 

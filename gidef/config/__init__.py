@@ -142,8 +142,9 @@ class Model:
     """Named module whose output is the latent, e.g. "layer1" or "blocks.2"; None takes the model's default."""
     small_stem: bool = True
     """Stem for images of about 32 pixels (stride 1, no pooling; patch 4), where the model has one to change."""
-    norm: Literal["group", "keep"] = "group"
-    """"group" turns BatchNorm into GroupNorm."""
+    norm: Literal["group", "keep", "frozen"] = "group"
+    """"group" turns BatchNorm into GroupNorm. "frozen" leaves it, as a fixed affine map by its running statistics, those of the `pretrained` file or
+    the initial 0 and 1, in training too; weight and bias are trained."""
     activation: Literal["leaky_relu", "none"] = "leaky_relu"
     """Of the small net only."""
     neck: int | None = None

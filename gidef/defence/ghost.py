@@ -20,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gidef.errors import InputError
+from gidef.models.norms import affine, is_frozen
 from gidef.types import Tensors
 
 
 class Ghost:
     """Norms and clipped sums of a model's cross-entropy.
 
-    Raises: InputError for a parameter that is not of a Linear, Conv2d, GroupNorm or LayerNorm of its own, and, when called, for a layer that is not
+    Raises: InputError for a parameter that is not of a Linear, Conv2d, GroupNorm, LayerNorm or frozen BatchNorm (without an activation in it) of its own, and, when called, for a layer that is not
             used exactly once: norms would lack something.
     """
 
@@ -78,6 +79,8 @@ class Ghost:
 
 def _plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether a layer is one of these very types, with zeros beyond its border."""
+    if is_frozen(layer):
+        return not hasattr(layer, "act")
     return type(layer) in kinds and getattr(layer, "padding_mode", "zeros") == "zeros" and not isinstance(getattr(layer, "padding", 0), str)
 
 
@@ -94,6 +97,9 @@ def _squares(layer: nn.Module, given: Tensor, gradient: Tensor) -> Tensor:
         else:
             found = (outputs @ patches.mT).square().sum((1, 2))
         return found if layer.bias is None else found + outputs.sum(2).square().sum(1)
+    if is_frozen(layer):
+        normalised = affine(given, layer.running_mean, layer.running_var, None, None, layer.eps)
+        return sum((part.flatten(2).sum(2) if part.dim() > 2 else part).square().sum(1) for part in (gradient * normalised, gradient))
     if isinstance(layer, nn.Linear):
         given, gradient = (t if t.dim() < 4 else t.flatten(1, -2) for t in (given, gradient))
         parts = GradSampleModuleFastGradientClipping.NORM_SAMPLERS[nn.Linear](layer, [given], gradient).values()

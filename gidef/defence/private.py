@@ -155,7 +155,7 @@ class PrivateDefence(Defence):
             Ghost(model)  # refuses what it does not know before anything starts
         self._form = form
         if has_batch_statistics(model):
-            raise InputError("DPSGD clips each image's own gradient, and BatchNorm mixes the images of a batch: set model.norm=group.")
+            raise InputError("DPSGD clips each image's own gradient, and BatchNorm mixes the images of a batch: set model.norm=frozen or group.")
         self.clip, self.noise_multiplier, self.budget = clip, noise_multiplier, budget
 
     def player(self) -> PrivatePlayer:

@@ -5,10 +5,10 @@ from gidef.models.bottleneck import ConvBottleneck, LinearBottleneck
 from gidef.models.cuts import cuts, default_cut, stages
 from gidef.models.decoder import Decoder, decoder_for
 from gidef.models.judge import Judge, judge_called, make_judge
+from gidef.models.norms import freeze_batch_norm, frozen_statistics, has_batch_statistics
 from gidef.models.perturbation import Perturbation, latent_norm
 from gidef.models.small import SmallNet
 from gidef.models.split import Outputs, SplitModel
-from gidef.models.surgery import has_batch_statistics
 
 __all__ = [
     "ConvBottleneck",
@@ -22,6 +22,8 @@ __all__ = [
     "cuts",
     "decoder_for",
     "default_cut",
+    "freeze_batch_norm",
+    "frozen_statistics",
     "has_batch_statistics",
     "latent_norm",
     "make_backbone",

@@ -9,11 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether any module keeps running statistics of the data (BatchNorm and its kin, as norm="keep" leaves them)."""
-    return any(name.rpartition(".")[2] in ("running_mean", "running_var") for name, _ in model.named_buffers())
-
-
 class GroupNormAct(nn.GroupNorm):
     """GroupNorm with what timm's BatchNormAct2d does after its norm, under the same names."""
 

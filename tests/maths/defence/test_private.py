@@ -320,7 +320,7 @@ def test_without_opacus_there_is_one_message_that_says_what_to_install(monkeypat
 
 def test_batch_norm_is_refused():
     model = make_model(make_backbone("resnet10t", num_classes=CLASSES, image_shape=(3, 32, 32), small_stem=True, norm="keep", pretrained=None, activation=None, seed=0), 32)
-    with pytest.raises(InputError, match="BatchNorm mixes.*model.norm=group"):
+    with pytest.raises(InputError, match="BatchNorm mixes.*model.norm=frozen or group"):
         PrivateDefence(model, clip=1.0, noise_multiplier=1.0)
 
 
