@@ -143,6 +143,8 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     once = frozen and front_frozen
     images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
+        if defence.model.statistics["encoder"]:
+            raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
         found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)

@@ -190,6 +190,10 @@ def _norm_problems(recipe: Recipe) -> list[str]:
         parts = defence if isinstance(defence, tuple) else (defence,)
         if any(isinstance(part, DPSGD) for part in parts):
             found.append(f"defences.{name}: DPSGD clips and noises gradients, and running statistics (model.norm=keep) would tell of the images beside them. {ways}.")
+        if any(isinstance(part, Soteria) for part in parts):
+            found.append(f"defences.{name}: Soteria prunes by what each image alone makes of a feature, and batches (model.norm=keep) mix images. {ways}.")
+        if any(isinstance(part, CapacityNoise) and part.front == "frozen" for part in parts):
+            found.append(f"defences.{name}: front=frozen stands still, and its running statistics (model.norm=keep) would move. {ways}.")
     return found
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file as safetensors_load
 from safetensors.torch import save_file
 
-from gidef import build, config, importing, job, methods, observe
+from gidef import build, config, findings, importing, job, methods, observe
+from gidef.cells import make_cells
 from gidef.checkpoint import load_file
 from gidef.clients.local import batches
 from gidef.config import DPSGD, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Rounds, Speed, Undefended
@@ -419,17 +420,52 @@ def test_every_attack_runs_on_a_kept_net(attacked, tmp_path):
     assert {row["attack"] for row in rows} == set(names) and all(row["failed"] == 0 or row["attack"] == "analytic" for row in rows)
 
 
+def test_a_cohort_is_seen_as_the_mean_of_gradients_each_by_its_own_batch(tmp_path):
+    run = start(recipe("keep", tmp_path, rounds=Rounds(count=1), share_policy="head"), tmp_path / "run")
+    one = train(run, "sum", config.SecureAggregation(), 0)
+    snapshot, bare = one.snapshots["final"], one.training
+    victims = observe.release(run, one, snapshot, seed=0)
+    plan = methods.plan(methods.make_case(run, one, snapshot, JointMatching(), [victims], seed=0))
+    seen, company = plan.observations[0], victims.company[0]
+    images = torch.cat([victims.images[0], *company.images])
+    found = plan.make_simulate()(seen.params, seen.known, images, F.one_hot(victims.all_labels(0), 8).float(), None)
+    assert len(company.owners) == 2 and found.keys() == seen.update.keys() == set(bare.defence.model.parts["predictor"])
+    torch.testing.assert_close(found, dict(seen.update), rtol=1e-4, atol=1e-6)
+    assert victims.statistics[0].keys() == set(bare.defence.model.statistics["predictor"])
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"clients": dataclasses.replace(SGD, batch_size=1)}, "clients.batch_size=1: model.norm=keep"),
     ({"evaluation": dataclasses.replace(RECIPE.evaluation, batch_size=1), "attacks": ATTACKS}, "evaluation.batch_size=1 in 1 step"),
     ({"evaluation": dataclasses.replace(RECIPE.evaluation, batch_size=2, release="delta", local_steps=2), "attacks": ATTACKS}, "evaluation.batch_size=2 in 2 step"),
     ({"speed": Speed(shard_size=2)}, "speed.shard_size=2"), ({"speed": Speed(sharded_server=True)}, "speed.sharded_server=True"),
-    ({"defences": {"p": (DPSGD(level="client"), config.Pruning())}}, "defences.p: DPSGD clips"),
+    ({"defences": {"p": (DPSGD(level="client"), config.Pruning())}}, "defences.p: DPSGD clips"), ({"defences": {"s": config.Soteria()}}, "defences.s: Soteria"),
+    ({"defences": {"c": config.CapacityNoise(front="frozen")}, "clients": LocalTraining()}, "defences.c: front=frozen"),
 ])  # fmt: skip
 def test_what_batch_statistics_cannot_do_is_refused(changes, said, tmp_path):
     (problem,) = config.problems(recipe("keep", tmp_path, **changes))
     assert said in problem and "model.norm=frozen or group" in problem
     assert not [text for text in config.problems(recipe("frozen", tmp_path, **changes)) if "BatchNorm" in text or "model.norm" in text]
+
+
+@pytest.mark.parametrize("norm", ["keep", "frozen"])
+def test_noise_behind_batch_statistics_certifies_nothing(norm, tmp_path):
+    defence = config.IsotropicNoise(std=2.0)
+    asked = recipe(norm, tmp_path, share_policy="head", defences={"noise": defence}, attacks={"a": NaiveMatching()}, rounds=Rounds(count=1))
+    run = start(asked, tmp_path / "run")
+    trained = train(run, "noise", defence, 0)
+    [cell] = make_cells(run, {("noise", 0): trained}, run.folder)
+    cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
+    told, _ = findings._certificate(run, [cell])
+    assert ("carries an image into the latents of its batch" in told.get("uncertified", "")) is (norm == "keep") and (told["certified_bits"] is None) is (norm == "keep")
+
+
+def test_steps_that_move_statistics_run_uncompiled_and_say_so(tmp_path):
+    run, said = start(recipe("keep", tmp_path), tmp_path / "run"), []
+    training = build.make_training(run.setting, Undefended(), seed=0, world=World(), state_folder=tmp_path / "state")
+    build.compile_steps(training, run.recipe, notice=said.append)
+    (player,) = training.participation.players
+    assert said == ["speed.compile_training: steps that move BatchNorm's running statistics run uncompiled."] and player._forward is player.model
 
 
 def test_a_client_whose_last_batch_is_one_image_is_named(tmp_path):
