@@ -91,7 +91,7 @@ def calibrate(
 
 def _choose(asked: int, participation: Participation, server: ServerState, cohort: Sequence[Client], device: torch.device, slots: int) -> Choice:
     if not participation.can_vectorise:
-        return Choice(1, reason=f"{type(participation.players[0]).__name__} cannot be stacked")
+        return Choice(1, reason="BatchNorm moves its running statistics" if participation.moves_statistics else f"{type(participation.players[0]).__name__} cannot be stacked")
     if any(getattr(client, "source", None) is not None for client in cohort):
         return Choice(1, reason="their images are streamed")
     trial = [cohort[place] for place in cut_into_groups([client.num_examples for client in cohort], asked or 2)[0]]

@@ -53,6 +53,9 @@ from gidef.models import (
     frozen_statistics,
     has_batch_statistics,
     make_backbone,
+    move_batch_norm,
+    moving_statistics,
+    running_statistics,
 )
 from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world, robust_over_world
 from gidef.parallel.plan import longest_first
@@ -134,6 +137,7 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
     roles = split_roles(dataset, num_victims=recipe.evaluation.num_victims, num_tuning=recipe.evaluation.num_tuning, seed=data.split_seed)
     train = dataset.train.to(_home(dataset.train.images, device, notice))
     clients = [Client(k, train.images[part.to(train.images.device)], train.labels[part.to(train.images.device)]) for k, part in enumerate(parts)]
+    _check_batches(recipe, clients)
     return Setting(recipe, dataset, parts, class_counts(labels, parts, dataset.num_classes), roles, clients)
 
 
@@ -147,8 +151,20 @@ def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[
     small = [client.id for client in found.clients if client.num_examples < data.min_examples]
     if small:
         raise InputError(f"clients {small[:5]} train on fewer than data.min_examples={data.min_examples} images: lower it, or give them more.")
+    _check_batches(recipe, found.clients)
     roles = split_roles(found.dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=data.split_seed)
     return Setting(recipe, found.dataset, found.parts, found.counts, roles, found.clients, found.positions)
+
+
+def _check_batches(recipe: config.Recipe, clients: list[Client]) -> None:
+    """Raises InputError if a client would normalise a batch of one image by its own statistics."""
+    size, all_of_it = recipe.clients.batch_size, isinstance(recipe.clients, config.LocalTraining)
+    alone = [client.id for client in clients if client.num_examples == 1 or (all_of_it and client.num_examples % size == 1)]
+    if recipe.model.norm == "keep" and alone:
+        raise InputError(
+            f"clients {alone[:5]} have batches of one image at clients.batch_size={size}, which model.norm=keep cannot normalise by its statistics: "
+            "change clients.batch_size by one, raise data.min_examples, or set model.norm=frozen or group."
+        )
 
 
 def _home(images: torch.Tensor, device: torch.device, notice: Callable[[str], None]) -> torch.device:
@@ -178,11 +194,10 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
     )  # fmt: skip
     if model.norm == "frozen":
         freeze_batch_norm(backbone)
-    if has_batch_statistics(backbone):
-        raise InputError(
-            f"model.norm={model.norm} leaves {model.name} with running statistics that training changes, and that belong to no share policy here: "
-            "set model.norm=frozen or group."
-        )
+    elif model.norm == "keep":
+        move_batch_norm(backbone).train()
+    elif has_batch_statistics(backbone):
+        raise InputError(f"model.norm=group leaves {model.name} with running statistics that are no BatchNorm's: replace their layers in the model.")
     mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
     return SplitModel(
         backbone, cut=model.cut if cut is None else cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
@@ -350,7 +365,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu", load_cod
         raise InputError(f"{path}: its recipe cannot be built: {error}") from error
     first = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith("client-00000/")}
     model = defence.model.to(device)
-    load_parameters(model, {name: {**first, **tensors}[name] for name in [*(name for name, _ in model.named_parameters()), *frozen_statistics(model)]})
+    load_parameters(model, {name: {**first, **tensors}[name] for name in [*(name for name, _ in model.named_parameters()), *running_statistics(model)]})
     return model.eval(), meta
 
 
@@ -493,7 +508,8 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     workers = min(num_workers(recipe, world), cohort_size)
     sharded = _sharded(defence, chosen, recipe, world) if world.mesh is not None else None
     initial = sharded.initial if sharded else defence.initial()
-    shared = shared_names(initial, defence.model.parts["predictor"], recipe.share_policy)
+    moved, behind = tuple(moving_statistics(defence.model)), (*defence.model.parts["predictor"], *defence.model.statistics["predictor"])
+    shared = shared_names(initial, behind, recipe.share_policy)
     store = ClientStore(state_folder, memory=cohort_size)
     players = [defence.encoded_player() for _ in range(0 if sharded else workers)]
     settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
@@ -507,7 +523,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         SlicedStore(store, sharded.layout, world.mesh.shard) if sharded else store,
         seed=seed, rounds=setting.rounds, scaffold=isinstance(recipe.rounds.server, config.Scaffold),
         share=(sharded.share if sharded else defence.share) if defence.transforms else None,
-        alike=defence.budget is not None and defence.budget.unit == "client", **({"train_player": sharded.train} if sharded else {}),
+        alike=defence.budget is not None and defence.budget.unit == "client", statistics=moved, **({"train_player": sharded.train} if sharded else {}),
     )  # fmt: skip
     costs = Costs()
     dealt = {
@@ -527,6 +543,8 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         template=participation.template(), metric_names=("loss",),
     )  # fmt: skip
     step = server_step(recipe.rounds.server, num_clients=recipe.data.num_clients, cohort_size=cohort_size)
+    if averaged := frozenset(moved).intersection(shared):
+        step = servers.averaging(step, averaged)
     if slices is not None:
         step = sharded_step(step, slices, sliced=rule is None)
     draw = drawn = functools.partial(_draw, num_clients=recipe.data.num_clients, size=cohort_size, seed=seed)
@@ -557,6 +575,9 @@ def compile_steps(training: Training, recipe: config.Recipe, *, notice: Callable
     """The clients' steps as compiled programs; CUDA graphs overwrite gradients with every batch, so batches that are added up go without; and
     several workers, whose threads would replay on one stream, do too."""
     players = training.participation.players
+    if training.participation.moves_statistics:
+        notice("speed.compile_training: steps that move BatchNorm's running statistics run uncompiled.")
+        return
     graphs = next(players[0].model.parameters()).is_cuda and getattr(recipe.clients, "accumulate", 1) == 1 and len(players) == 1
     for player in players:
         if getattr(player, "compile", None) is None:

@@ -27,8 +27,19 @@ Scored = dict[int, dict[str, Tensor]]
 """Values per victim of a cell, by id(cell); see `Scorer.score`."""
 
 
-NORMS = {"group": ("no BatchNorm", "none in the model"), "frozen": ("BatchNorm frozen (eval mode)", "eval"), "keep": ("BatchNorm in train mode", "train")}
-"""What a threat model says of the client's normalisation, by `Model.norm`: in words, and in short."""
+KNOWN = {
+    "batch": "told the batch's statistics by the change of the running ones", "running": "knows the running statistics", "none": "knows no statistics of use",
+}  # fmt: skip
+
+
+def _norms(run: Run, cell: Cell) -> tuple[str, dict[str, str]]:
+    """What a threat model says of the client's BatchNorm, and what the attack knows of its statistics: in words, and for the row."""
+    moves, frozen = cell.trained.training.participation.moves_statistics, cell.trained.training.frozen
+    if not moves and not frozen:
+        return "no BatchNorm", {"batch_norm": "none in the model"}
+    known = observe.statistics_known(run, cell.trained, cell.snapshot, cell.attack)
+    said = "BatchNorm in train mode" if moves else "BatchNorm frozen (eval mode)"
+    return f"{said}, {KNOWN[known]}", {"batch_norm": "train" if moves else "eval", "statistics": known}
 
 
 def threat(run: Run, cell: Cell) -> dict[str, Any]:
@@ -42,10 +53,11 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
     count = observe.members(run, cell.trained)
     seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
-    said = f"{server} server, {seen}, {knows}, {NORMS[run.recipe.model.norm][0]}"
+    norms, of_norms = _norms(run, cell)
+    said = f"{server} server, {seen}, {knows}, {norms}"
     return {
         "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
-        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, "batch_norm": NORMS[run.recipe.model.norm][1],
+        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip
 
@@ -131,6 +143,8 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     once = frozen and front_frozen
     images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
+        if defence.model.statistics["encoder"]:
+            raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
         found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)

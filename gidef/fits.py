@@ -107,7 +107,7 @@ def _public_latents(run: Run, cell: Cell) -> Callable[[Tensor, torch.Generator, 
     training = cell.trained.training
     training.participation.versions = dict(cell.snapshot.versions)
     models = []
-    for tensors in fronts(training, cell.snapshot.params, sorted(set(cell.victims.owners))):
+    for tensors in fronts(training, {**cell.snapshot.params, **cell.snapshot.statistics}, sorted(set(cell.victims.owners))):
         model = copy.deepcopy(training.defence.model)
         load_parameters(model, tensors)
         models.append(model.eval())
@@ -116,7 +116,20 @@ def _public_latents(run: Run, cell: Cell) -> Callable[[Tensor, torch.Generator, 
         drawn = training.defence.draw_noise(len(images), generator=noise)
         return models[step % len(models)].run(images, drawn).perturbed
 
-    return latents
+    return _as_clients_do(run, cell, models, latents)
+
+
+def _as_clients_do(
+    run: Run, cell: Cell, models: list[nn.Module], latents: Callable[[Tensor, torch.Generator, int], Tensor]
+) -> Callable[[Tensor, torch.Generator, int], Tensor]:  # fmt: skip
+    """The latents in batches of the victims' size, by their statistics, where clients normalise so."""
+    if not cell.trained.training.participation.moves_statistics:
+        return latents
+    evaluation = run.recipe.evaluation
+    size = evaluation.batch_size // (evaluation.local_steps if evaluation.release == "delta" else 1)
+    for model in models:
+        model.train()
+    return lambda images, noise, step: torch.cat([latents(part, noise, step) for part in images.tensor_split(max(1, len(images) // size))])
 
 
 def decoder_task(run: Run, cell: Cell) -> Task:
@@ -273,7 +286,7 @@ def latent_decoder_task(run: Run, cell: Cell) -> Task:
             _follow(
                 fit_shadow(shadow, cell.snapshot.params, public.images, public.labels, steps=attack.shadow_steps, seed=cell.seed, draw_noise=defence.draw_noise), report
             )
-            given = front_latents(shadow, defence.draw_noise)
+            given = _as_clients_do(run, cell, [shadow], front_latents(shadow, defence.draw_noise))
         decoder = _latent_decoder(run, cell)
         _follow(fit_decoder(decoder, given, public.to(run.setting.clients[0].images.device), steps=attack.steps, seed=cell.seed, batch_size=attack.batch_size), report)
         return dict(decoder.state_dict())

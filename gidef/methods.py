@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.optimisers import Adam
-from gidef.attack.priors import decoder_aware
+from gidef.attack.priors import Prior, bn_statistics, decoder_aware
 from gidef.attack.simulate import DRAWS
+from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import searched_of
 from gidef.rng import generator
@@ -69,6 +70,12 @@ class Case:
     fitted: Mapping[str, Any] = field(default_factory=dict)
     searched: Mapping[str, Searched] = field(default_factory=dict)
     """Of what the client did to its images and labels, where the attack adapts; `simulator` looks for them in `known`."""
+    statistics: Literal["batch", "running", "none"] = "none"
+    """What is known of BatchNorm's statistics, see `observe.statistics_known`."""
+    moves_statistics: bool = False
+    """Whether the client normalises by its batches."""
+    steps: int = 1
+    """Local steps behind a release."""
 
     @property
     def observations(self) -> list[Observation]:
@@ -108,6 +115,8 @@ def make_case(
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
+        statistics=observe.statistics_known(run, trained, snapshot, attack), moves_statistics=trained.training.participation.moves_statistics,
+        steps=recipe.evaluation.local_steps if recipe.evaluation.release == "delta" else 1,
     )  # fmt: skip
 
 
@@ -121,8 +130,8 @@ def plan(case: Case) -> Plan:
         case config.DeepLeakage():
             return Plan(seen, _noise_free(make), attacks.deep_leakage(history=attack.history, **case.fields(search_labels=attack.labels == "searched")))
         case config.GradInversion():
-            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift")}
-            return Plan(seen, _noise_free(make), attacks.gradinversion(**own, **case.fields()))
+            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight")}
+            return Plan(seen, _noise_free(_without_statistics(make)), attacks.gradinversion(**own, statistics=_statistics(case), **case.fields()))
         case config.EotMatching():
             return Plan(seen, lambda: attacks.averaged(make()), case.matching(drawn={DRAWS: lambda draw: _draws(case, attack.samples, draw)}))
         case config.SurrogateModel():
@@ -162,6 +171,53 @@ def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
     return lambda: attacks.without_noise(make())
 
 
+def _without_statistics(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
+    """Of simulators whose `known` may hold a batch's statistics, which no network has under such names."""
+
+    def made() -> Simulate:
+        simulate = make()
+
+        def plain(params: Tensors, known: Tensors, *rest: Any) -> Tensors:
+            return simulate(params, {name: tensor for name, tensor in known.items() if not name.startswith(STATISTICS)}, *rest)
+
+        if hasattr(simulate, "loss"):
+            plain.loss = lambda params, known, *rest: simulate.loss(params, {n: t for n, t in known.items() if not n.startswith(STATISTICS)}, *rest)
+        return plain
+
+    return made
+
+
+def _statistics(case: Case) -> Prior | None:
+    """GradInversion's prior on the statistics of BatchNorm's inputs; None where nothing of use is known, or no layer's statistics are.
+
+    Of several local steps the candidate's are the mean over its slices, by the weights with which the running ones keep them, at the server's weights.
+    """
+    train = case.statistics == "batch" or case.moves_statistics
+    mine = _per_thread(lambda: prepare(case.model, batch_norm="train" if train else "eval")[0])
+    names, known = norm_names(case.model), case.observations[0].known
+    if case.statistics == "none":
+        return None
+    wanted = [place for place, name in enumerate(names) if case.statistics == "running" or f"{STATISTICS}{name}.mean" in known]
+    if not wanted:
+        return None
+    momenta = [case.model.get_submodule(names[place]).momentum or 0.0 for place in wanted]
+    weights = [[(1 - momentum) ** (case.steps - 1 - step) for step in range(case.steps)] for momentum in momenta]
+
+    def statistics_of(params: Tensors, known: Tensors, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        each = [batch_statistics(mine(), params, part, known) for part in images.split(len(images) // case.steps)]
+        return [
+            tuple(sum(w * one[place][which] for w, one in zip(own, each, strict=True)) / sum(own) for which in range(2))
+            for place, own in zip(wanted, weights, strict=True)
+        ]
+
+    def target(params: Tensors, known: Tensors) -> list[tuple[Tensor, Tensor]]:
+        if case.statistics == "running":
+            return running_statistics(mine(), known)
+        return [(known[f"{STATISTICS}{names[place]}.mean"], known[f"{STATISTICS}{names[place]}.var"]) for place in wanted]
+
+    return bn_statistics(statistics_of, target, source=case.statistics)
+
+
 def _draws(case: Case, samples: int, draw: torch.Generator) -> Tensor:
     """Noise as the client draws it: (samples, *noise_shape)."""
     each = case.noise_shape[: len(case.noise_shape) - len(case.latent_shape)]
@@ -183,6 +239,7 @@ def _per_thread(make: Callable[[], Any]) -> Callable[[], Any]:
 def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
     """A6: A3 with a prior towards D(z̃(x))."""
     frozen = [copy.deepcopy(module).requires_grad_(False).eval() for module in (case.model, case.decoder)]
+    frozen[0].train(case.moves_statistics)
     mine = _per_thread(lambda: copy.deepcopy(frozen))
 
     def decode(params: Tensors, known: Tensors, images: Tensor, noise: Tensor | None) -> Tensor:

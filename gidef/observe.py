@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,12 @@ from torch import Generator, Tensor, nn
 from gidef import config
 from gidef.attack import local_sgd
 from gidef.attack.simulate import MEMBERS, cohort_mean
+from gidef.attack.surgery import STATISTICS
+from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
 from gidef.defence.share import imitated, revealed
+from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Client, Observation, Own, Tensors
@@ -31,7 +34,8 @@ class Victims:
 
     images: float32 (O, B, C, H, W) in [0, 1].  labels: int64 (O, B).  noise: each batch's draw, (B, *latent_shape) or with
     a leading axis of local steps, or None.  private: what the client keeps.  updates: what it released; where the server sees sums alone, the mean
-    over a cohort.  company: the other clients of each batch's cohort then, else empty.
+    over a cohort.  company: the other clients of each batch's cohort then, else empty.  statistics: the change of the shared running statistics that
+    leaves beside each update (the cohort's mean), {} where there are none.
     """
 
     rows: Tensor
@@ -42,6 +46,7 @@ class Victims:
     private: list[Tensors]
     updates: list[Tensors]
     company: list[Company] = field(default_factory=list)
+    statistics: list[Tensors] = field(default_factory=list)
 
     def all_labels(self, batch: int) -> Tensor:
         """Of everybody in the observed sum, the victims' first: int64 (M · B,)."""
@@ -122,12 +127,12 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     steps = Generator()
     simulate = observed_simulator(run, trained, snapshot, terms=recipe.evaluation.released_loss, drawn=steps)()
     shape, model = noise_shape(run, trained), copy.deepcopy(defence.model)
-    owners, noises, privates, updates, companies = [], [], [], [], []
+    owners, noises, privates, updates, companies, statistics = [], [], [], [], [], []
     participation.versions = dict(snapshot.versions)
     again = [repeat] if repeat else []
 
-    def sent(owner: int, images: Tensor, labels: Tensor, frozen: Tensor | None, batch: int | str) -> tuple[Tensor | None, Tensors, Tensors]:
-        """(noise, private, update) of a client and its batch."""
+    def sent(owner: int, images: Tensor, labels: Tensor, frozen: Tensor | None, batch: int | str) -> tuple[Tensor | None, Tensors, Tensors, Tensors]:
+        """(noise, private, update, change of the running statistics) of a client and its batch."""
         private = {name: tensor.to(device) for name, tensor in participation.state(owner).items()}
         noise = frozen
         if shape is not None:
@@ -140,26 +145,91 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
         update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
         own = _at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
-        return noise, private, defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
+        changed = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
+        return noise, private, changed, _moved_statistics(run, trained, snapshot, private, inputs, targets, noise)
 
     for batch, row in enumerate(rows.tolist()):
         owner = setting.owner(row[0])[0]
-        noise, private, update = sent(owner, images[batch], labels[batch], _frozen(run, trained, row, seed=seed), batch)
+        noise, private, update, moved = sent(owner, images[batch], labels[batch], _frozen(run, trained, row, seed=seed), batch)
         if defence.secure is not None:
-            company, beside = _company(run, trained, snapshot, sent, owner=owner, batch=batch, seed=seed)
-            update = {name: torch.stack([tensor, *(other[name] for other in beside)]).mean(0) for name, tensor in update.items()}
+            company, beside, also = _company(run, trained, snapshot, sent, owner=owner, batch=batch, seed=seed)
+            update, moved = (
+                {name: torch.stack([tensor, *(other[name] for other in others)]).mean(0) for name, tensor in own.items()}
+                for own, others in ((update, beside), (moved, also))
+            )
             companies.append(company)
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
         updates.append(update)
-    return Victims(rows, owners, images, labels, noises, privates, updates, companies)
+        statistics.append(moved)
+    return Victims(rows, owners, images, labels, noises, privates, updates, companies, statistics)
+
+
+def _moved_statistics(
+    run: Run, trained: Trained, snapshot: Snapshot, private: Tensors, images: Tensor, targets: Tensor, noise: Tensor | None
+) -> Tensors:  # fmt: skip
+    """What a client's passes over a batch, one for each step, change of the running statistics that it shares."""
+    if not snapshot.statistics:
+        return {}
+    evaluation, defence, weights = run.recipe.evaluation, trained.training.defence, dict(snapshot.params)
+    model, steps = copy.deepcopy(defence.model), _steps(run)
+    simulate = defence.simulator(terms=evaluation.released_loss, progress=snapshot.progress)()
+    load_parameters(model, {name: tensor for name, tensor in {**private, **snapshot.statistics}.items() if not name.startswith(DECODER)})
+    for step, (some, their) in enumerate(zip(images.chunk(steps), targets.chunk(steps), strict=True)):
+        drawn = noise if noise is None or evaluation.release == "gradient" else noise[step]
+        load_parameters(model, {name: tensor for name, tensor in weights.items() if not name.startswith(DECODER)})
+        with torch.no_grad(), moving(model):
+            model(some, drawn)
+        if step + 1 < steps:
+            weights = {name: weights[name] - evaluation.local_lr * g for name, g in simulate(weights, private, some, their, drawn).items()}
+    after = moving_statistics(model)
+    return {name: after[name].detach() - tensor for name, tensor in snapshot.statistics.items()}
+
+
+def _steps(run: Run) -> int:
+    return run.recipe.evaluation.local_steps if run.recipe.evaluation.release == "delta" else 1
+
+
+def statistics_known(run: Run, trained: Trained, snapshot: Snapshot, attack: Any) -> Literal["batch", "running", "none"]:
+    """What an attack knows of BatchNorm's statistics: those of the victim's batch, which the change of the running ones tells where it leaves the client;
+    the running ones that the server holds; or nothing of use. See `config.GradInversion.statistics`."""
+    asked, told = getattr(attack, "statistics", "released"), run.recipe.model.pretrained is not None
+    if asked != "none" and snapshot.statistics and (asked == "released" or told or snapshot.round > 0):
+        return "batch" if asked == "released" else "running"
+    return "running" if asked != "none" and trained.training.frozen and told else "none"
+
+
+def read_off(run: Run, trained: Trained, snapshot: Snapshot, change: Tensors) -> Tensors:
+    """The batch's statistics, without Bessel's correction, from the change of the running ones: "statistics.<layer>.mean" and ".var" (channels,).
+
+        r' = (1 − μ)^U r + μ Σ_u (1 − μ)^(U − u) s_u,    s̄ = (r' − (1 − μ)^U r) / (1 − (1 − μ)^U)
+
+    over U passes, one for each local step: of several, their mean with these weights. With momentum None, r' = Σ_u s_u / U.
+    """
+    model, steps, size = trained.training.defence.model, _steps(run), run.recipe.evaluation.batch_size
+    layers = {name: layer for name, layer in model.named_modules() if f"{name}.running_mean" in change}
+    counts: dict[str, list[int]] = {name: [] for name in layers}
+    probe = copy.deepcopy(model)
+    for name in layers:
+        probe.get_submodule(name).register_forward_pre_hook(lambda module, given, name=name: counts[name].append(given[0].numel() // module.num_features))
+    with torch.no_grad():
+        probe(torch.zeros((size // steps, *run.setting.dataset.image_shape), device=run.world.device))
+    found: Tensors = {}
+    for name, layer in layers.items():
+        left = 0.0 if layer.momentum is None else (1 - layer.momentum) ** (steps * len(counts[name]))
+        for which, short in (("running_mean", "mean"), ("running_var", "var")):
+            before = snapshot.statistics[f"{name}.{which}"]
+            found[f"{STATISTICS}{name}.{short}"] = (before + change[f"{name}.{which}"] - left * before) / (1 - left)
+        count = counts[name][0]
+        found[f"{STATISTICS}{name}.var"] = found[f"{STATISTICS}{name}.var"] * ((count - 1) / count)
+    return found
 
 
 def _company(
     run: Run, trained: Trained, snapshot: Snapshot, sent: Callable[..., Any], *, owner: int, batch: int, seed: int
-) -> tuple[Company, list[Tensors]]:
-    """The other clients of a batch's cohort, and their updates."""
+) -> tuple[Company, list[Tensors], list[Tensors]]:
+    """The other clients of a batch's cohort, their updates, and the changes of their running statistics."""
     setting, size, device = run.setting, run.recipe.evaluation.batch_size, run.world.device
     draw = generator(seed, "victim-company", snapshot.name, batch)
     others = [client for client in torch.randperm(len(setting.clients), generator=draw).tolist() if client != owner]
@@ -172,8 +242,8 @@ def _company(
         labels.append(client.labels[rows.to(client.labels.device)].to(device))
         table = trained.training.defence.frozen_noise(client, seed=seed)
         found.append(sent(number, images[-1], labels[-1], None if table is None else table[rows], f"{batch} beside {number}"))
-    noises, privates, updates = ([one[place] for one in found] for place in range(3))
-    return Company(owners, torch.stack(images), torch.stack(labels), noises, privates), updates
+    noises, privates, updates, moved = ([one[place] for one in found] for place in range(4))
+    return Company(owners, torch.stack(images), torch.stack(labels), noises, privates), updates, moved
 
 
 def trained_on(
@@ -247,6 +317,7 @@ def observations(
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
     others = [name for name in _ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
+    told = isinstance(attack, config.GradInversion) and statistics_known(run, trained, snapshot, attack) == "batch"
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
         labels = victims.all_labels(batch)
@@ -264,7 +335,7 @@ def observations(
                 num_examples=len(labels),
                 kind=run.recipe.evaluation.release,
                 labels=_granted_labels(attack, labels),
-                known={**rest, **granted, **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
+                known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
             )
         )

@@ -10,7 +10,7 @@ import socket
 import statistics
 import time
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from gidef.clients.local import load_parameters
 from gidef.clients.sharded import predict_part
 from gidef.data import Dataset, Images
 from gidef.errors import InputError
+from gidef.models import moving_statistics
 from gidef.parallel import SlicedCheckpoints, World, checkpoints
 from gidef.report import Console, Record
 from gidef.rng import generator
@@ -73,6 +74,8 @@ class Snapshot:
     progress: float
     params: Tensors
     versions: dict[int, int] = field(default_factory=dict)
+    statistics: Tensors = field(default_factory=dict)
+    """Running statistics of BatchNorm that the server holds and clients move; of a loaded snapshot, beside `params`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +172,15 @@ def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, imag
     return result
 
 
+def _names(training: build.Training) -> list[str]:
+    """Of what a client trains of the model: parameters, and running statistics that move."""
+    model = training.defence.model
+    return [*(name for name, _ in model.named_parameters()), *moving_statistics(model)]
+
+
 def fronts(training: build.Training, params: Tensors, clients: list[int]) -> list[Tensors]:
     """The whole model's tensors: one if the server has all of them, else one per client, with the client's own front."""
-    names = [name for name, _ in training.defence.model.named_parameters()]
+    names = _names(training)
     if all(name in params for name in names):
         return [{name: params[name] for name in names}]
     return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
@@ -210,7 +219,7 @@ def _for_plan(run: Run, training: build.Training, turns: dict[int, list[float]],
     """What `gidef plan` reads, of this life's rounds: seconds of clients, of a round's evaluations, which ranks share, and of saving, which rank 0 alone
     does; bytes of the sums over ranks."""
     rows, classes = len(run.setting.dataset.val), run.setting.dataset.num_classes
-    names = [name for name, _ in training.defence.model.named_parameters()]
+    names = _names(training)
     template = training.participation.template()
     models = 1 if training.sharded or all(name in template for name in names) else run.recipe.rounds.cohort_size or run.recipe.data.num_clients
     found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "reduced_bytes": 8 * sum(tensor.numel() for tensor in template.values())}  # int64, see FixedPointSum
@@ -318,7 +327,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     world.barrier()
     if sharded is not None and recipe.attacks:
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
-    return Trained(training, _snapshots(run, key), summary, sha)
+    return Trained(training, _snapshots(run, key, training), summary, sha)
 
 
 def _clients_at_once(run: Run, name: str, training: build.Training, server: ServerState) -> int:
@@ -373,7 +382,7 @@ def _expected(mix: Tensor, per_class: Tensor) -> float:
 def _exported(training: build.Training, params: Tensors, num_clients: int) -> Tensors:
     """The final model: the shared tensors, and under `head` every client's private front as `client-<k>/<name>`."""
     tensors = dict(params)
-    names = [name for name, _ in training.defence.model.named_parameters()]
+    names = _names(training)
     if not all(name in params for name in names):
         for k in range(num_clients):
             state = training.participation.state(k)
@@ -538,19 +547,21 @@ def _save_snapshot(run: Run, training: build.Training, key: str, snapshot: Snaps
         save_file(snapshot_path(run.folder, key, snapshot.name), params, meta)
 
 
-def load_snapshot(run: Run, key: str, name: str) -> Snapshot:
+def load_snapshot(run: Run, key: str, name: str, statistics: Collection[str] = ()) -> Snapshot:
     """Raises InputError if the snapshot is missing, damaged or of another recipe."""
     path = snapshot_path(run.folder, key, name)
     tensors, meta = load_file(path)
     if meta["fingerprint"] != run.fingerprint:
         raise InputError(f"{path} belongs to another recipe or other data: attack it with the recipe and data that made it.")
     params = {n: t.to(run.world.device) for n, t in tensors.items() if not n.startswith(FROZEN)}
-    return Snapshot(meta["name"], meta["round"], meta["progress"], params, _numbers(meta["versions"]))
+    apart = {n: params.pop(n) for n in statistics if n in params}
+    return Snapshot(meta["name"], meta["round"], meta["progress"], params, _numbers(meta["versions"]), apart)
 
 
-def _snapshots(run: Run, key: str) -> dict[str, Snapshot]:
+def _snapshots(run: Run, key: str, training: build.Training) -> dict[str, Snapshot]:
     """None where nothing attacks them and a whole model may not fit on a rank."""
-    return {name: load_snapshot(run, key, name) for name in CHECKPOINTS} if run.recipe.attacks or run.world.mesh is None else {}
+    statistics = moving_statistics(training.defence.model)
+    return {name: load_snapshot(run, key, name, statistics) for name in CHECKPOINTS} if run.recipe.attacks or run.world.mesh is None else {}
 
 
 def reload(run: Run, name: str, chosen: Any, seed: int) -> Trained:
@@ -567,7 +578,7 @@ def _finished(run: Run, training: build.Training, key: str, export: Path) -> Tra
     _, meta = load_export(export)
     if meta["fingerprint"] != run.fingerprint:
         raise InputError(f"{export} belongs to another recipe or other data: resume with those that made it, or choose another --out.")
-    snapshots = _snapshots(run, key)
+    snapshots = _snapshots(run, key, training)
     if snapshots:
         training.participation.versions = dict(snapshots["final"].versions)
     return Trained(training, snapshots, meta["summary"], meta["sha256"])

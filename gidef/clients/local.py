@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gidef.errors import InputError
-from gidef.models import frozen_statistics
+from gidef.models import count_afresh, moving, moving_statistics, running_statistics
 from gidef.precision import in_own_precision
 from gidef.rng import generator
 from gidef.spans import span
@@ -69,7 +69,7 @@ class LocalSettings:
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """delta: w_after − w_before of every parameter of player.model.  steps: optimiser steps taken.  loss: mean over batches, nats."""
+    """delta: w_after − w_before of every parameter of player.model, and of the running statistics that it moves.  steps: optimiser steps taken.  loss: mean over batches, nats."""
 
     delta: Tensors
     steps: int
@@ -109,7 +109,7 @@ def load_parameters(module: nn.Module, tensors: Tensors) -> None:
     """Copy tensors into the module's parameters, and running statistics, of the same names, in place; names that the module lacks raise KeyError."""
     parameters = dict(module.named_parameters())
     if not tensors.keys() <= parameters.keys():
-        parameters |= frozen_statistics(module)
+        parameters |= running_statistics(module)
     with torch.no_grad():
         torch._foreach_copy_([parameters[name] for name in tensors], [value.to(parameters[name].device) for name, value in tensors.items()])
 
@@ -130,7 +130,7 @@ def train_locally(
 
     Args:
         player:     after `begin`. Its model's parameters are overwritten.
-        start:      every parameter of the model.
+        start:      every parameter of the model, and the running statistics that it moves.
         settings:   see LocalSettings. With `accumulate` A, the gradients of A batches are averaged before a step
                     (the rest of an epoch makes a smaller step); the clip acts on the average.
         correction: name → tensor added to each step's gradient (SCAFFOLD's c − c_i).
@@ -143,8 +143,12 @@ def train_locally(
     named = dict(player.model.named_parameters())
     parameters = list(named.values())
     origin = [start[name].to(p.device) for name, p in named.items()]
+    statistics = moving_statistics(player.model)
     with torch.no_grad():
         torch._foreach_copy_(parameters, origin)
+        for name, tensor in statistics.items():
+            tensor.copy_(start[name])
+    count_afresh(player.model)
     take_step = _optimiser(settings, parameters)
     shift = [correction(name).to(p.device) for name, p in named.items()] if correction else None
     device = parameters[0].device
@@ -172,25 +176,27 @@ def train_locally(
     autocast = (lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)) if half else contextlib.nullcontext
     per_epoch = -(-client.num_examples // settings.batch_size)
     fill_gradients = getattr(player, "fill_gradients", None)
-    for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
-        if fill_gradients is not None:
-            loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
-        else:
-            with autocast():
-                loss = player.loss(images, labels, rows=rows, epoch=epoch)
-            (player.backward if hasattr(player, "backward") else loss.backward)()
-        total += loss.detach()
-        num_batches, pending = num_batches + 1, pending + 1
-        if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own
-            step()
-            steps, pending = steps + 1, 0
-            if steps == settings.steps:
-                break
+    with moving(player.model):
+        for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
+            if fill_gradients is not None:
+                loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
+            else:
+                with autocast():
+                    loss = player.loss(images, labels, rows=rows, epoch=epoch)
+                (player.backward if hasattr(player, "backward") else loss.backward)()
+            total += loss.detach()
+            num_batches, pending = num_batches + 1, pending + 1
+            if pending == settings.accumulate or num_batches % per_epoch == 0:  # an epoch's rest is stepped on its own
+                step()
+                steps, pending = steps + 1, 0
+                if steps == settings.steps:
+                    break
     mean_loss = float(total) / max(num_batches, 1)  # the only wait for the device
     if not math.isfinite(mean_loss):
         raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
     delta = [step.contiguous() for step in torch._foreach_sub([p.detach() for p in parameters], origin)]
-    return LocalResult(dict(zip(named, delta, strict=True)), steps, mean_loss)
+    delta += [tensor - start[name].to(tensor.device) for name, tensor in statistics.items()]
+    return LocalResult(dict(zip([*named, *statistics], delta, strict=True)), steps, mean_loss)
 
 
 @span("data")

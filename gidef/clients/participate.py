@@ -58,19 +58,22 @@ class Participation:
         scaffold: add control variates (Karimireddy et al. 2020, option II). Their mean is unweighted, as published:
                   each update then counts as one example.
         alike:    each update counts as one example, whatever the client's size.
+        statistics: those of the initial tensors that are running statistics: they move like the others, and are sent or kept like them, but no
+                  `share` changes them, and no control variate corrects them.
         train_player: `train_locally`, or its twin for a client on several ranks (see clients.sharded); initial and server tensors are then slices.
     """
 
     def __init__(
         self, players: Sequence[Player], initial: Tensors, shared: Sequence[str], settings: LocalSettings, store: Store,
         *, seed: int, rounds: int, scaffold: bool = False, share: Callable[..., Tensors] | None = None, alike: bool = False,
-        train_player: Callable[..., LocalResult] = train_locally,
+        statistics: Sequence[str] = (), train_player: Callable[..., LocalResult] = train_locally,
     ) -> None:  # fmt: skip
         self.players, self._initial, self._shared = players, initial, frozenset(shared)
         self._settings, self._store, self._seed, self._rounds, self._scaffold = settings, store, seed, rounds, scaffold
         self._share, self._alike, self._train_player = share, alike or scaffold, train_player
         self._private = tuple(name for name in initial if name not in self._shared)
-        self._stacked = [getattr(player, "stacked", lambda: None)() for player in players]
+        self._statistics = frozenset(statistics)
+        self._stacked = [None if statistics else getattr(player, "stacked", lambda: None)() for player in players]
         self.recorder: Recorder | None = Recorder()
         """Of the steps of clients that train as one program; None: they go unrecorded."""
         self.at_once = 1
@@ -82,7 +85,7 @@ class Participation:
         """Names, shapes and dtypes of an update's delta."""
         shared = {name: tensor for name, tensor in self._initial.items() if name in self._shared}
         if self._scaffold:
-            shared |= {CONTROL + name: self._initial[name] for name in shared}
+            shared |= {CONTROL + name: self._initial[name] for name in shared if name not in self._statistics}
         return shared
 
     def state(self, client_id: int) -> Tensors:
@@ -99,6 +102,11 @@ class Participation:
     def can_vectorise(self) -> bool:
         """Whether the players' game can be stacked at all."""
         return None not in self._stacked
+
+    @property
+    def moves_statistics(self) -> bool:
+        """Whether clients move running statistics of BatchNorm."""
+        return bool(self._statistics)
 
     def groups(self, cohort: Sequence[Client]) -> list[list[int]]:
         """Positions in the cohort of the clients that train as one program: a function of the cohort and `at_once` alone."""
@@ -167,10 +175,11 @@ class Participation:
         keep = {name: after[name] for name in self._private}
         sent = {name: delta[name] for name in self._initial if name in self._shared}
         if self._share is not None:
-            own = self._at_hand(player, {**start, **{name: after[name] for name in self._private if name in start}}, client, server.round)
-            sent = self._share(sent, generator=generator(self._seed, "share", server.round, client.id), own=own)
+            params = {name: after.get(name, tensor) for name, tensor in start.items() if name not in self._statistics}
+            own, changed = self._at_hand(player, params, client, server.round), {name: step for name, step in sent.items() if name not in self._statistics}
+            sent = {**sent, **self._share(changed, generator=generator(self._seed, "share", server.round, client.id), own=own)}
         if self._scaffold:
-            moved = {name: -step / (result.steps * self._settings.lr) for name, step in sent.items()}  # (x − y) / (K η)
+            moved = {name: -step / (result.steps * self._settings.lr) for name, step in sent.items() if name not in self._statistics}  # (x − y) / (K η)
             server_control = server.slots.get("control", {})
             for name, gradient in moved.items():
                 old = control.get(name, torch.zeros_like(gradient))

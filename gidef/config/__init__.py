@@ -144,7 +144,8 @@ class Model:
     """Stem for images of about 32 pixels (stride 1, no pooling; patch 4), where the model has one to change."""
     norm: Literal["group", "keep", "frozen"] = "group"
     """"group" turns BatchNorm into GroupNorm. "frozen" leaves it, as a fixed affine map by its running statistics, those of the `pretrained` file or
-    the initial 0 and 1, in training too; weight and bias are trained."""
+    the initial 0 and 1, in training too; weight and bias are trained. "keep" trains by each batch's statistics and predicts by running ones: these are
+    sent with the update and averaged by examples where the layer is shared, and stay with the client where it is private (as FedBN's, Li et al. 2021)."""
     activation: Literal["leaky_relu", "none"] = "leaky_relu"
     """Of the small net only."""
     neck: int | None = None

@@ -97,7 +97,7 @@ class GradInversion(NaiveMatching):
     """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration;
     langevin=0.2 adds the noise of its steps.
 
-    Its BatchNorm prior needs BatchNorm: see gidef.attack.priors.bn_statistics for nets that have it.
+    Its BatchNorm prior needs a net with BatchNorm, that is, model.norm keep or frozen (see gidef.attack.priors.bn_statistics).
     """
 
     iterations: int = 20_000
@@ -114,6 +114,12 @@ class GradInversion(NaiveMatching):
     """Weight of the distance to the registered mean of the restarts."""
     max_shift: float = 4.0
     """Pixels by which restarts may be shifted against one another."""
+    statistics: Literal["released", "running", "none"] = "released"
+    """What it matches the candidate's BatchNorm statistics with: those that the change of the running statistics tells of the batch, where this leaves
+    the client (model.norm=keep), else the running ones that the server holds; these in any case; or nothing. Running ones of 0 and 1, of random weights,
+    tell nothing and are left out."""
+    statistics_weight: float = 0.1
+    """Of that prior."""
 
 
 @_config

@@ -42,7 +42,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
-    "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
+    "statistics_weight": 0, "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "shard_size": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
@@ -68,6 +68,7 @@ def problems(recipe: Recipe) -> list[str]:
             f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
             "replacement. Lower one or raise the other."
         )
+    found.extend(_norm_problems(recipe))
     found.extend(_stream_problems(recipe))
     found.extend(_shard_problems(recipe))
     found.extend(_aggregate_problems(recipe))
@@ -164,6 +165,35 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found
+
+
+def _norm_problems(recipe: Recipe) -> list[str]:
+    """What clients cannot do whose BatchNorm normalises by batches and moves running statistics."""
+    evaluation, found, ways = recipe.evaluation, [], "Set model.norm=frozen or group"
+    if recipe.model.norm != "keep":
+        return []
+    if recipe.clients.batch_size < 2:
+        found.append(f"clients.batch_size={recipe.clients.batch_size}: model.norm=keep normalises by a batch's statistics, and one image has none. {ways}, or raise it.")
+    seen = evaluation.batch_size // evaluation.local_steps
+    if recipe.attacks and seen < 2:
+        found.append(
+            f"evaluation.batch_size={evaluation.batch_size} in {evaluation.local_steps} step(s) observes batches of {seen} image(s): model.norm=keep normalises by a batch's "
+            f"statistics, and no client trains on one image. {ways}, or raise it."
+        )
+    if recipe.speed.shard_size > 1:
+        found.append(f"speed.shard_size={recipe.speed.shard_size}: each rank of a group would normalise its part of a batch (model.norm=keep) by itself. {ways}.")
+    if recipe.speed.sharded_server:
+        found.append(f"speed.sharded_server=True steps every tensor alike, and running statistics (model.norm=keep) are averaged. {ways}, or leave it out.")
+    for name, defence in recipe.defences.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, DPSGD) for part in parts):
+            found.append(f"defences.{name}: DPSGD clips and noises gradients, and running statistics (model.norm=keep) would tell of the images beside them. {ways}.")
+        if any(isinstance(part, Soteria) for part in parts):
+            found.append(f"defences.{name}: Soteria prunes by what each image alone makes of a feature, and batches (model.norm=keep) mix images. {ways}.")
+        if any(isinstance(part, CapacityNoise) and part.front == "frozen" for part in parts):
+            found.append(f"defences.{name}: front=frozen stands still, and its running statistics (model.norm=keep) would move. {ways}.")
     return found
 
 

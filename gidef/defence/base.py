@@ -16,7 +16,7 @@ from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform, apply_all
 from gidef.defence.stacked import StackedPlain
-from gidef.models import SplitModel
+from gidef.models import SplitModel, moving_statistics
 from gidef.types import Client, Own, Tensors
 
 Simulate = Callable[[Tensors, Tensors, Tensor, Tensor, "Tensor | None"], Tensors]
@@ -66,8 +66,8 @@ class Defence:
         return tensors
 
     def initial_model(self) -> Tensors:
-        """The model's part of `initial`."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        """The model's part of `initial`: its parameters, and the running statistics that training moves."""
+        return {name: p.detach().clone() for name, p in {**dict(self.model.named_parameters()), **moving_statistics(self.model)}.items()}
 
     def player(self) -> Plain:
         """A fresh player with copies of its own, for one worker (see clients.local.Player)."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from gidef.models import moving
 from gidef.rng import generator
 from gidef.types import Client, Tensors
 
@@ -130,7 +131,7 @@ class EncodedPlayer:
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         params = {name: p.detach() for name, p in self.model.named_parameters()}
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False), moving(self.model, on=False):
             images, labels = self._encode(images, labels, client=self._client, generator=self._generator, model=self.model, params=params)
         return self._player.loss(images, labels, rows=rows, epoch=epoch)
 

@@ -5,7 +5,16 @@ from gidef.models.bottleneck import ConvBottleneck, LinearBottleneck
 from gidef.models.cuts import cuts, default_cut, stages
 from gidef.models.decoder import Decoder, decoder_for
 from gidef.models.judge import Judge, judge_called, make_judge
-from gidef.models.norms import freeze_batch_norm, frozen_statistics, has_batch_statistics
+from gidef.models.norms import (
+    count_afresh,
+    freeze_batch_norm,
+    frozen_statistics,
+    has_batch_statistics,
+    move_batch_norm,
+    moving,
+    moving_statistics,
+    running_statistics,
+)
 from gidef.models.perturbation import Perturbation, latent_norm
 from gidef.models.small import SmallNet
 from gidef.models.split import Outputs, SplitModel
@@ -19,6 +28,7 @@ __all__ = [
     "Perturbation",
     "SmallNet",
     "SplitModel",
+    "count_afresh",
     "cuts",
     "decoder_for",
     "default_cut",
@@ -29,5 +39,9 @@ __all__ = [
     "make_backbone",
     "judge_called",
     "make_judge",
+    "move_batch_norm",
+    "moving",
+    "moving_statistics",
+    "running_statistics",
     "stages",
 ]

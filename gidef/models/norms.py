@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,7 +50,7 @@ def after_norm(layer: nn.Module, y: Tensor) -> Tensor:
 def is_plain_norm(kind: type) -> bool:
     """Whether a class of BatchNorm does what PyTorch's does, and then its children `drop` and `act` if it is timm's."""
     timms = kind.__module__.startswith("timm.") and kind.__name__ in ("BatchNormAct2d", "SyncBatchNormAct")
-    return timms or issubclass(kind, Frozen) or kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return timms or issubclass(kind, (Frozen, Moving)) or kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class Frozen:
@@ -62,6 +65,66 @@ class Frozen:
         dtype = x.dtype
         x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
         return after_norm(self, affine(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps).to(dtype))
+
+
+class Moving:
+    """BatchNorm by the batch's statistics in train mode, where its running ones move within `moving` alone, as PyTorch's; elsewhere it is a pure
+    function. By its running statistics in eval mode. In float32 at least."""
+
+    moves = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            raise InputError(f"BatchNorm in train mode gets one value per channel, {tuple(x.shape)}: take larger batches or images, or model.norm=frozen.")
+        if self.training and self.moves:
+            self.num_batches_tracked.add_(1)
+            factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, factor, self.eps)
+            return after_norm(self, y)
+        dtype = x.dtype
+        x = x.float() if dtype in (torch.bfloat16, torch.float16) else x
+        if self.training:
+            _, centred, variance = moments(x)
+            y = rescaled(centred, variance, self.weight, self.bias, self.eps)
+        else:
+            y = affine(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return after_norm(self, y.to(dtype))
+
+
+def move_batch_norm(model: nn.Module) -> nn.Module:
+    """Let each BatchNorm move its running statistics within `moving` only, in place; returns the model. Raises as `freeze_batch_norm`."""
+    return _changed(model, Moving, "keep")
+
+
+@contextlib.contextmanager
+def moving(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within: whether passes in train mode move the running statistics. A model serves one thread at a time."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Moving)]
+    before = [layer.moves for layer in layers]
+    for layer in layers:
+        layer.moves = on
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.moves = was
+
+
+def moving_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics that training moves: the buffers themselves, by name. The layers' counts of batches are none of them."""
+    return _statistics(model, Moving)
+
+
+def count_afresh(model: nn.Module) -> None:
+    """Layers that average over all batches (momentum None) count from here on."""
+    for layer in model.modules():
+        if isinstance(layer, Moving):
+            layer.num_batches_tracked.zero_()
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Frozen and moving ones."""
+    return _statistics(model, (Frozen, Moving))
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:
@@ -87,7 +150,7 @@ def has_batch_statistics(model: nn.Module) -> bool:
     return any(name.rpartition(".")[2] in STATISTICS and name not in frozen for name, _ in model.named_buffers())
 
 
-def _statistics(model: nn.Module, part: type) -> dict[str, Tensor]:
+def _statistics(model: nn.Module, part: type | tuple[type, ...]) -> dict[str, Tensor]:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, part)]
     return {f"{name}.{which}".removeprefix("."): getattr(layer, which) for name, layer in layers for which in STATISTICS}
 

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from gidef.errors import InputError
 from gidef.models.bottleneck import Bottleneck
 from gidef.models.cuts import BEFORE, check_cut, cuts, default_cut, shown_cuts
+from gidef.models.norms import Moving, moving_statistics
 from gidef.models.perturbation import Perturbation, latent_norm
 
 PARTS = ("encoder", "perturbation", "predictor")
@@ -65,6 +66,7 @@ class SplitModel(nn.Module):
         cut:          the name in use.  image_shape, num_classes: as given.
         parts:        "encoder" | "perturbation" | "predictor" → names, as in `named_parameters()`. Encoder: parameters
                       with a gradient path to the latent; predictor: the rest of the backbone.
+        statistics:   "encoder" | "predictor" → names of the running statistics that training moves, as in `named_buffers()`.
     Raises:  InputError if the cut is unknown, gives no single tensor, is passed more than once, or is bypassed (the
              image reaches the logits around it, as inside a residual branch); if the backbone cannot take such
              images; if the perturbation's shapes are another latent's.
@@ -95,7 +97,7 @@ class SplitModel(nn.Module):
         self.register_buffer("input_mean", _per_channel("input_mean", input_mean, self.image_shape[0]), persistent=False)
         self.register_buffer("input_std", _per_channel("input_std", input_std, self.image_shape[0]), persistent=False)
         _remove_hooks(backbone)
-        encoder, self.latent_shape, self.channel_dim = _probe(backbone, self.cut, self.image_shape, num_classes)
+        encoder, before, self.latent_shape, self.channel_dim = _probe(backbone, self.cut, self.image_shape, num_classes)
         module = backbone.get_submodule(self.cut.removeprefix(BEFORE))
         if self.cut.startswith(BEFORE):
             module.register_forward_pre_hook(self._before_cut)
@@ -118,6 +120,9 @@ class SplitModel(nn.Module):
             "perturbation": tuple(name for name in names if name.startswith("perturbation.")),
             "predictor": tuple(name for name in of_backbone if name not in encoder),
         }
+        found = tuple(moving_statistics(self))
+        early = tuple(name for name in found if name.rpartition(".")[0].removeprefix("backbone").removeprefix(".") in before)
+        self.statistics = {"encoder": early, "predictor": tuple(name for name in found if name not in early)}
 
     def forward(self, images: Tensor, noise: Tensor | None = None, *, full: bool = False) -> Tensor | Outputs:
         """Logits (B, K), or with `full` all Outputs.
@@ -200,8 +205,8 @@ def _remove_hooks(backbone: nn.Module) -> None:
                     del hooks[key]
 
 
-def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_classes: int) -> tuple[set[str], tuple[int, ...], int]:
-    """Run two grey images through: (names of the encoder's parameters, latent_shape, channel_dim)."""
+def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_classes: int) -> tuple[set[str], set[str], tuple[int, ...], int]:
+    """Run two grey images through: (names of the encoder's parameters, BatchNorm that ran before the latent was there, latent_shape, channel_dim)."""
     # A copy in eval mode, on aliases of the weights: running statistics, train mode and frozen parameters stay as they are.
     shadow = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()}).eval()
     weights = {name: p.detach().requires_grad_() for name, p in backbone.named_parameters()}
@@ -213,6 +218,10 @@ def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_clas
         latents.append(output)
         return output.detach().requires_grad_() if isinstance(output, Tensor) else output
 
+    before: set[str] = set()
+    for name, layer in shadow.named_modules():
+        if isinstance(layer, Moving):
+            layer.register_forward_hook(lambda module, inputs, output, name=name: None if latents else before.add(name))
     place = shadow.get_submodule(cut.removeprefix(BEFORE))
     if cut.startswith(BEFORE):
         place.register_forward_pre_hook(lambda module, inputs: (cut_off(module, inputs, inputs[0] if inputs else None), *inputs[1:]))
@@ -238,7 +247,7 @@ def _probe(backbone: nn.Module, cut: str, image_shape: tuple[int, ...], num_clas
             )
         gradients = torch.autograd.grad(latent.sum(), list(weights.values()), allow_unused=True) if weights else ()
     encoder = {"backbone." + name for name, gradient in zip(weights, gradients, strict=True) if gradient is not None}
-    return encoder, tuple(latent.shape[1:]), _channel_dim(backbone, latent, image_shape)
+    return encoder, before, tuple(latent.shape[1:]), _channel_dim(backbone, latent, image_shape)
 
 
 def _channel_dim(backbone: nn.Module, latent: Tensor, image_shape: tuple[int, ...]) -> int:

@@ -11,8 +11,9 @@ For all steps here:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -120,6 +121,22 @@ def scaffold(*, lr: float = 1.0, participation: float) -> ServerStep:
         )
 
     return step
+
+
+def averaging(step: ServerStep, names: Collection[str]) -> ServerStep:
+    """`step`, but for some tensors, such as BatchNorm's running statistics, that become the cohort's mean: t ← t + Δ, whatever the server's optimiser.
+
+    Returns: step(state, Δ) → state, without slots for these tensors.
+    Raises:  KeyError if Δ lacks one of them.
+    """
+
+    def stepped(state: ServerState, delta: Tensors) -> ServerState:
+        rest = {name: tensor for name, tensor in state.params.items() if name not in names}
+        after = step(dataclasses.replace(state, params=rest), {name: change for name, change in delta.items() if name not in names})
+        params = {name: after.params[name] if name in rest else tensor + delta[name].to(tensor) for name, tensor in state.params.items()}
+        return dataclasses.replace(after, params=params)
+
+    return stepped
 
 
 def _adaptive(second_moment: Callable[[Tensor, Tensor], Tensor], *, lr: float, beta1: float, tau: float) -> ServerStep:
