@@ -433,6 +433,15 @@ def num_workers(recipe: config.Recipe, world: World) -> int:
     return max(1, (world.cores or len(allowed_cores())) // recipe.speed.threads)
 
 
+def overlaps_evaluation(recipe: config.Recipe, world: World) -> bool:
+    """Whether this rank can evaluate a round while the next one is computed, see `config.Speed.overlap_evaluation`."""
+    gpu = world.device.type == "cuda"
+    # the switch to TF32 is the process', and a CUDA graph is not captured while another thread uses the device
+    shared = world.mesh is not None or recipe.speed.compile_training or (gpu and recipe.clients.precision == "tf32")
+    free = (world.cores or len(allowed_cores())) >= (num_workers(recipe, world) + 1) * recipe.speed.threads
+    return recipe.speed.overlap_evaluation and not shared and (gpu or free)
+
+
 def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[int]]:
     """Each rank's clients in a round as it is planned before anything is measured, by number. A queue gives them out about like the plan by size."""
     recipe = setting.recipe

@@ -52,7 +52,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of one defence. seconds in a round: training on the slowest rank, evaluation.  bytes_per_round: of all clients, down and up.  reduced_bytes:
+    """Of one defence. seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up.  reduced_bytes:
     what every rank puts into a round's one sum.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
     something is trained for it first or it does not match gradients."""
 
@@ -64,6 +64,11 @@ class Forecast:
     disk_bytes: int
     rank_gib: float
     attacks_s: dict[str, float | None]
+    overlapped: bool = False
+
+    @property
+    def round_s(self) -> float:
+        return max(self.train_s, self.evaluate_s) if self.overlapped else self.train_s + self.evaluate_s
 
 
 def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast]:
@@ -159,18 +164,21 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
     control = _nbytes(template) - shared
     models = 3 * (2 * shared + slots) + 3 * shared + shared + (0 if whole else private * recipe.data.num_clients)  # checkpoints, snapshots, export
     states = recipe.data.num_clients * KEPT_STATES * (private + control)
+    overlapped = build.overlaps_evaluation(recipe, world)
+    evaluators = 1 if overlapped else workers
+    copied = _nbytes(dict(participation.players[0].model.named_parameters())) / 2**30 if overlapped else 0.0
     evaluation, attacks = recipe.evaluation, recipe.attacks.values()
     starts = sum(getattr(attack, "restarts", 1) for attack in attacks)
     images = len(evaluation.checkpoints) * starts * evaluation.num_victims * 4 * setting.dataset.train.images[0].numel()
     return Forecast(
         cost=cost,
         train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),
-        evaluate_s=fronts * -(-chunks // ranks) / workers * cost.chunk_s if chunks > ranks * workers else fronts * cost.chunk_s,
+        evaluate_s=fronts * -(-chunks // ranks) / evaluators * cost.chunk_s if chunks > ranks * evaluators else fronts * cost.chunk_s,
         bytes_per_round=2 * _nbytes(template) * cohort,
         reduced_bytes=FixedPointSum(template, metric_names=("loss",), max_terms=cohort, counters=2).buffer.nbytes,
         disk_bytes=models + states + images,
-        rank_gib=cost.base_gib + workers * cost.step_gib,
-        attacks_s={},
+        rank_gib=cost.base_gib + workers * cost.step_gib + copied,
+        attacks_s={}, overlapped=overlapped,
     )  # fmt: skip
 
 
@@ -293,9 +301,10 @@ def _resident() -> int:
 def _say(console: Console, key: str, one: Forecast, setting: build.Setting) -> None:
     cost = one.cost
     console.say(f"{key}: a step takes {1e3 * cost.step_s:.3g} ms, a client {1e3 * cost.client_s:.3g} ms beside its steps, {1e3 * cost.chunk_s:.3g} ms a chunk of predictions")
-    console.say(f"  round    {one.train_s + one.evaluate_s:.3g} s: {one.train_s:.3g} s of training, {one.evaluate_s:.3g} s of evaluation")
+    beside = " beside the next round" * one.overlapped
+    console.say(f"  round    {one.round_s:.3g} s: {one.train_s:.3g} s of training, {one.evaluate_s:.3g} s of evaluation{beside}")
     console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sum")
-    console.say(f"  memory   {one.rank_gib:.2f} GiB per rank: {cost.base_gib:.2f} GiB, and {cost.step_gib:.2f} GiB for a client's step on each worker")
+    console.say(f"  memory   {one.rank_gib:.2f} GiB per rank: {cost.base_gib:.2f} GiB, and {cost.step_gib:.2f} GiB for a client's step on each worker{', and a copy of the model' * one.overlapped}")
 
 
 def _total(console: Console, setting: build.Setting, found: dict[str, Forecast], ranks: int, shards: list[list[int]]) -> None:
@@ -304,7 +313,7 @@ def _total(console: Console, setting: build.Setting, found: dict[str, Forecast],
     console.say(f"useful ranks  {useful_ranks(costs):.1f} in the first round (sum of the clients' seconds over the largest)")
     trials = {key: one.trials if isinstance(one, config.Matched) else 1 for key, one in recipe.chosen.items()}
     trainings = {key: len(recipe.seeds) + trials[key] - 1 for key in found}
-    seconds = sum(trainings[key] * setting.rounds * (one.train_s + one.evaluate_s) for key, one in found.items())
+    seconds = sum(trainings[key] * setting.rounds * one.round_s for key, one in found.items())
     disk = sum(trainings[key] * one.disk_bytes for key, one in found.items())
     console.say(f"training      {seconds:.0f} s for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s)")
     attacked = len(recipe.seeds) * sum(one_s or 0.0 for one in found.values() for one_s in one.attacks_s.values())

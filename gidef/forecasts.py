@@ -20,7 +20,8 @@ def measured(folder: Path) -> dict[str, Any]:
     """What a run on one rank says: seconds of each client, their spread over rounds, seconds of evaluation, of saving and of the rest of a round, bytes of
     the sum, cohort.
 
-    The first trained defence of the record is taken. The rest is the round's median time minus what is known of it.
+    The first trained defence of the record is taken. The rest is the round's median time minus what is known of it; of an evaluation beside the next
+    round, that is what the round waited for it.
     Raises: InputError for a record without them, or of several ranks, whose rounds hold waiting time.
     """
     lines = read(folder / "record.jsonl")
@@ -37,9 +38,10 @@ def measured(folder: Path) -> dict[str, Any]:
     spreads = [one["spread"] for one in trained["client_seconds"].values()]
     cohort = rounds[-1]["cohort"]
     evaluation, save, round_s = Evaluation(**trained["evaluation"]), trained["saving_seconds"], statistics.median(kept)
+    evaluating = trained["waiting_seconds"] if evaluation.overlapped else evaluation.seconds
     return {
         "times": times, "spread": statistics.median(spreads), "evaluation": evaluation, "save_s": save, "message": trained["reduced_bytes"], "cohort": cohort,
-        "rest_s": max(0.0, round_s - statistics.fmean(times) * cohort - evaluation.seconds - save), "round_s": round_s,
+        "rest_s": max(0.0, round_s - statistics.fmean(times) * cohort - evaluating - save), "round_s": round_s,
     }  # fmt: skip
 
 

@@ -177,6 +177,8 @@ class _Rounds:
 def profile(place: str, args: Sequence[str]) -> dict[str, Profile]:
     """Train each chosen defence for some rounds, one at a time and one client at a time, print where the time went and write a trace of each.
 
+    Evaluation is in line, `speed.overlap_evaluation` or not: a share of the time is of one thread's.
+
     Args:    place: a recipe's file; its RECIPE, with --small its SMALL, or what `file.py:NAME` names.
              args:  the recipe's, and --out, --profiled-rounds.
     Raises:  InputError for what is no recipe, a bad one, or several ranks.
@@ -192,7 +194,8 @@ def profile(place: str, args: Sequence[str]) -> dict[str, Profile]:
         settle_threads(recipe)
         rounds = 1 + 2 * own.profiled_rounds
         recipe = dataclasses.replace(
-            recipe, rounds=dataclasses.replace(recipe.rounds, count=rounds, patience=None), speed=dataclasses.replace(recipe.speed, workers=1), resume=False
+            recipe, rounds=dataclasses.replace(recipe.rounds, count=rounds, patience=None),
+            speed=dataclasses.replace(recipe.speed, workers=1, overlap_evaluation=False), resume=False,
         )
         setting = build.load_setting(recipe, world=world, notice=console.notice)
         console.heading(f"{name}: where the time of a round goes")

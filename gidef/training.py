@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import socket
 import statistics
 import time
 from collections import ChainMap, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gidef import at_once, build, config, metrics
 from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
@@ -27,12 +30,13 @@ from gidef.clients.sharded import predict_part
 from gidef.data import Dataset, Images
 from gidef.errors import InputError
 from gidef.models import moving_statistics
-from gidef.parallel import SlicedCheckpoints, World, checkpoints
+from gidef.parallel import Beside, SlicedCheckpoints, World, checkpoints
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
 from gidef.spans import span
 from gidef.types import ServerState, Tensors
+from gidef.updates import CohortMean
 
 CHECKPOINTS = ("untrained", "early", "final")
 FROZEN = "frozen/"
@@ -127,16 +131,13 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
         load_parameters(model, tensors)
         model.eval()
     result = torch.zeros(len(images), run.setting.dataset.num_classes)
-    mine = list(range(num_chunks(images.images)))[world.rank :: world.size]
-
-    noise = _noise_of_predictions(run, training, seed=seed, split=split)
+    mine, noise = _own_chunks(world, images), _noise_of_predictions(run, training, seed=seed, split=split)
 
     def work(worker: int) -> None:
         torch.set_num_threads(run.recipe.speed.threads)
         if world.device.type == "cuda":
             torch.cuda.set_device(world.device)  # the current device is per thread
-        for chunk in mine[worker :: len(models)]:
-            result[chunk * CHUNK : (chunk + 1) * CHUNK] = predict_chunk(models[worker], images.images, chunk, noise)
+        _predict(result, models[worker], images, mine[worker :: len(models)], noise)
 
     with ThreadPoolExecutor(len(models)) as pool:
         list(pool.map(work, range(len(models))))
@@ -144,6 +145,17 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
         model.train()
     world.all_reduce_sum_(result)  # every row comes from one rank and zeros from the others: exact
     return result
+
+
+def _own_chunks(world: World, images: Images) -> list[int]:
+    """This rank's."""
+    return list(range(num_chunks(images.images)))[world.rank :: world.size]
+
+
+def _predict(result: Tensor, model: nn.Module, images: Images, chunks: Iterable[int], noise: Callable[[int, int], Tensor | None]) -> None:
+    """Fill in the chunks' rows of the logits."""
+    for chunk in chunks:
+        result[chunk * CHUNK : (chunk + 1) * CHUNK] = predict_chunk(model, images.images, chunk, noise)
 
 
 def _noise_of_predictions(run: Run, training: build.Training, *, seed: int, split: str) -> Callable[[int, int], Tensor | None]:
@@ -180,10 +192,18 @@ def _names(training: build.Training) -> list[str]:
 
 def fronts(training: build.Training, params: Tensors, clients: list[int]) -> list[Tensors]:
     """The whole model's tensors: one if the server has all of them, else one per client, with the client's own front."""
+    return list(_each_front(training, params, clients, training.participation.versions))
+
+
+def _each_front(training: build.Training, params: Tensors, clients: list[int], versions: Mapping[int, int]) -> Iterator[Tensors]:
+    """`fronts` one at a time, of the clients as they stood after those rounds."""
     names = _names(training)
     if all(name in params for name in names):
-        return [{name: params[name] for name in names}]
-    return [{name: ({**training.participation.state(k), **params})[name] for name in names} for k in clients]
+        yield {name: params[name] for name in names}
+        return
+    for k in clients:
+        whole = {**training.participation.state(k, versions), **params}
+        yield {name: whole[name] for name in names}
 
 
 @span("evaluation")
@@ -193,6 +213,50 @@ def accuracies(run: Run, training: build.Training, params: Tensors, images: Imag
         metrics.accuracy(logits(run, training, tensors, images, seed=seed, split=split), images.labels.cpu())
         for tensors in fronts(training, params, clients)
     ]
+
+
+class _EvaluationBeside(Beside):
+    """`accuracies` of a round on the validation split, computed while the next round is: on a thread with a network of its own, the one further copy
+    of the model that it takes. The sums over ranks, and so the accuracies, are the calling thread's: the thread computes this rank's rows alone.
+
+    A round's evaluation reads the server's tensors and the clients' states of that round, which nothing changes: a server step makes new tensors,
+    the next round's states are other files, and what a round no longer needs is removed once its evaluation is there.
+    """
+
+    def __init__(self, run: Run, training: build.Training, *, seed: int) -> None:
+        super().__init__(run.world.device, threads=run.recipe.speed.threads)
+        self._run_of, self._training = run, training
+        self._model = copy.deepcopy(training.participation.players[0].model).eval()
+        self._noise = _noise_of_predictions(run, training, seed=seed, split="validation")
+        self.seconds: list[float] = []
+        """Of each evaluation on the thread."""
+        self.waited: list[float] = []
+        """Of each: how long the calling thread waited for its end, and for the sums over ranks."""
+
+    def begin(self, params: Tensors, clients: list[int], versions: Mapping[int, int]) -> None:
+        """versions: client → its last round, as it is now; the caller's own copy."""
+        self.call(self._evaluate, params, clients, versions)
+
+    def accuracies(self) -> list[float]:
+        """Of the evaluation that was begun. All ranks call this together."""
+        began, val = time.perf_counter(), self._run_of.setting.dataset.val
+        found = [metrics.accuracy(self._run_of.world.all_reduce_sum_(rows), val.labels.cpu()) for rows in self.wait()]
+        self.waited.append(time.perf_counter() - began)
+        return found
+
+    @span("evaluation")
+    def _evaluate(self, params: Tensors, clients: list[int], versions: Mapping[int, int]) -> list[Tensor]:
+        """This rank's rows of each front's logits, zeros elsewhere."""
+        began, setting = time.perf_counter(), self._run_of.setting
+        mine, found = _own_chunks(self._run_of.world, setting.dataset.val), []
+        for tensors in _each_front(self._training, params, clients, versions):
+            load_parameters(self._model, tensors)
+            found.append(torch.zeros(len(setting.dataset.val), setting.dataset.num_classes))
+            _predict(found[-1], self._model, setting.dataset.val, itertools.takewhile(lambda _: not self.stopped.is_set(), mine), self._noise)
+            if self.stopped.is_set():
+                break
+        self.seconds.append(time.perf_counter() - began)
+        return found
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -209,30 +273,54 @@ class _Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A round that is computed, and neither in the record nor on disk, for want of its evaluation; all as it stood then. seconds: since the training
+    began.  before, versions: client → its last round, before this one and after it.  costs: what the next round is planned by."""
+
+    number: int
+    server: ServerState
+    cohort: list[int]
+    mean: CohortMean
+    before: dict[int, int]
+    versions: dict[int, int]
+    costs: dict[str, Any]
+    seconds: float = 0.0
+
+
 def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]]:
     """Per client: the median of its turns' seconds, and the standard deviation of their logarithms (0 for one turn). The process's first turn is slow."""
     logs = {client: [math.log(max(one, 1e-6)) for one in seconds] for client, seconds in turns.items()}
     return {str(client): {"median": statistics.median(seconds), "spread": statistics.pstdev(logs[client])} for client, seconds in sorted(turns.items())}
 
 
-def _for_plan(run: Run, training: build.Training, turns: dict[int, list[float]], evaluating: list[float], saving: list[float]) -> dict[str, Any]:
+def _for_plan(
+    run: Run, training: build.Training, turns: dict[int, list[float]], evaluating: list[float], saving: list[float], beside: _EvaluationBeside | None
+) -> dict[str, Any]:
     """What `gidef plan` reads, of this life's rounds: seconds of clients, of a round's evaluations, which ranks share, and of saving, which rank 0 alone
-    does; bytes of the sums over ranks."""
+    does; bytes of the sums over ranks. Where evaluations ran beside the next round: their seconds on that thread, and those that were waited for."""
     rows, classes = len(run.setting.dataset.val), run.setting.dataset.num_classes
     names = _names(training)
     template = training.participation.template()
     models = 1 if training.sharded or all(name in template for name in names) else run.recipe.rounds.cohort_size or run.recipe.data.num_clients
     found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "reduced_bytes": 8 * sum(tensor.numel() for tensor in template.values())}  # int64, see FixedPointSum
-    if evaluating:
-        found["evaluation"] = {"seconds": statistics.median(evaluating), "models": models, "chunks": num_chunks(run.setting.dataset.val.images), "bytes": 4 * rows * classes}
+    overlapped = beside is not None and bool(beside.seconds)
+    if overlapped or evaluating:
+        seconds = statistics.median(beside.seconds if overlapped else evaluating)
+        found["evaluation"] = {"seconds": seconds, "models": models, "chunks": num_chunks(run.setting.dataset.val.images), "bytes": 4 * rows * classes, "overlapped": overlapped}
         found["saving_seconds"] = statistics.median(saving)
+    if overlapped:
+        found["waiting_seconds"] = statistics.median(beside.waited)
     return found
 
 
 def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     """Train one defence and seed to its end, or continue it; every rank calls this together.
 
-    The final model is the best round's on validation accuracy (ties: the earlier). Raises InputError on a checkpoint of another run.
+    The final model is the best round's on validation accuracy (ties: the earlier). Where `build.overlaps_evaluation` says so on all ranks, a round is
+    evaluated while the next one is computed; its line in the record, its snapshot and its checkpoint follow then, in order, with the same bits, and a
+    kill costs one round more than else. The last round, and one after which `rounds.patience` may end the training, is evaluated before anything follows.
+    Raises InputError on a checkpoint of another run.
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
     export = run.folder / "models" / f"{key}.safetensors"
@@ -265,34 +353,28 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     evaluating, saving = [], []
     started = time.perf_counter() - progress.seconds
     early = early_round(total)
-    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind:
-        stop = _patience_over(recipe, server.round, progress)
-        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
-        for number, server, cohort, mean in () if stop else rounds:
-            before = dict(participation.versions)
-            participation.versions |= dict.fromkeys(cohort, number)
-            for client, seconds in zip(cohort, mean.seconds, strict=True):
-                turns[client].append(seconds)
-            began = time.perf_counter()
-            values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
-            evaluating.append(time.perf_counter() - began)
-            accuracy = sum(values) / len(values)
+    beside = _EvaluationBeside(run, training, seed=seed) if not world.any(not build.overlaps_evaluation(recipe, world)) else None
+    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind, beside or contextlib.nullcontext():
+
+        def settle(done: _Computed, values: list[float]) -> None:
+            """What follows once a round is evaluated."""
+            nonlocal best
+            accuracy, after, server, mean = sum(values) / len(values), done.number + 1, done.server, done.mean
             if accuracy > progress.best_accuracy:
                 best = dict(server.params)
-                progress.best_round, progress.best_accuracy, progress.best_versions = number + 1, accuracy, dict(participation.versions)
-            if number + 1 == early:
-                progress.early_versions = dict(participation.versions)
+                progress.best_round, progress.best_accuracy, progress.best_versions = after, accuracy, done.versions
+            if after == early:
+                progress.early_versions = done.versions
                 _save_snapshot(run, training, key, Snapshot("early", early, early / total, server.params, progress.early_versions))
-            progress.seconds = time.perf_counter() - started
+            progress.seconds = done.seconds
             run.append(
-                "round", defence=name, seed=seed, round=number + 1, loss=mean.metrics["loss"], val_accuracy=accuracy,
-                val_accuracy_worst=min(values), cohort=len(cohort), examples=mean.num_examples, seconds=progress.seconds,
-                client_seconds={str(client): round(seconds, 6) for client, seconds in zip(cohort, mean.seconds, strict=True)},
+                "round", defence=name, seed=seed, round=after, loss=mean.metrics["loss"], val_accuracy=accuracy,
+                val_accuracy_worst=min(values), cohort=len(done.cohort), examples=mean.num_examples, seconds=progress.seconds,
+                client_seconds={str(client): round(seconds, 6) for client, seconds in zip(done.cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             began = time.perf_counter()
-            saved = training.to_save(server)
-            at_hand = {"costs": training.costs.state(), "clients_at_once": participation.at_once}
-            held = _state(run, saved, best, dict(participation.versions), progress, at_hand)
+            at_hand = {"costs": done.costs, "clients_at_once": participation.at_once}
+            held = _state(run, training.to_save(server), best, done.versions, progress, at_hand)
             # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
             if saver is not None:
                 saver.save(server.round, *held)
@@ -302,10 +384,31 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 behind.call(_save_checkpoint, run, key, server.round, (tensors, meta))  # while the next round is computed
             if run.leads:
                 # what the two kept checkpoints, the best round and the early snapshot refer to
-                referred = (before, participation.versions, progress.best_versions, progress.early_versions)
+                referred = (done.before, done.versions, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
             saving.append(time.perf_counter() - began)
-            bar.update(number + 1, loss=mean.metrics["loss"], acc=accuracy)
+            bar.update(after, loss=mean.metrics["loss"], acc=accuracy)
+
+        waiting: _Computed | None = None
+        stop = _patience_over(recipe, server.round, progress)
+        rounds = federate(server, run.setting.clients, rounds=total, draw=training.draw, run=training.run)
+        for number, server, cohort, mean in () if stop else rounds:
+            if waiting is not None:
+                settle(waiting, beside.accuracies())
+            before = dict(participation.versions)
+            participation.versions |= dict.fromkeys(cohort, number)
+            for client, seconds in zip(cohort, mean.seconds, strict=True):
+                turns[client].append(seconds)
+            done = _Computed(number, server, cohort, mean, before, dict(participation.versions), training.costs.state())
+            # while even a worse accuracy could not end the training here, no evaluation can
+            if beside is not None and number + 1 < total and not _patience_over(recipe, number + 1, progress):
+                beside.begin(server.params, cohort, done.versions)
+                waiting = dataclasses.replace(done, seconds=time.perf_counter() - started)
+                continue
+            waiting, began = None, time.perf_counter()
+            values = accuracies(run, training, server.params, val, seed=seed, split="validation", clients=cohort)
+            evaluating.append(time.perf_counter() - began)
+            settle(dataclasses.replace(done, seconds=time.perf_counter() - started), values)
             if _patience_over(recipe, number + 1, progress):
                 run.console.say(f"{name}, seed {seed}: stops early, {recipe.rounds.patience} rounds without a better validation accuracy.")
                 break
@@ -318,7 +421,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, turns, evaluating, saving))  # before the export, whose presence tells a resumed run to keep this line
+    run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, turns, evaluating, saving, beside))  # before the export, whose presence tells a resumed run to keep this line
     exported = _gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -88,14 +88,16 @@ class Participation:
             shared |= {CONTROL + name: self._initial[name] for name in shared if name not in self._statistics}
         return shared
 
-    def state(self, client_id: int) -> Tensors:
-        """The model's and decoder's tensors that the client keeps, as they stand: the common initialisation before its first round."""
-        kept = self._kept(client_id)
+    def state(self, client_id: int, versions: Mapping[int, int] | None = None) -> Tensors:
+        """The model's and decoder's tensors that the client keeps, as they stand: the common initialisation before its first round. versions: take
+        them from there, as they stood then."""
+        kept = self._kept(client_id, versions)
         return {name: kept[name] for name in self._private}
 
-    def _kept(self, client_id: int) -> Tensors:
+    def _kept(self, client_id: int, versions: Mapping[int, int] | None = None) -> Tensors:
         """`state`, and SCAFFOLD's control variate beside it once there is one."""
-        stored = self._store.get(client_id, self.versions.get(client_id)) if self._private or self._scaffold else None
+        versions = self.versions if versions is None else versions
+        stored = self._store.get(client_id, versions.get(client_id)) if self._private or self._scaffold else None
         return stored if stored is not None else {name: self._initial[name] for name in self._private}
 
     @property

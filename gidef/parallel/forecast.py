@@ -2,7 +2,8 @@
 
     T(G) = max_r (Σ_{i on r} t_i + [r = 0] T_save) + T_reduce(G) + T_evaluate ⌈chunks / G⌉ / chunks + T_meet(G) + T_rest
 
-Rank 0 saves while the others begin the next round. Only the standard library, so that it runs where no GPU is. Limits: ranks do not slow one another down (memory bandwidth, disks), the network is
+Rank 0 saves while the others begin the next round. Where a round's evaluation runs beside the next round, only what outlasts that counts,
+max(0, T_evaluate ⌈chunks / G⌉ / chunks − all else but saving); clients are taken to be as slow beside it on any number of ranks as where they were measured. Only the standard library, so that it runs where no GPU is. Limits: ranks do not slow one another down (memory bandwidth, disks), the network is
 idle otherwise, and the model knows no congestion; a rank's clients run one after another.
 """
 
@@ -35,18 +36,19 @@ class Network:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """seconds: of all evaluations of a round on one rank.  models: how many are evaluated, one after another.  chunks: of images, which ranks
-    share out.  bytes: of one model's logits, summed over ranks."""
+    share out.  bytes: of one model's logits, summed over ranks.  overlapped: they run while the next round is computed."""
 
     seconds: float = 0.0
     models: int = 1
     chunks: int = 1
     bytes: float = 0.0
+    overlapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """One round on `ranks` GPUs, in seconds. clients: the busiest rank's.  save: by how much saving makes the busiest rank busier.  evaluate: with its
-    sums over ranks.  ideal: Σt / G.  useful: Σt / max t."""
+    """One round on `ranks` GPUs, in seconds. clients: the busiest rank's.  save: by how much saving makes the busiest rank busier.  evaluate: what a
+    round waits for, with its sums over ranks.  ideal: Σt / G.  useful: Σt / max t."""
 
     ranks: int
     cohort: int
@@ -120,10 +122,13 @@ def forecast(
         totals.append(sum(real))
         useful.append(sum(real) / max(real))
     found = evaluation or Evaluation(models=0)
-    evaluate = found.seconds * math.ceil(found.chunks / ranks) / found.chunks + found.models * reduce_s(network, found.bytes, ranks)
     gathers = reduce_s(network, 0.0, ranks)  # of the seconds that clients took
     meet = (collectives + found.models) * ranks * network.meet_us * 1e-6 + gathers if ranks > 1 else 0.0
+    clients, reduce = statistics.fmean(slowest), reduce_s(network, message, ranks)
+    evaluate = found.seconds * math.ceil(found.chunks / ranks) / found.chunks
+    if found.overlapped:
+        evaluate = max(0.0, evaluate - clients - reduce - meet - rest_s)
     return Forecast(
-        ranks=ranks, cohort=size, clients_s=statistics.fmean(slowest), save_s=statistics.fmean(saving), reduce_s=reduce_s(network, message, ranks),
-        evaluate_s=evaluate, meet_s=meet, rest_s=rest_s, ideal_s=statistics.fmean(totals) / ranks, useful=statistics.fmean(useful),
+        ranks=ranks, cohort=size, clients_s=clients, save_s=statistics.fmean(saving), reduce_s=reduce,
+        evaluate_s=evaluate + found.models * reduce_s(network, found.bytes, ranks), meet_s=meet, rest_s=rest_s, ideal_s=statistics.fmean(totals) / ranks, useful=statistics.fmean(useful),
     )  # fmt: skip

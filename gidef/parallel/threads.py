@@ -1,12 +1,12 @@
-"""Worker threads inside one rank."""
+"""Threads inside one rank: workers that share out items, and one beside the calling thread."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from typing import Any, TypeVar
 
 import torch
 
@@ -85,3 +85,59 @@ def run_on_threads(
         raise
     pool.shutdown()
     return errors
+
+
+class Beside:
+    """Calls on one thread beside the calling one, one at a time: an evaluation runs while the next round is computed. A context manager.
+
+    What runs there must take part in no collective, as those belong to the calling thread, in one order on all ranks, and must look at `stopped` now
+    and then. What it reads must neither change nor, on a GPU, be given back before `wait` has returned. On a GPU it works on a stream of its own,
+    behind all that the calling thread had launched when it called.
+
+    An error surfaces where the calling thread waits. The context's end waits for nothing if the caller has failed: `stopped` is set, what is
+    running ends in the background, and its own error, if any, is dropped for the caller's, which came first.
+
+    Args: device: the rank's.  threads: that an operator computes with.
+    """
+
+    def __init__(self, device: torch.device, *, threads: int) -> None:
+        self.stopped = threading.Event()
+        self._device, self._threads = device, threads
+        self._running: Future | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="beside", initializer=self._start)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> None:
+        """Start it, once `wait` has returned what was called before."""
+        if self._running is not None:
+            raise RuntimeError("a call is running: wait for it first")
+        launched = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        self._running = self._pool.submit(self._run, launched, function, args)
+
+    def wait(self) -> Any:
+        """What the call returned. Raises what it raised."""
+        running, self._running = self._running, None
+        while not wait([running], timeout=1.0).done:  # open to signals, also to those that another thread was handed
+            pass
+        return running.result()
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.stopped.set()
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+    def _start(self) -> None:
+        torch.set_num_threads(self._threads)
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)  # the current device is per thread
+
+    def _run(self, launched: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        if self._stream is None:
+            return function(*args)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(launched)
+            found = function(*args)
+            self._stream.synchronize()
+        return found

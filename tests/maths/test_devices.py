@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gidef import build, config, training
-from gidef.parallel import World, cohort
+from gidef.parallel import Beside, World, cohort
 from gidef.report import Console
 from gidef.training import Run, train
 from tests.small_run import RECIPE
@@ -37,7 +37,12 @@ def one_thread_and_values_made_up(monkeypatch):
             raise error
         return [0.1] * len(part.cohort), [0] * len(part.cohort)
 
+    def call(beside, function, *args):
+        beside.found = function(*args)
+
     monkeypatch.setattr(training, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
+    monkeypatch.setattr(Beside, "call", call)
+    monkeypatch.setattr(Beside, "wait", lambda beside: beside.found)
     monkeypatch.setattr(build, "_home", lambda images, device, notice: device)
     monkeypatch.setattr(cohort.Part, "settle", settle)
 
@@ -52,7 +57,7 @@ def test_a_run_takes_nothing_of_the_cpu_to_its_device(case, tmp_path, one_thread
         RECIPE, rounds=rounds, clients=asked.get("clients", RECIPE.clients), share_policy=asked.get("share_policy", "full"),
         speed=dataclasses.replace(RECIPE.speed, clients_at_once=asked.get("at_once", 1)),
     )  # fmt: skip
-    world = World(device=DEVICE)
+    world = World(device=DEVICE, cores=2)  # one of them free, for the evaluation beside
     with watched():
         run = Run(build.load_setting(recipe, world=world, notice=lambda text: None), world, tmp_path, Console(rank=1), None, "mark")
         found = train(run, "d", chosen, 0)

@@ -34,6 +34,16 @@ def test_a_record_gives_times_their_spread_the_rest_and_the_message(tmp_path):
     assert forecast(ranks=1, network=Network(), **found | {"spread": 0.0}).round_s == pytest.approx(3.0)
 
 
+def test_an_evaluation_beside_the_next_round_costs_what_was_waited_for(tmp_path):
+    beside = {"seconds": 2.75, "models": 1, "chunks": 4, "bytes": 0, "overlapped": True}
+    found = measured(run_folder(tmp_path / "run", evaluation=beside, waiting_seconds=0.125))
+    assert found["rest_s"] == pytest.approx(3.0 - 2.5 - 0.125 - 0.125) and found["evaluation"] == Evaluation(**beside)
+    found.pop("round_s")
+    (one, two) = (forecast(ranks=ranks, network=Network(), **found | {"spread": 0.0, "message": 0}) for ranks in (1, 2))
+    assert one.evaluate_s == pytest.approx(0.0) and one.round_s == pytest.approx(2.875)  # 2.75 s hide behind 2.5 s of clients and 0.25 s of rest
+    assert two.evaluate_s < 1e-4 and two.clients_s == 1.5  # its sum over ranks is left
+
+
 def test_records_that_do_not_say_it_are_refused(tmp_path):
     with pytest.raises(InputError, match="no client times"):
         measured(run_folder(tmp_path / "old", client_seconds=None))

@@ -94,6 +94,19 @@ def test_attacks_are_measured_where_nothing_is_trained_for_them_first(capsys):
     assert f"attacks       {2 * (found['naive'] + found['longer']):.0f} s without decoder: not measured" in capsys.readouterr().out
 
 
+def test_an_evaluation_beside_the_next_round_takes_a_copy_of_the_model_and_counts_where_it_is_the_longer(monkeypatch, capsys):
+    recipe = dataclasses.replace(RECIPE, defences={"undefended": Undefended()})
+    found = {}
+    for overlap in (True, False):
+        monkeypatch.setattr(dryrun.build, "overlaps_evaluation", lambda recipe, world, overlap=overlap: overlap)
+        found[overlap] = dryrun.rehearse(recipe, "small", 1)["undefended"]
+        assert ("beside the next round" in capsys.readouterr().out) is overlap
+    beside, in_line = found[True], found[False]
+    assert beside.round_s == max(beside.train_s, beside.evaluate_s) and in_line.round_s == in_line.train_s + in_line.evaluate_s
+    assert beside.evaluate_s == pytest.approx(4 * beside.cost.chunk_s)  # a front for each of four clients, one chunk, on one thread
+    assert beside.rank_gib > beside.cost.base_gib + 2 * beside.cost.step_gib
+
+
 def test_the_slowest_rank_decides_and_more_ranks_than_useful_do_not_help():
     assert dryrun.useful_ranks([4.0, 2.0, 2.0]) == 2.0
     assert dryrun.makespan([[4.0], [2.0, 2.0]], 1) == 4.0 == dryrun.makespan([[4.0], [2.0], [2.0]], 1)

@@ -82,6 +82,10 @@ def test_rank_0_saves_while_the_others_train_and_ranks_share_the_chunks_of_an_ev
     assert uneven.save_s == 0 and uneven.round_s == 4.0 and forecast([3.0, 2.0, 2.0], 2, FLAT, save_s=1.5).save_s == pytest.approx(0.5)
     evaluation = Evaluation(seconds=0.6, models=1, chunks=3)
     assert [forecast([1.0], ranks, FLAT, evaluation=evaluation).evaluate_s for ranks in (1, 2, 3, 4)] == pytest.approx([0.6, 0.4, 0.2, 0.2])
+    beside = Evaluation(seconds=6.0, models=1, chunks=3, overlapped=True)
+    hidden = [forecast([1.0] * 4, ranks, FLAT, evaluation=beside, rest_s=0.5, save_s=0.25) for ranks in (1, 2, 3, 4)]
+    assert [one.evaluate_s for one in hidden] == pytest.approx([6 - 4.5, 4 - 2.5, 0.0, 2 - 1.5])  # beyond clients and rest; saving comes after it
+    assert hidden[0].round_s == pytest.approx(6.25) and hidden[2].round_s == pytest.approx(2.5 + hidden[2].save_s)
     network = Network(gpus_per_node=1, inter_gbytes=0.01, inter_us=1000, algorithm="ring", meet_us=100)
     sent = forecast([1.0], 2, network, evaluation=Evaluation(seconds=0.0, models=3, bytes=1e5))
     assert sent.evaluate_s == pytest.approx(3 * (0.002 + 0.01)) and sent.meet_s == pytest.approx(5 * 2 * 100e-6 + 0.002)
