@@ -157,7 +157,7 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
             name: type(default := getattr(config.Speed(), name))(saved["speed"].get(name, default)) for name in config.LAST_BITS
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
+        raise InputError(f"{path} cannot be read: {_unread(error)}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
@@ -380,10 +380,17 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is no run: {RECIPE} is missing there. Give the folder that a recipe was run with as --out.") from error
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {_unread(error)}") from error
     if found:
         raise InputError(f"{path}: " + "\n".join(found))
     return recipe, name, content["recipe"]
+
+
+def _unread(error: Exception) -> str:
+    """Why a recipe's file cannot be read, in words."""
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is not JSON ({error})"
+    return f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
 
 
 def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) -> None:

@@ -242,10 +242,11 @@ def test_a_trained_model_needs_no_file_that_its_training_began_with(whole, tmp_p
 
 def test_a_spoilt_recipe_file_is_one_line(whole, tmp_path, capsys):
     unfinished(whole, tmp_path / "run")
-    for content in ("{", "[]", '{"recipe": {"speed": 3}}'):
-        (tmp_path / "run" / "recipe.json").write_text(content)
-        assert "recipe.json cannot be read" in refused(capsys, tmp_path / "run", "--resume")
-        assert (tmp_path / "run" / "recipe.json").read_text() == content
+    for content, said in ((b"{", "not JSON"), (b"\xff" * 1000, "not JSON"), (b"{}", "'recipe' is missing"), (b"[]", ""), (b'{"recipe": {"speed": 3}}', "")):
+        (tmp_path / "run" / "recipe.json").write_bytes(content)
+        err = refused(capsys, tmp_path / "run", "--resume")
+        assert "recipe.json cannot be read" in err and said in err and len(err) < 500
+        assert (tmp_path / "run" / "recipe.json").read_bytes() == content
 
 
 # --- a full disk -------------------------------------------------------------------------------------------------------
