@@ -67,7 +67,7 @@ def save_file(path: Path | str, tensors: Tensors, meta: dict[str, Any]) -> None:
 def load_file(path: Path | str, device: torch.device | str = "cpu") -> tuple[Tensors, dict[str, Any]]:
     """(tensors, metadata) as saved, dtypes kept, in memory of their own.
 
-    Raises: StorageError when the file is missing, truncated, damaged in any byte that matters, or not written by gidef.
+    Raises: StorageError when the file is missing, no file that can be read, truncated, damaged in any byte that matters, or not written by gidef.
     """
     path = Path(path)
     try:
@@ -77,6 +77,8 @@ def load_file(path: Path | str, device: torch.device | str = "cpu") -> tuple[Ten
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except FileNotFoundError as error:
         raise StorageError(f"{path} does not exist") from error
+    except OSError as error:  # safetensors names a folder "No such device"
+        raise StorageError(f"{path} cannot be read ({'a folder' if path.is_dir() else error.strerror or error}): expected a file that gidef wrote") from error
     except (SafetensorError, ValueError, KeyError) as error:
         raise StorageError(f"{path} is truncated or damaged ({error}): take another copy, or an older checkpoint") from error
     if header.get("format") != FORMAT:

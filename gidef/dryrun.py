@@ -29,6 +29,7 @@ from gidef.report import Console
 from gidef.types import Client, Tensors
 from gidef.updates import FixedPointSum
 
+MOST_RANKS = 10**6
 REPEATS = 3
 STEPS = (1, 3)
 """Local steps of the two measured trainings: their difference is a step, the rest is what a client costs beside its steps."""
@@ -82,6 +83,11 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
     """
     if recipe.out is not None and Path(recipe.out, "recipe.json").exists() and not recipe.resume:
         raise InputError(f"{recipe.out} holds a run already: continue it with --resume, or choose another --out.")
+    if ranks > MOST_RANKS:
+        raise InputError(f"--dry-run {ranks}: expected at most {MOST_RANKS} ranks.")
+    place = _place(recipe)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"the run's folder {recipe.out or 'runs'} cannot be made: {place} cannot be written to. Choose another --out.")
     with open_world(recipe.speed.device, recipe.speed.timeout_s) as world, Console() as console, tempfile.TemporaryDirectory() as scratch:
         if world.size > 1:
             raise InputError(f"--dry-run forecasts {ranks} ranks from one process, and a launcher started {world.size}: start it with python alone.")
@@ -110,6 +116,12 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
             _say(console, key, found[key], setting)
         _total(console, setting, found, ranks, shards)
     return found
+
+
+def _place(recipe: config.Recipe) -> Path:
+    """The run's folder, or the nearest above it that is there."""
+    folder = Path(recipe.out or "runs").absolute()
+    return next(one for one in (folder, *folder.parents) if one.exists())
 
 
 def _seconds(setting: build.Setting, numbers: list[int], cost: Cost) -> list[float]:
@@ -321,7 +333,7 @@ def _total(console: Console, setting: build.Setting, found: dict[str, Forecast],
     unmeasured = f" without {', '.join(left_out)}: not measured" if left_out else ""
     if any(one.attacks_s for one in found.values()):
         console.say(f"attacks       {attacked:.0f} s{unmeasured}")
-    place = next(one for one in (Path(recipe.out or "runs").absolute(), *Path(recipe.out or "runs").absolute().parents) if one.exists())
+    place = _place(recipe)
     free = shutil.disk_usage(place).free
     console.say(f"disk          {_bytes(disk)} at most, beside pictures; {_bytes(free)} are free in {place}")
     if disk > free:

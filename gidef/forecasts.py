@@ -27,7 +27,7 @@ def measured(folder: Path) -> dict[str, Any]:
     lines = read(folder / "record.jsonl")
     trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds") and "evaluation" in line), None)
     if trained is None:
-        raise InputError(f"{folder} holds no client times: give the folder of a run that trained to its end with this version of gidef, or --times.")
+        raise InputError(f"{folder / 'record.jsonl'} holds no client times: give the folder of a run that trained to its end with this version of gidef, or --times.")
     if any(line["world_size"] != 1 for line in lines if line["kind"] == "start"):
         raise InputError(f"{folder} ran on several ranks, so its rounds hold waiting time: measure on one, with --speed.workers 1.")
     rounds = [line for line in lines if line["kind"] == "round" and (line["defence"], line["seed"]) == (trained["defence"], trained["seed"])]
@@ -47,6 +47,7 @@ def measured(folder: Path) -> dict[str, Any]:
 
 def plan(arguments: argparse.Namespace) -> list[Forecast]:
     """Print the table, and write plan.csv and plan.png into --out. Raises InputError for numbers that mean nothing."""
+    _check(arguments)
     given = {"spread": arguments.spread, "rest_s": arguments.rest, "cohort": arguments.cohort}
     given |= {"times": arguments.times, "message": arguments.megabytes and arguments.megabytes * 1e6}
     found = (measured(Path(arguments.folder)) if arguments.folder else {}) | {name: value for name, value in given.items() if value is not None}
@@ -57,9 +58,6 @@ def plan(arguments: argparse.Namespace) -> list[Forecast]:
         gpus_per_node=arguments.gpus_per_node, intra_gbytes=arguments.intra_gbytes, inter_gbytes=arguments.inter_gbytes, intra_us=arguments.intra_us,
         inter_us=arguments.inter_us, algorithm=arguments.algorithm, meet_us=arguments.meet_us,
     )  # fmt: skip
-    numbers = [network.gpus_per_node, network.intra_gbytes, network.inter_gbytes, *arguments.ranks, *found["times"], arguments.scale, found.get("cohort") or 1]
-    if min(numbers) <= 0 or min(network.intra_us, network.inter_us, network.meet_us, found["message"], found.get("rest_s", 0), found.get("spread", 0)) < 0:
-        raise InputError("every time, bandwidth and number of ranks must be above 0, and every latency, size and spread at least 0.")
     found["times"] = [time * arguments.scale for time in found["times"]]
     cohort = found.pop("cohort", None) or len(found["times"])
     evaluation = found.pop("evaluation", None)
@@ -75,6 +73,26 @@ def plan(arguments: argparse.Namespace) -> list[Forecast]:
             _draw(out / "plan.png", rows)
             console.say(f"table    {out / 'plan.csv'}, picture {out / 'plan.png'}")
     return rows
+
+
+LARGEST = 10**6
+"""Ranks, and clients of a round, that a forecast simulates."""
+NUMBERS = {
+    "times": (1e-9, 1e9), "scale": (1e-9, 1e9), "intra_gbytes": (1e-9, 1e9), "inter_gbytes": (1e-9, 1e9), "intra_us": (0, 1e9), "inter_us": (0, 1e9),
+    "meet_us": (0, 1e9), "megabytes": (0, 1e12), "rest": (0, 1e9), "spread": (0, 10), "ranks": (1, LARGEST), "cohort": (1, LARGEST),
+    "clients_per_rank": (1, LARGEST), "gpus_per_node": (1, LARGEST),
+}  # fmt: skip
+"""Smallest and largest value of each option."""
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, (low, high) in NUMBERS.items():
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if not low <= value <= high:  # nor is NaN
+                raise InputError(f"--{name.replace('_', '-')} {value:g}: expected a number from {low:g} to {high:g}.")
+    if (largest := (arguments.clients_per_rank or 0) * max(arguments.ranks)) > LARGEST:
+        raise InputError(f"--clients-per-rank {arguments.clients_per_rank} makes rounds of {largest} clients: at most {LARGEST} are simulated. Lower it, or --ranks.")
 
 
 def _of_cohort(one: Evaluation, size: int) -> Evaluation:

@@ -25,7 +25,7 @@ from gidef.models import judge_called
 from gidef.parallel import World, open_world, seated, seats, with_mesh
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report import consumers as follow
-from gidef.report.files import write_atomically
+from gidef.report.files import held, write_atomically
 from gidef.stopping import leave_on_sigterm
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
@@ -40,7 +40,10 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     began = time.perf_counter()
     leave_on_sigterm(recipe.out)
     follow.check(recipe.log)
-    with open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world:
+    with (
+        open_world(recipe.speed.device, recipe.speed.timeout_s, stall_s=recipe.speed.stall_s) as world,
+        contextlib.ExitStack() as stack,
+    ):
         world = seated(world)
         world = with_mesh(world, recipe.speed.shard_size, timeout_s=recipe.speed.stall_s)
         settle_threads(recipe)
@@ -63,6 +66,10 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         world.agree("the recipe and the data", mark)
         world.agree("the threads of an operator", str(recipe.speed.threads))
         if world.rank == 0:
+            _make_folder(folder)
+            stack.enter_context(held(folder))
+            if (folder / RECIPE).exists() and not recipe.resume:  # by now
+                raise InputError(f"{folder} holds a run already: continue it with --resume, or choose another --out.")
             _write_recipe(recipe, name, folder)
         world.barrier()
         damaged: list[str] = []
@@ -157,7 +164,7 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
             name: type(default := getattr(config.Speed(), name))(saved["speed"].get(name, default)) for name in config.LAST_BITS
         }  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error!r}. Restore it, or choose another --out.") from error
+        raise InputError(f"{path} cannot be read: {_unread(error)}. Restore it, or choose another --out.") from error
     if differing:
         raise InputError(
             f"{folder} was begun with another recipe: {'; '.join(differing[:5])}. Resume with the same scientific fields, or choose another --out."
@@ -180,11 +187,14 @@ def _differences(mine: Any, saved: Any, place: str = "") -> list[str]:
     return [] if mine == saved else [f"{place} was {saved!r} and is now {mine!r}"]
 
 
-def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
+
+
+def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
     content = {"name": name, "gidef": gidef.__version__, "job": restart.job(), "recipe": config.to_json(recipe)}
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -380,10 +390,17 @@ def _read_run(folder: Path, *, allow_code: bool) -> tuple[config.Recipe, str, di
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is no run: {RECIPE} is missing there. Give the folder that a recipe was run with as --out.") from error
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {_unread(error)}") from error
     if found:
         raise InputError(f"{path}: " + "\n".join(found))
     return recipe, name, content["recipe"]
+
+
+def _unread(error: Exception) -> str:
+    """Why a recipe's file cannot be read, in words."""
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is not JSON ({error})"
+    return f"{error} is missing in it" if isinstance(error, KeyError) else str(error)
 
 
 def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) -> None:
@@ -401,7 +418,10 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
     found = config.problems(new)
     if found:
         raise InputError("\n".join(found))
-    with open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world:
+    with (
+        open_world(new.speed.device, new.speed.timeout_s, stall_s=new.speed.stall_s) as world,
+        contextlib.ExitStack() as stack,
+    ):
         world = seated(world)
         settle_threads(new)
         said: list[str] = []
@@ -409,6 +429,8 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
             raise InputError(f"{out} holds results already: choose another --out.")
+        if world.rank == 0:
+            stack.enter_context(held(out))
         leave_on_sigterm(out, clear=world.rank == 0)
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results

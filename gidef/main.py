@@ -34,9 +34,10 @@ def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None
     if args is None and caller.get("__name__") != "__main__":
         return
     name = name or Path(caller.get("__file__", "recipe")).stem
-    recipe, args = _sized(recipe, small, _arguments(args))
-    ranks, args = _rehearsed(args)
-    _run(_checked(parse(recipe, args, name)), name, ranks)
+    with ending():
+        recipe, args = _sized(recipe, small, _arguments(args))
+        ranks, args = _rehearsed(args)
+        _run(_checked(parse(recipe, args, name)), name, ranks)
 
 
 def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
@@ -52,7 +53,12 @@ def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None =
     if args is None and caller.get("__name__") != "__main__":
         return
     name = name or Path(caller.get("__file__", "sweep")).stem
-    recipes, args = _sized(recipes, small, _arguments(args))
+    with ending():
+        _sweep(recipes, small, name, _arguments(args))
+
+
+def _sweep(recipes: Mapping[str, Recipe], small: Mapping[str, Recipe] | None, name: str, args: list[str]) -> None:
+    recipes, args = _sized(recipes, small, args)
     rows, part, args = _which(dict(recipes), args)
     ranks, args = _rehearsed(args)
     parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
@@ -144,15 +150,14 @@ def _checked(recipe: Recipe, *, resuming: bool = False) -> Recipe:
 def _run(recipe: Recipe, name: str, ranks: int = 0) -> None:
     """ranks: only tell what the run would do on so many."""
     leave_on_sigterm(recipe.out)  # before the seconds that the imports take
-    with ending():
-        if ranks:
-            from gidef.dryrun import rehearse
+    if ranks:
+        from gidef.dryrun import rehearse
 
-            rehearse(recipe, name, ranks)
-        else:
-            from gidef.job import run_recipe
+        rehearse(recipe, name, ranks)
+    else:
+        from gidef.job import run_recipe
 
-            run_recipe(recipe, name)
+        run_recipe(recipe, name)
 
 
 @contextlib.contextmanager
@@ -160,8 +165,8 @@ def ending() -> Iterator[None]:
     """How a run ends that does not end well.
 
     Bad input: one message, status 2. A failure of another rank: a summary by one of the ranks that are left, with the last lines of
-    the first that failed, status 1 (2 if it was bad input). SIGTERM: at once, whatever worker threads still compute. Under torchrun the error also
-    goes into the launcher's closing message.
+    the first that failed, status 1 (2 if it was bad input). SIGTERM: at once, whatever worker threads still compute; Ctrl-C: likewise, with one
+    message and status 130. Under torchrun an error also goes into the launcher's closing message.
     """
     from gidef.errors import InputError, RankFailure
 
@@ -182,20 +187,29 @@ def ending() -> Iterator[None]:
     except SystemExit as error:
         if error.code != 128 + signal.SIGTERM:
             raise
-        deadline = time.monotonic() + GRACE_S
-        for thread in threading.enumerate():  # the interpreter itself would wait for them without end
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join(max(0.0, deadline - time.monotonic()))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.code)
+        _leave(error.code)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C does not wait
+        if speaks():
+            print("gidef: interrupted. What was saved is whole: --resume goes on from it.", file=sys.stderr, flush=True)
+        _leave(128 + signal.SIGINT)
     except Exception as error:
         _tell_launcher(error)
         raise
 
 
+def _leave(code: int) -> None:
+    deadline = time.monotonic() + GRACE_S
+    for thread in threading.enumerate():  # the interpreter itself would wait for them without end
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 GRACE_S = 5.0
-"""After SIGTERM, worker threads may save what they have for so long; attack chunks look at a flag."""
+"""After a signal, worker threads may save what they have for so long; attack chunks look at a flag."""
 
 
 def _tell_launcher(error: Exception) -> None:

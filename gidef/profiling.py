@@ -25,6 +25,7 @@ from gidef.job import settle_threads
 from gidef.main import parse
 from gidef.parallel import World, open_world
 from gidef.report import Console
+from gidef.report.files import writing
 from gidef.spans import PREFIX, watched
 from gidef.training import Run, fingerprint, run_key, train
 
@@ -170,7 +171,6 @@ class _Rounds:
             elif not on_gpu and not row.key.startswith((PREFIX, "gidef rounds", "Optimizer.")):
                 self.found.costs.append((row.key, row.count, row.self_cpu_time_total))
         self.found.costs.sort(key=lambda row: -row[2])
-        self._trace.parent.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self._trace))
 
 
@@ -181,7 +181,7 @@ def profile(place: str, args: Sequence[str]) -> dict[str, Profile]:
 
     Args:    place: a recipe's file; its RECIPE, with --small its SMALL, or what `file.py:NAME` names.
              args:  the recipe's, and --out, --profiled-rounds.
-    Raises:  InputError for what is no recipe, a bad one, or several ranks.
+    Raises:  InputError for what is no recipe, a bad one, a folder that cannot be written to, or several ranks.
     """
     own, rest = _options(args)
     recipe, name = _recipe(place, rest, small=own.small)
@@ -198,6 +198,9 @@ def profile(place: str, args: Sequence[str]) -> dict[str, Profile]:
             speed=dataclasses.replace(recipe.speed, workers=1, overlap_evaluation=False), resume=False,
         )
         setting = build.load_setting(recipe, world=world, notice=console.notice)
+        with writing(folder):  # before the minutes that the rounds take
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         console.heading(f"{name}: where the time of a round goes")
         for key, chosen in recipe.chosen.items():
             chosen = chosen.at(chosen.low) if isinstance(chosen, config.Matched) else chosen

@@ -7,6 +7,7 @@ import errno
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,34 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
             temporary.unlink(missing_ok=True)
             raise
     return path
+
+
+WAIT_S = 10.0
+"""For so long a process that was told to end may still hold a folder."""
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made, for this process alone: by a lock on a file in it, which ends with the process, however that ends.
+
+    Where the file system knows no locks, nothing is held.
+    Raises: StorageError when another process holds it, after a wait, or it cannot be written to.
+    """
+    import fcntl
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "ab")  # noqa: SIM115  closed below
+    with file:
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise StorageError(f"another process is writing {folder}: wait for its end, or choose another --out.") from error
+                time.sleep(0.1)
+            except OSError:
+                break
+        yield

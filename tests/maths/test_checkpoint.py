@@ -97,6 +97,12 @@ def test_files_of_others_and_missing_files_are_bad_input(tmp_path: Path) -> None
     assert names(tmp_path) == ["foreign"]
 
 
+def test_a_folder_in_a_files_place_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"run cannot be read \(a folder\): expected a file"):
+        (tmp_path / "run").mkdir()
+        load_file(tmp_path / "run")
+
+
 def test_the_newest_checkpoints_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
     notices: list[str] = []
     assert load_latest(tmp_path / "none", notices.append) is None

@@ -148,7 +148,8 @@ def test_a_folder_without_a_run_is_one_line(command, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"{", "cannot be read"),
+        (b"{", "cannot be read: it is not JSON"),
+        (b"{}", "'recipe' is missing in it"),
         (b"[]", "cannot be read"),
         (b'{"name": "x", "recipe": {"type": "Data"}}', "expected a Recipe"),
         (b'{"name": "x", "recipe": {"type": "Recipe", "evaluation": 3}}', "evaluation=3"),

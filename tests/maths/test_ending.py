@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_sigterm_does_not_wait_for_threads_and_other_exits_pass(monkeypatch):
     with pytest.raises(SystemExit) as caught, main.ending():
         raise SystemExit(5)
     assert caught.value.code == 5 and left == [143]
+
+
+def test_an_interrupt_is_one_line_and_does_not_wait_for_threads(monkeypatch, capsys):
+    left, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "_exit", left.append)
+    try:
+        with main.ending():
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left == [130] and capsys.readouterr().err == "gidef: interrupted. What was saved is whole: --resume goes on from it.\n"
 
 
 def test_torchrun_is_told_of_an_error_for_its_closing_message(monkeypatch, tmp_path):

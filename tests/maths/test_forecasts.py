@@ -68,8 +68,18 @@ def test_fronts_of_clients_are_evaluated_as_many_as_the_cohort_has(tmp_path, cap
     assert float(row["evaluate_s"]) == 1.5 and float(row["save_s"]) == 0.125 and "evaluate s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [[], ["--times", "1"], ["--times", "0", "--megabytes", "1"], ["--times", "1", "--megabytes", "1", "--inter-gbytes", "0"], ["--times", "1", "--megabytes", "1", "--ranks", "0"]])
-def test_numbers_that_mean_nothing_end_with_one_message(wrong, capsys):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("", "give a run's folder"), ("--times 1", "give a run's folder"), ("--times 0 --megabytes 1", "--times 0"), ("--times nan", "--times nan"),
+        ("--times 1e308", "--times 1e+308"), ("--megabytes nan", "--megabytes nan"), ("--megabytes -1", "--megabytes -1"), ("--inter-gbytes 0", "--inter-gbytes 0"),
+        ("--scale inf", "--scale inf"), ("--spread 1e9", "--spread 1e+09"), ("--rest -1", "--rest -1"), ("--cohort 0", "--cohort 0"),
+        ("--clients-per-rank -2", "--clients-per-rank -2"), ("--clients-per-rank 1000 --ranks 4096", "rounds of 4096000 clients"), ("--ranks 0", "--ranks 0"),
+        ("--ranks 8 100000000000", "--ranks 1e+11"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_end_with_one_message(wrong, said, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(["plan", *wrong])
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("gidef: ")
+        main(["plan", *wrong.split()])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and err.startswith("gidef: ") and said in err and err.count("\n") == 1 and not out

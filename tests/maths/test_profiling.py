@@ -93,7 +93,7 @@ def test_a_recipe_is_profiled_one_defence_at_a_time(page, capsys):
     for name, profile in found.items():
         assert sum(profile.shares.values()) == pytest.approx(1) and min(profile.shares.values()) >= 0
         # all of a round is there: training, aggregation, what follows
-        assert all(profile.shares[kind] > 0 for kind in ("arithmetic", "steps", "data", "optimiser", "client", "round", "evaluation", "checkpoint"))
+        assert all(profile.shares[kind] > 0 for kind in ("arithmetic", "steps", "data", "optimiser", "client", "round", "evaluation", "checkpoint")), profile.shares
         assert profile.seconds > 0 and profile.watched_s > 0 and (profile.idle is None) == (not torch.cuda.is_available())
         costs = [cost for _, _, cost in profile.costs]
         assert costs == sorted(costs, reverse=True)
@@ -113,6 +113,7 @@ def test_what_is_no_recipe_is_refused(page, capsys):
         (f"{page}:MISSING",): "cannot load",
         ("tiny",): "is no recipe's file",
         (str(page), "--data.num-clients", "0"): "data.num_clients=0 is too small",
+        (str(page), "--out", str(page)): f"cannot write {page}: File exists",
     }
     for arguments, words in cases.items():
         with pytest.raises(SystemExit) as end:

@@ -27,7 +27,7 @@ from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.main import main
 from gidef.parallel import World, run_tasks
-from gidef.report import Console
+from gidef.report import Console, files
 
 RECIPE = Recipe(
     data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=4), model=Model(cut="blocks.0"), clients=LocalTraining(batch_size=16),
@@ -182,6 +182,16 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_two_processes_do_not_write_one_folder(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "WAIT_S", 0.2)
+    unfinished(whole, tmp_path / "run")
+    with files.held(tmp_path / "run"), files.held(tmp_path / "new"):
+        for arguments in ((tmp_path / "run", "--resume"), (tmp_path / "new",)):
+            assert "another process is writing" in refused(capsys, *arguments)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    assert start(capsys, tmp_path / "run", "--resume")[0] == 0
+
+
 # --- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -220,12 +230,15 @@ def test_a_checkpoint_of_another_recipe_is_refused(whole, tmp_path, capsys):
 
 
 def test_a_run_killed_right_before_its_model_is_saved_goes_on_without_a_line_lost_or_doubled(tmp_path, capsys, monkeypatch):
+    class Killed(BaseException):
+        pass
+
     def killed(*_):
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "export_model", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             main(RECIPE, name="small", args=["--out", str(tmp_path / "run")])
     assert start(capsys, tmp_path / "run", "--resume")[0] == 0
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "record.jsonl").read_text().splitlines()]
@@ -242,10 +255,11 @@ def test_a_trained_model_needs_no_file_that_its_training_began_with(whole, tmp_p
 
 def test_a_spoilt_recipe_file_is_one_line(whole, tmp_path, capsys):
     unfinished(whole, tmp_path / "run")
-    for content in ("{", "[]", '{"recipe": {"speed": 3}}'):
-        (tmp_path / "run" / "recipe.json").write_text(content)
-        assert "recipe.json cannot be read" in refused(capsys, tmp_path / "run", "--resume")
-        assert (tmp_path / "run" / "recipe.json").read_text() == content
+    for content, said in ((b"{", "not JSON"), (b"\xff" * 1000, "not JSON"), (b"{}", "'recipe' is missing"), (b"[]", ""), (b'{"recipe": {"speed": 3}}', "")):
+        (tmp_path / "run" / "recipe.json").write_bytes(content)
+        err = refused(capsys, tmp_path / "run", "--resume")
+        assert "recipe.json cannot be read" in err and said in err and len(err) < 500
+        assert (tmp_path / "run" / "recipe.json").read_bytes() == content
 
 
 # --- a full disk -------------------------------------------------------------------------------------------------------

@@ -129,6 +129,8 @@ def test_what_a_run_would_refuse_a_dry_run_refuses(tmp_path, monkeypatch, capsys
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").touch()
     assert "--resume" in refused("--dry-run", "2", "--out", str(tmp_path / "run"))
+    assert "cannot be written to" in refused("--dry-run", "2", "--out", str(tmp_path / "run" / "recipe.json" / "run"))
+    assert "at most 1000000 ranks" in refused("--dry-run", "10000000000")
     monkeypatch.setattr(dryrun.shutil, "disk_usage", lambda path: dryrun.shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(InputError, match="on disk"):
         dryrun.rehearse(dataclasses.replace(RECIPE, defences={"undefended": Undefended()}), "small", 1)
