@@ -102,7 +102,7 @@ def recipes():
     yield Recipe()
     yield Recipe(
         data=Data(name="cifar10", path="a.npz", size=32, download=False, num_clients=3, partition=Dirichlet(alpha=math.inf), split_seed=2),
-        model=Model(name="resnet18", cut="layer1", small_stem=False, norm="keep", pretrained="w.safetensors"),
+        model=Model(name="resnet18", cut="layer1", small_stem=False, norm="frozen", pretrained="w.safetensors"),
         clients=LocalTraining(epochs=2, optimiser="sgd", momentum=0.9, precision="bfloat16"),
         rounds=Rounds(count=7, cohort_size=2, server=FedAdam(lr=0.5), patience=None),
         defences={"a": LearnedPerturbation(law="laplace", mean=True), "b c": Undefended(), "p": Pruning(share=0.5), "c": CapacityNoise(bits_weight=0.1, frozen=True, front="frozen"),
