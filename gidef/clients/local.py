@@ -143,12 +143,15 @@ def train_locally(
     named = dict(player.model.named_parameters())
     parameters = list(named.values())
     origin = [start[name].to(p.device) for name, p in named.items()]
-    statistics = moving_statistics(player.model)
+    known = getattr(player.model, "statistics", None)  # a SplitModel's: looking through the small net's layers takes 0.04 ms a client
+    moves = known is None or any(known.values())
+    statistics = moving_statistics(player.model) if moves else {}
     with torch.no_grad():
         torch._foreach_copy_(parameters, origin)
         for name, tensor in statistics.items():
             tensor.copy_(start[name])
-    count_afresh(player.model)
+    if statistics:
+        count_afresh(player.model)
     take_step = _optimiser(settings, parameters)
     shift = [correction(name).to(p.device) for name, p in named.items()] if correction else None
     device = parameters[0].device
@@ -176,7 +179,7 @@ def train_locally(
     autocast = (lambda: torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)) if half else contextlib.nullcontext
     per_epoch = -(-client.num_examples // settings.batch_size)
     fill_gradients = getattr(player, "fill_gradients", None)
-    with moving(player.model):
+    with moving(player.model) if statistics else contextlib.nullcontext():
         for epoch, rows, images, labels in examples(player, client, settings, device=device, seed=seed, round=round):
             if fill_gradients is not None:
                 loss = fill_gradients(images, labels, rows=rows, epoch=epoch)
