@@ -232,18 +232,18 @@ def _calibrated(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Prog
     asked_modes = [speed.attack_mode] if speed.attack_mode != "auto" else None
     if asked_modes and speed.attacks_at_once:
         return attacks.Calibration(asked_modes[0], speed.attacks_at_once, ())
+    found, measured = None, False
     if run.leads:
         path = folder / "calibration.json"
         kept = parity.kept(path)
         key = _key(run, cell, plan)
-        if key not in kept:
+        if measured := key not in kept:
             kept[key] = _measure(run, cell, plan, programs, left, asked_modes).to_json()
             write_atomically(path, (json.dumps(kept, indent=1) + "\n").encode())
         found = kept[key]
-    else:
-        found = None
-    calibration = attacks.Calibration.from_json(run.world.broadcast_json(found))
-    for line in calibration.lines() if len(calibration.candidates) > 1 else []:
+    found, measured = run.world.broadcast_json([found, measured])
+    calibration = attacks.Calibration.from_json(found)
+    for line in calibration.lines() if measured and len(calibration.candidates) > 1 else []:
         run.console.say(f"  {line}")
     return calibration
 

@@ -234,7 +234,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     console.say(f"images    {dataset.title}, {shape}, {int(run.setting.counts.sum())} for training, from {dataset.source}")
     for note in dict.fromkeys([*said, *dataset.notes]):
         console.notice(note)
-    if dataset.synthetic:
+    if dataset.synthetic and not any("synthetic" in note.lower() for note in dataset.notes):
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
     cohort = recipe.rounds.cohort_size or recipe.data.num_clients
     console.say(

@@ -216,8 +216,10 @@ class Track:
         if console.silent and console._own is None:
             return
         with console._lock:
-            now = time.monotonic()
+            now, before = time.monotonic(), self._done
             self._done, self._values = max(done, self._done), values  # worker threads may report out of order
+            if self._done == before >= self._total and self._line_at > -math.inf:
+                return  # the last line is out
             self._recent.append((now, self._done))
             self._unprinted = True
             if self._task is not None and console._progress is not None and now - self._bar_at >= 0.1:

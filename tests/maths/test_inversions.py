@@ -405,6 +405,7 @@ def test_a_calibration_is_kept_in_the_run_s_folder_and_not_taken_twice(trained, 
     [again] = cells_of(run, found, tmp_path)
     tasks_of(run, [again], tmp_path)
     assert again.calibration == Calibration.from_json(one)
+    assert sum("<- chosen" in line for line in heard.said) == 1  # nor told twice
 
 
 def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypatch):

@@ -57,6 +57,13 @@ def test_lines_are_throttled_but_the_first_and_the_last_are_printed(capsys, monk
     assert out[-1].endswith("3.3 rounds/s   took 0:00:30")
 
 
+def test_reports_after_the_last_step_print_no_line_twice(capsys):
+    with Console().track("step", 2) as track:
+        for done in (0, 2, 1, 2):
+            track.update(done)
+    assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines()] == ["step  0", "step  2"]
+
+
 def test_a_track_that_ends_early_prints_its_last_values(capsys, monkeypatch):
     clock = Clock(monkeypatch)
     with pytest.raises(KeyError), Console(every_s=10).track("round", 100) as track:
