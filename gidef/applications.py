@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.func import functional_call, grad
 from gidef import config, fits, observe
 from gidef.attack.analytic import analytic
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
-from gidef.cells import Cell, Task, mark
+from gidef.attack.latent import Predictor
+from gidef.cells import Cell, Task, mark, note_of
 from gidef.checkpoint import save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
@@ -71,8 +73,19 @@ def collect(run: Run, cell: Cell) -> None:
         Reconstruction(images=images, labels=labels, losses=torch.zeros(1), **told)
         for images, labels, told in zip(tensors["images"], tensors["labels"], meta["told"], strict=True)
     ]
+    if isinstance(cell.attack, config.LatentDecoding):
+        cell.note = "; ".join(filter(None, (note_of(run, cell.trained, cell.attack), _residual(cell))))
     own = mark(run, source)[:16]
     cell.attempts = [{"observation": number, "start": 0, "mark": own, **told} for number, told in enumerate(meta["told"])]
+
+
+def _residual(cell: Cell) -> str:
+    """How well the latents that were read explain the update, and whether that determines them."""
+    losses, predictor = sorted(one.loss for one in cell.reconstructions if one.status == "ok"), Predictor(cell.trained.training.defence.model)
+    said = [f"its latents' gradients are {losses[len(losses) // 2]:.0e} from the update, {losses[-1]:.0e} at most"] if losses else []
+    if (sought := cell.victims.labels.shape[1] * math.prod(predictor.latent_shape)) > predictor.told:
+        said.append(f"which has {predictor.told:,} numbers for the latents' {sought:,}: it does not determine them")
+    return ", ".join(said)
 
 
 def _path(cell: Cell) -> Path:

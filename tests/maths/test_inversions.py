@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -320,6 +321,18 @@ def test_where_the_classifier_tells_no_labels_the_skipping_attack_fails_on_that_
     assert [one.status for one in cell.reconstructions] == ["ok", "failed", "failed", "ok"]
     assert all("labels cannot be recovered" in cell.reconstructions[victim].error for victim in (1, 2))
     assert [int(cell.reconstructions[victim].labels) for victim in (0, 3)] == [int(cell.victims.labels[victim]) for victim in (0, 3)]
+
+
+def test_the_row_of_the_latent_says_how_well_it_explains_the_update_and_whether_that_determines_it(trained, tmp_path, monkeypatch):
+    run, found = trained
+    run = with_speed(run, attacks={"latent": config.LatentDecoding(iterations=2, steps=2)})
+    [row] = audit.audit(run, {("learned", 0): found["learned", 0]}, folder=tmp_path).rows
+    distance, most = re.fullmatch(r"its latents' gradients are (\S+) from the update, (\S+) at most", row["note"]).groups()
+    assert 0 < float(distance) <= float(most) < 1e-8  # batches of one: exact
+    kept = applications.Predictor.__init__
+    monkeypatch.setattr(applications.Predictor, "__init__", lambda self, model: (kept(self, model), setattr(self, "told", 100))[0])
+    [row] = audit.audit(run, {("learned", 0): found["learned", 0]}, folder=tmp_path).rows
+    assert row["note"].endswith("it does not determine them") and "100 numbers" in row["note"]
 
 
 def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_others(trained, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.func import functional_call, grad
 
@@ -213,6 +214,78 @@ def test_an_image_s_part_of_the_gradient_serves_for_the_whole_one(make, size):
     torch.testing.assert_close(slopes @ found, jacobian @ now, rtol=1e-6, atol=1e-8)
 
 
+def one_layer(classes):
+    return lambda: Layers(nn.Flatten(), nn.Linear(48, classes))
+
+
+def hidden(classes):
+    return lambda: Layers(nn.Flatten(), nn.Linear(48, 24), nn.LeakyReLU(), nn.Linear(24, classes))
+
+
+def paired(found, truth):
+    """The largest relative error, images in the best order: images of one label have none."""
+    distances = (found[:, None] - truth).flatten(2).norm(dim=2) / truth.flatten(1).norm(dim=1)
+    rows, columns = linear_sum_assignment(distances.numpy())
+    return distances[rows, columns].max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("make", "classes", "labels"), [
+    *((one_layer(10), 10, list(range(size))) for size in (1, 2, 4, 8)), (one_layer(6), 6, [0, 1, 2, 3, 3]), (one_layer(10), 10, [1, 1, 4, 4]),
+    *((hidden(10), 10, list(range(size))) for size in (1, 2, 4, 8)), (hidden(6), 6, [0, 0, 1, 1, 2, 2, 5, 5]), (hidden(6), 6, [0, 1, 2, 3, 4, 5, 0, 1]),
+])  # fmt: skip
+def test_the_latents_of_a_batch_are_exact_up_to_rounding_and_the_loss_tells_so(monkeypatch, make, classes, labels, dtype):
+    """One linear layer: by the softmax's consistency, fewer images than classes; a hidden layer: more images than classes and repeated labels, too."""
+    monkeypatch.setattr(f"{__name__}.CLASSES", classes)
+    model = split(make, dtype=dtype)
+    observation, latents, _ = observe(model, len(labels), labels=labels)
+    monkeypatch.setattr(latent, "match_latent", lambda *_, **__: pytest.fail("matched freely"))
+    found = result(read_latent([observation], Predictor(model), seed=0))
+    assert paired(found.latents[0], latents.double()) < (1e-9 if dtype is torch.float64 else 1e-5) and found.loss < 1e-10
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 5, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3]])
+def test_eight_images_before_a_convolution_are_told_apart_though_gates_go_wrong_on_the_way(labels):
+    model = split(dtype=torch.float32)
+    observation, latents, _ = observe(model, 8, labels=labels)
+    predictor = Predictor(model)
+    basis, errors = latent_basis(observation.update, predictor.readers[0], model.latent_shape, 8), []
+    for settling in (0, 12):
+        found, loss, *_ = result(unmix(observation, predictor, basis, observation.labels, seed=0, starts=1, settling=settling))
+        errors.append(float(paired(found, latents.double())))
+    assert errors[1] < 1e-5 < 1e-3 < errors[0] and loss < 1e-10, errors  # least squares alone stop short
+
+
+@pytest.mark.parametrize("size", [6, 8])
+def test_one_layer_does_not_determine_as_many_images_as_it_has_classes_and_says_so(size):
+    """K − 1 independent rows: other latents have the very same gradient, so that a low loss tells nothing, and `told` does."""
+    model = split(one_layer(CLASSES))
+    observation, latents, labels = observe(model, size, labels=[number % CLASSES for number in range(size)])
+    predictor, entries = Predictor(model), size * 48
+    assert predictor.told == (CLASSES - 1) * 49 < entries and Predictor(split(hidden(CLASSES))).told > entries
+    assert latent_basis(observation.update, predictor.readers[0], model.latent_shape, size) is None
+    targets, flat = F.one_hot(labels, CLASSES).double(), latents.flatten(1).clone().requires_grad_(True)
+    layers = torch.autograd.functional.jacobian(
+        lambda z: torch.cat([t.flatten() for t in predictor.gradient(observation.params, z.view_as(latents), targets).values()]), flat, vectorize=True
+    )  # fmt: skip
+    assert torch.linalg.matrix_rank(layers.flatten(1)) <= predictor.told  # of 6 · 49 equations
+
+
+def test_a_map_of_even_sides_leaves_shifted_latents_that_the_rest_of_the_gradient_excludes():
+    """3×3 at stride 2 with padding reads zeros above and left of a 4×4 map, none below: a latent moved down by 2 has patches in the span, too."""
+    model = split(lambda: Layers(nn.Conv2d(3, 40, 3, 2, 1), nn.LeakyReLU(), nn.Flatten(), nn.Linear(160, CLASSES)))
+    predictor = Predictor(model)
+    for size in (1, 2):
+        observation, latents, _ = observe(model, size)
+        basis = latent_basis(observation.update, predictor.readers[0], model.latent_shape, size)
+        assert len(basis) == 4 * size
+        moved = F.pad(latents, (2, 0, 2, 0))[..., :4, :4]
+        for inside in (latents, moved):
+            assert apart(inside.flatten(1) @ torch.linalg.pinv(basis.flatten(1)) @ basis.flatten(1), inside.flatten(1)).max() < 1e-8
+        found = result(read_latent([observation], predictor, seed=0))
+        assert apart(found.latents[0], latents).max() < 1e-9 and found.loss < 1e-10
+
+
 @pytest.mark.parametrize("make", [smooth, small])
 @pytest.mark.parametrize(("labels", "same_label"), [([0, 3], False), ([2, 2], True)])
 def test_the_latents_of_a_batch_of_two_are_told_apart(make, labels, same_label):
@@ -353,8 +426,9 @@ def test_broken_updates_fail_alone_with_mid_grey_images():
 
 
 def test_large_batches_are_matched_in_bounded_time(monkeypatch):
-    """A start of `unmix` costs as B²: fewer of them above 4 images, none above UNMIXED, where the free matching counts as it is."""
-    assert [latent._tries(32, size) for size in (1, 2, 4, 8)] == [2, 32, 32, 8]
+    """A start of `unmix` costs as B · r: fewer of them above 16 behind a convolution, none above UNMIXED images, where the free matching counts as it is."""
+    assert [latent._tries(32, size, size, False) for size in (1, 2, 4, 8)] == [2, 32, 32, 8]
+    assert [latent._tries(32, size, 16 * size, False) for size in (1, 2)] == [32, 8] and latent._tries(32, 8, 8, True) == 32
     model = split(dtype=torch.float32)
     size = latent.UNMIXED + 1
     seen, *_ = observe(model, size, labels=[number % CLASSES for number in range(size)])
