@@ -363,8 +363,9 @@ class Speed:
     """Each rank keeps and steps a slice of the server's optimiser: for very large models. The bits are the same."""
     overlap_evaluation: bool = True
     """Evaluate a round while the next one is computed, on a GPU and on a CPU with a core that no worker uses, to the same bits; takes one further
-    copy of the model, and a kill costs one round more. Evaluated in line all the same: clients on several ranks (shard_size), whose network is one and
-    whose passes are collectives; compile_training; TF32 on a GPU, whose switch is the process'; rounds after which patience may end the training."""
+    copy of the model, and a chunk's activations beside a client's, and a kill costs one round more. Evaluated in line all the same: clients on several
+    ranks (shard_size), whose network is one and whose passes are collectives; compile_training; TF32 on a GPU, whose switch is the process'; rounds
+    after which patience may end the training."""
     deterministic: bool = False
     """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0

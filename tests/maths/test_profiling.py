@@ -87,12 +87,12 @@ def test_stretches_are_named_only_while_somebody_watches():
 
 
 def test_a_recipe_is_profiled_one_defence_at_a_time(page, capsys):
-    found = profiling.profile(str(page), ["--out", "traces", "--profiled-rounds", "1", "--only", "learned", "private"])
+    found = profiling.profile(str(page), ["--out", "traces", "--profiled-rounds", "2", "--only", "learned", "private"])
     said = capsys.readouterr().out
     assert list(found) == ["learned", "private"]
     for name, profile in found.items():
         assert sum(profile.shares.values()) == pytest.approx(1) and min(profile.shares.values()) >= 0
-        # all of a round is there: training, aggregation, what follows
+        # all of a round is there: training, aggregation, what follows; of two rounds the first's checkpoint is written beside the second
         assert all(profile.shares[kind] > 0 for kind in ("arithmetic", "steps", "data", "optimiser", "client", "round", "evaluation", "checkpoint")), profile.shares
         assert profile.seconds > 0 and profile.watched_s > 0 and (profile.idle is None) == (not torch.cuda.is_available())
         costs = [cost for _, _, cost in profile.costs]
@@ -100,8 +100,8 @@ def test_a_recipe_is_profiled_one_defence_at_a_time(page, capsys):
         assert torch.cuda.is_available() or "convolution" in " ".join(row[0] for row in profile.costs[:5])
         trace = json.loads(gzip.decompress((page.parent / "traces" / f"{name}-0.json.gz").read_bytes()))
         events = [event["name"] for event in trace["traceEvents"]]
-        assert events.count("gidef: client") == 3 and events.count("gidef: round") == 1
-        assert events.count("gidef: optimiser") == 3 * 2  # clients, batches
+        assert events.count("gidef: client") == 2 * 3 and events.count("gidef: round") == 2
+        assert events.count("gidef: optimiser") == 2 * 3 * 2  # rounds, clients, batches
         assert f"{name}: " in said and f"{profile.outside:.0%} outside the arithmetic" in said
     assert {path.name for path in page.parent.iterdir()} >= {"traces"} and not (page.parent / "runs").exists()  # no run is left behind
 
