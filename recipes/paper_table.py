@@ -42,7 +42,7 @@ RECIPE = Recipe(
         "BiDO": Matched(defence=BiDO(x_weight=0.05, y_weight=0.5), field="x_weight", low=0.005, high=5.0, points=POINTS),
         "CVB": Matched(defence=CVB(), field="kl_weight", low=1e-5, high=1.0, points=POINTS),
         "isotropic": Matched(defence=IsotropicNoise(), field="std", low=0.1, high=10.0, points=POINTS),
-        "learned": Matched(defence=LearnedPerturbation(), field="strength", low=0.1, high=20.0, points=POINTS),
+        "learned": Matched(defence=LearnedPerturbation(), field="dependence_weight", low=0.001, high=20.0, points=POINTS),
     },
     attacks={
         "naive": NaiveMatching(iterations=2000), "joint": JointMatching(iterations=2000), "EoT": EotMatching(iterations=500),
