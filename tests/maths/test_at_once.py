@@ -58,6 +58,8 @@ def test_no_size_beyond_the_cohort_or_the_budget_is_tried():
 class Fake:
     """Stands for a Participation."""
 
+    moves_statistics = False
+
     def __init__(self, fails=None, can_vectorise=True):
         self.fails, self.can_vectorise, self.players, self.seen = fails, can_vectorise, [object()], []
 

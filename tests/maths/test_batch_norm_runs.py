@@ -147,6 +147,7 @@ def test_a_resumed_training_goes_on_by_the_statistics_that_it_began_with(tmp_pat
     assert train(other, "undefended", Undefended(), 0).sha256 != expected.sha256
 
 
+@pytest.mark.slow
 def test_frozen_clients_at_once_train_as_in_the_loop(tmp_path):
     found = {}
     for at_once in (1, 3):
