@@ -131,7 +131,10 @@ def plan(case: Case) -> Plan:
             return Plan(seen, _noise_free(make), attacks.deep_leakage(history=attack.history, **case.fields(search_labels=attack.labels == "searched")))
         case config.GradInversion():
             own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight")}
-            return Plan(seen, _noise_free(_without_statistics(make)), attacks.gradinversion(**own, statistics=_statistics(case), **case.fields()))
+            prior, copy_of_thread = _statistics(case)
+            if prior is not None:
+                make = _beside_statistics(make, copy_of_thread)
+            return Plan(seen, _noise_free(make), attacks.gradinversion(**own, statistics=prior, **case.fields()))
         case config.EotMatching():
             return Plan(seen, lambda: attacks.averaged(make()), case.matching(drawn={DRAWS: lambda draw: _draws(case, attack.samples, draw)}))
         case config.SurrogateModel():
@@ -171,11 +174,12 @@ def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
     return lambda: attacks.without_noise(make())
 
 
-def _without_statistics(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
-    """Of simulators whose `known` may hold a batch's statistics, which no network has under such names."""
+def _beside_statistics(make: Callable[[], Simulate], copy_of_thread: Callable[[], nn.Module]) -> Callable[[], Simulate]:
+    """Of simulators whose `known` may hold a batch's statistics, which no network has under such names. With each the thread's copy for the prior is
+    made: once a program is recorded, it is too late."""
 
     def made() -> Simulate:
-        simulate = make()
+        simulate, _ = make(), copy_of_thread()
 
         def plain(params: Tensors, known: Tensors, *rest: Any) -> Tensors:
             return simulate(params, {name: tensor for name, tensor in known.items() if not name.startswith(STATISTICS)}, *rest)
@@ -187,8 +191,9 @@ def _without_statistics(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
     return made
 
 
-def _statistics(case: Case) -> Prior | None:
-    """GradInversion's prior on the statistics of BatchNorm's inputs; None where nothing of use is known, or no layer's statistics are.
+def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
+    """GradInversion's prior on the statistics of BatchNorm's inputs, None where nothing of use is known, or no layer's statistics are; and the copy of the
+    network, one a thread, that it runs.
 
     Of several local steps the candidate's are the mean over its slices, by the weights with which the running ones keep them, at the server's weights.
     """
@@ -196,10 +201,10 @@ def _statistics(case: Case) -> Prior | None:
     mine = _per_thread(lambda: prepare(case.model, batch_norm="train" if train else "eval")[0])
     names, known = norm_names(case.model), case.observations[0].known
     if case.statistics == "none":
-        return None
+        return None, mine
     wanted = [place for place, name in enumerate(names) if case.statistics == "running" or f"{STATISTICS}{name}.mean" in known]
     if not wanted:
-        return None
+        return None, mine
     momenta = [case.model.get_submodule(names[place]).momentum or 0.0 for place in wanted]
     weights = [[(1 - momentum) ** (case.steps - 1 - step) for step in range(case.steps)] for momentum in momenta]
 
@@ -215,7 +220,7 @@ def _statistics(case: Case) -> Prior | None:
             return running_statistics(mine(), known)
         return [(known[f"{STATISTICS}{names[place]}.mean"], known[f"{STATISTICS}{names[place]}.var"]) for place in wanted]
 
-    return bn_statistics(statistics_of, target, source=case.statistics)
+    return bn_statistics(statistics_of, target, source=case.statistics), mine
 
 
 def _draws(case: Case, samples: int, draw: torch.Generator) -> Tensor:

@@ -218,6 +218,8 @@ def read_off(run: Run, trained: Trained, snapshot: Snapshot, change: Tensors) ->
     found: Tensors = {}
     for name, layer in layers.items():
         left = 0.0 if layer.momentum is None else (1 - layer.momentum) ** (steps * len(counts[name]))
+        if not counts[name] or left == 1:  # a layer that is not used, or never moves
+            continue
         for which, short in (("running_mean", "mean"), ("running_var", "var")):
             before = snapshot.statistics[f"{name}.{which}"]
             found[f"{STATISTICS}{name}.{short}"] = (before + change[f"{name}.{which}"] - left * before) / (1 - left)

@@ -19,7 +19,8 @@
                   checkpoint: "untrained" | "early" | "final";  seed: int, or seeds: [int] where several are pooled
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
-                  batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft", ...}
+                  batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
+                  batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file as safetensors_load
 from safetensors.torch import save_file
 
+from gidef import attack as attacks
 from gidef import build, config, findings, importing, job, methods, observe
 from gidef.cells import make_cells
 from gidef.checkpoint import load_file
@@ -147,6 +148,7 @@ def test_a_resumed_training_goes_on_by_the_statistics_that_it_began_with(tmp_pat
     assert train(other, "undefended", Undefended(), 0).sha256 != expected.sha256
 
 
+@pytest.mark.slow
 def test_frozen_clients_at_once_train_as_in_the_loop(tmp_path):
     found = {}
     for at_once in (1, 3):
@@ -375,6 +377,11 @@ def test_gradinversion_matches_the_statistics_that_were_released_and_stays_at_th
     assert prior.source == "batch" and apart(victims.images[0]) < 1e-3 < 0.1 < apart(victims.images[1])
     simulated = plan.make_simulate()(one.params, one.known, victims.images[0], F.one_hot(victims.labels[0], 8).float(), None)
     torch.testing.assert_close(simulated, dict(one.update), rtol=1e-3, atol=1e-5)
+    programs = attacks.Programs()
+    loop, recorded = (
+        attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0, mode=mode, at_once=2, programs=programs) for mode in ("loop", "traced")
+    )
+    assert not programs.notices and [one.loss for one in loop] == pytest.approx([one.loss for one in recorded], rel=1e-3)
     for asked, known in (("running", "running"), ("none", "none")):
         other = methods.make_case(run, trained, snapshot, dataclasses.replace(attack, statistics=asked), [victims], seed=0)
         assert other.statistics == known and not any(name.startswith("statistics.") for name in other.observations[0].known)
