@@ -284,6 +284,8 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device={device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cpu":
         return chosen
     if chosen.type != "cuda" or (chosen.index or 0) >= count:
