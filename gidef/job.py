@@ -496,8 +496,8 @@ TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
 def report_again(folders: Sequence[str | Path]) -> None:
     """`gidef report RUN...`: rebuild tables, pictures and page of each run from results.json and the record; of several, the first one's page shows all."""
     with Console() as console:
-        for folder in map(Path, folders):
-            content = results.load(folder / "results.json")
+        contents = {Path(folder): results.load(Path(folder) / "results.json") for folder in folders}  # all, before anything is written
+        for folder, content in contents.items():
             content["verdict"] = verdict(content)
             redrawn = findings.redraw(folder)
             content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]

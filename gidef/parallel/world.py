@@ -284,9 +284,11 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"device={device!r}: expected auto, cpu, cuda or cuda:N") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cpu":
         return chosen
-    if chosen.type != "cuda" or (chosen.index or 0) >= count:
+    if (chosen.index or 0) >= count:
         raise InputError(f"device={device!r}, but {count} CUDA devices are visible here: use auto or cpu")
     return chosen if chosen.index is not None else torch.device("cuda", local_rank % count)
 

@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from gidef import cli, doctor
+from gidef import cli, doctor, job
 from gidef.config import JointMatching, NaiveMatching, Recipe, to_json
 from gidef.data import Dataset, load_dataset, synthetic_blood_cells
 from gidef.report.files import write_atomically
+from gidef.report.results import load as load_results
 
 OWN = f"{__file__}:few_cells"
 
@@ -161,6 +162,12 @@ def test_a_folder_without_a_run_is_one_line(command, tmp_path, capsys):
 def test_a_spoilt_or_foreign_recipe_is_one_line_and_runs_no_code(content, said, tmp_path, capsys):
     write_atomically(tmp_path / "recipe.json", content)
     assert said in refused(capsys, "attack", str(tmp_path))
+
+
+def test_of_several_runs_none_is_rewritten_when_one_cannot_be_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job.results, "load", lambda path: {} if "good" in str(path) else load_results(path))
+    assert "bad/results.json" in refused(capsys, "report", str(tmp_path / "good"), str(tmp_path / "bad"))
+    assert not (tmp_path / "good").exists()
 
 
 def test_attacks_and_defences_that_the_run_has_not_are_named(tmp_path, capsys):

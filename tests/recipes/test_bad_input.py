@@ -161,6 +161,7 @@ def test_a_truncated_archive_and_a_pickle_are_one_line(tmp_path, capsys):
         (["--data.name", "no_such_module:cells"], "no_such_module"),
         (["--data.name", "nothing"], "nothing"),
         (["--speed.device", "abacus"], "abacus"),
+        (["--speed.device", "mps"], "expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_an_impossible_recipe_is_one_line_and_leaves_no_run(arguments, said, tmp_path, capsys):
