@@ -2,6 +2,8 @@
 
 Shows:  which attack draws how much from one shared gradient; what each is granted stands in its note.
 Expect: joint matching (A3) far above the naive attack (A0) where there is noise; the priors' own picture in the control.
+A10:    reads deltas where these read gradients; in the run's folder, beside the attack that simulates the local steps:
+        gidef attack RUN --attack surrogate-model naive --release delta --local-steps 4 --batch-size 4 --checkpoint untrained
 Costs:  about 20 minutes of one CPU core. Other images: --data.name pneumoniamnist, or cifar10 (GIDEF_DATA holds the files).
 """
 

@@ -109,6 +109,11 @@ def _from_timm(name: str, num_classes: int, image_shape: tuple[int, ...], small_
         backbone = _create(name, wishes, {"num_classes": num_classes, "in_chans": image_shape[0]} | options)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise InputError(f"model {name!r} cannot be built for images {image_shape} with options {options}: {error}") from error
+    if any(0 in window for module in backbone.modules() if isinstance(window := getattr(module, "window_size", None), tuple)):
+        raise InputError(  # they round a stage's grid down, where its features are rounded up
+            f"timm {timm.__version__} gives {name!r} windows of 0 patches for images of {image_shape[1:]}, as do all versions before 1.0.31 where a "
+            "grid of patches is odd: take timm>=1.0.31, or resize images to sides of 32 pixels (data.size=32) or a multiple of it."
+        )
     patches = getattr(backbone, "patch_embed", None)
     if isinstance(patches, PatchEmbed) and any(extent % patch for extent, patch in zip(image_shape[1:], patches.patch_size, strict=True)):
         raise InputError(  # timm would leave the border out
