@@ -409,6 +409,7 @@ def test_gradinversion_takes_frozen_statistics_of_a_pretrained_file_and_none_of_
     assert observe.statistics_known(dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=bare)), trained, snapshot, attack) == "none"
 
 
+@pytest.mark.slow
 def test_a_kept_run_is_attacked_at_once_and_later(attacked, tmp_path):
     folder, content = attacked("keep", speed=Speed(device="cpu", workers=1, clients_at_once=2))
     assert "cannot be vectorised: BatchNorm moves its running statistics" in (folder / "run" / "log.txt").read_text()
