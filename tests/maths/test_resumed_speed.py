@@ -53,7 +53,9 @@ def test_players_are_compiled_where_they_can_be_and_the_others_said_so(accumulat
     said, recipe = [], Recipe(clients=config.LocalTraining(accumulate=accumulate))
     for defence, compiled in ((Defence(split()), True), (BiDODefence(split(), BiDOSettings()), False)):
         players = [defence.player() for _ in range(2)]
-        build.compile_steps(SimpleNamespace(participation=SimpleNamespace(players=players), defence=defence), recipe, notice=said.append)
+        participation = SimpleNamespace(players=players, recorder=object(), moves_statistics=False)
+        build.compile_steps(SimpleNamespace(participation=participation, defence=defence), recipe, notice=said.append)
+        assert (participation.recorder is None) == compiled  # no thread records while another calls what torch.compile made
         assert all(isinstance(getattr(player, "_forward", None), Compiled) == compiled for player in players)
         assert len(said) == (0 if compiled else 1)
     assert "BiDODefence" in said[0]
