@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,7 +67,9 @@ class _Captured:
     def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module], args: Sequence[Tensor | None]) -> None:
         holder = _Holder(function, modules, [arg is not None for arg in args])
         given = tuple(arg.detach().clone() for arg in args if arg is not None)
-        self._graphed = torch.cuda.make_graphed_callables(holder, given, allow_unused_input=True)
+        with warnings.catch_warnings():  # it is about what a backward pass adds up, and a captured one returns its gradients
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+            self._graphed = torch.cuda.make_graphed_callables(holder, given, allow_unused_input=True)
         self._holder = holder
 
     def __call__(self, *args: Tensor | None) -> Any:

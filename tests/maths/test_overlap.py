@@ -330,7 +330,8 @@ def test_calls_beside_take_turns_and_threads_of_their_own():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_files_are_those_of_an_evaluation_in_line(tmp_path):
+def test_on_a_gpu_the_files_are_those_of_an_evaluation_in_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as run_recipe has it
     found = {}
     for overlap in (True, False):
         recipe = dataclasses.replace(RECIPE, rounds=config.Rounds(count=6, patience=None), speed=config.Speed(device="cuda", overlap_evaluation=overlap))

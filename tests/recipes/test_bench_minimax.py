@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,40 @@ def test_the_bars_are_told_by_medians(bench):
     assert bench.verdicts({"small minimax": rows}) == []
 
 
+def test_a_compiled_step_is_held_against_the_compiled_plain_one_at_the_operations_of_the_step_as_it_is(bench, monkeypatch):
+    spent = {"plain": 8.0, "mse": 12.0, "plain, compiled": 2.0, "mse, compiled": 2.5}
+    now = {"step": 0.0}
+
+    class Watch:
+        def __init__(self, device):
+            self.begun = now["step"]
+
+        def read(self):
+            return SimpleNamespace(cpu=now["step"] - self.begun, wall=now["step"] - self.begun)
+
+    def step_of(name):
+        def step():
+            now["step"] += spent[name]
+        return step
+
+    steps = {name: step_of(name) for name in spent}
+    flops = {steps["plain"]: 100, steps["mse"]: 110}
+    monkeypatch.setattr(bench.attack, "Watch", Watch)
+    monkeypatch.setattr(bench, "operations", lambda step: flops.get(step, 0))
+    rows = bench.measure(steps, small(bench, turns=2), CPU, peak=1e9)
+    assert rows["mse"]["over"] == pytest.approx(1.5 / 1.1) and rows["plain, compiled"]["over"] == pytest.approx(1)
+    assert rows["mse, compiled"]["over"] == pytest.approx(1.25 / 1.1) and rows["mse, compiled"]["ratio"] == pytest.approx(2.5 / 8)
+    assert "1.14" in _printed(bench.table("", rows))
+
+
+def _printed(table):
+    from rich.console import Console
+
+    with (console := Console(width=200)).capture() as caught:
+        console.print(table)
+    return caught.get()
+
+
 def test_a_short_run_measures_prints_and_saves(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench.attack, "peak_gflops", functools.partial(bench.attack.peak_gflops, seconds=0.05))
     options = small(bench, parts=("minimax",), small=True, out=tmp_path / "bench.json")
@@ -102,6 +137,7 @@ def test_a_short_run_measures_prints_and_saves(bench, tmp_path, capsys, monkeypa
     flop = {name: row["ratio_flop"] for name, row in rows.items()}
     assert 1 < flop["simultaneous mse"] < flop["alternating mse"] < flop["thrifty mse"] < flop["naive mse"]
     assert flop["simultaneous mse"] < flop["simultaneous default"] < flop["alternating default"]
+    assert rows["naive mse"]["over"] == pytest.approx(rows["naive mse"]["ratio"] / flop["naive mse"])
     assert "simultaneous default" in said and saved["gradients_apart"]["small"]["mse"] < 1e-9
     with pytest.raises(bench.InputError, match="cases"):
         bench.main(dataclasses.replace(options, cases=("vit",)))

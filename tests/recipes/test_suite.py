@@ -20,7 +20,7 @@ def finished(tmp_path_factory):
 
 
 def attack(folder, out, *arguments, ranks=1, check=True):
-    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT / "recipes"), str(ROOT)]))
+    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT / "recipes"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     start = [sys.executable, "-m", "gidef"]
     if ranks > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "gidef"]
