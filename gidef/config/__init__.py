@@ -351,7 +351,7 @@ class Speed:
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
     fused_optimisers: bool = False
-    """Clients' optimisers as one kernel each; other last bits than the default's."""
+    """Clients' optimisers as one kernel each, a decoder's too (with schedule="simultaneous" it always is one); other last bits than the default's."""
     channels_last: bool = False
     """Images and convolutions with the channels last in memory; other last bits."""
     compile_training: bool = False
