@@ -366,6 +366,9 @@ class Speed:
     copy of the model, and a chunk's activations beside a client's, and a kill costs one round more. Evaluated in line all the same: clients on several
     ranks (shard_size), whose network is one and whose passes are collectives; compile_training; TF32 on a GPU, whose switch is the process'; rounds
     after which patience may end the training."""
+    checkpoints_kept: int = 2
+    """Newest checkpoints of a training that stay on disk, at least 1, with the clients' states that they refer to: one is written after every round, and
+    a resumed run takes the newest that is not damaged. Another number may be given when a run is resumed."""
     deterministic: bool = False
     """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0
