@@ -524,9 +524,11 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
     if lacks_tf32(recipe, world):
         settings = dataclasses.replace(settings, precision="float32")
-    if recipe.speed.channels_last:
-        for player in players:
+    for player in players:
+        if recipe.speed.channels_last:
             player.model.to(memory_format=torch.channels_last)
+        if recipe.speed.fused_optimisers:
+            getattr(player, "fuse", lambda: None)()  # what it optimises by itself
     participation = Participation(
         [sharded.player] if sharded else players, initial, shared, settings,
         SlicedStore(store, sharded.layout, world.mesh.shard) if sharded else store,

@@ -12,7 +12,7 @@ import math
 import socket
 import statistics
 import time
-from collections import ChainMap, defaultdict
+from collections import ChainMap, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -276,13 +276,12 @@ class _Progress:
 @dataclass(frozen=True, slots=True)
 class _Computed:
     """A round that is computed, and neither in the record nor on disk, for want of its evaluation; all as it stood then. seconds: since the training
-    began.  before, versions: client → its last round, before this one and after it.  costs: what the next round is planned by."""
+    began.  versions: client → its last round, after this one.  costs: what the next round is planned by."""
 
     number: int
     server: ServerState
     cohort: list[int]
     mean: CohortMean
-    before: dict[int, int]
     versions: dict[int, int]
     costs: dict[str, Any]
     seconds: float = 0.0
@@ -335,7 +334,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()
     sharded, server = training.sharded, training.server
-    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout) if sharded else None
+    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout, keep=recipe.speed.checkpoints_kept) if sharded else None
     state = _load_checkpoint(run, key, training)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
@@ -343,6 +342,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
+    # versions of the checkpoints that stay, the newest last: two at least, as a checkpoint is on disk only later than its round is settled
+    kept = deque([*(map(_numbers, state[1].get("kept_versions", [])) if state else []), dict(participation.versions)], maxlen=max(recipe.speed.checkpoints_kept, 2))
     participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
     _compare_states(world, key, server.round, _state_hash(training, server, best, participation.versions, progress))
     server = training.taken_up(server)
@@ -373,7 +374,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(done.cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             began = time.perf_counter()
-            at_hand = {"costs": done.costs, "clients_at_once": participation.at_once}
+            kept.append(done.versions)
+            at_hand = {"kept_versions": list(kept)[:-1], "costs": done.costs, "clients_at_once": participation.at_once}
             held = _state(run, training.to_save(server), best, done.versions, progress, at_hand)
             # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
             if saver is not None:
@@ -383,8 +385,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 tensors = {one: tensor.detach().cpu() for one, tensor in tensors.items()}
                 behind.call(_save_checkpoint, run, key, server.round, (tensors, meta))  # while the next round is computed
             if run.leads:
-                # what the two kept checkpoints, the best round and the early snapshot refer to
-                referred = (done.before, done.versions, progress.best_versions, progress.early_versions)
+                # what the kept checkpoints, the best round and the early snapshot refer to
+                referred = (*kept, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
             saving.append(time.perf_counter() - began)
             bar.update(after, loss=mean.metrics["loss"], acc=accuracy)
@@ -395,11 +397,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         for number, server, cohort, mean in () if stop else rounds:
             if waiting is not None:
                 settle(waiting, beside.accuracies())
-            before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
             for client, seconds in zip(cohort, mean.seconds, strict=True):
                 turns[client].append(seconds)
-            done = _Computed(number, server, cohort, mean, before, dict(participation.versions), training.costs.state())
+            done = _Computed(number, server, cohort, mean, dict(participation.versions), training.costs.state())
             # while even a worse accuracy could not end the training here, no evaluation can
             if beside is not None and number + 1 < total and not _patience_over(recipe, number + 1, progress):
                 beside.begin(server.params, cohort, done.versions)
@@ -542,8 +543,9 @@ def _checkpoints(run: Run, key: str) -> Path:
 
 @span("checkpoint")
 def _save_checkpoint(run: Run, key: str, number: int, held: tuple[Tensors, dict[str, Any]]) -> None:
-    save_checkpoint(_checkpoints(run, key), number, *held, keep=2)
-    checkpoints.prune(_checkpoints(run, key), before=number - 1)  # in slices, from before a resumption
+    keep = run.recipe.speed.checkpoints_kept
+    save_checkpoint(_checkpoints(run, key), number, *held, keep=keep)
+    checkpoints.prune(_checkpoints(run, key), before=number - keep + 1)  # in slices, from before a resumption
 
 
 def _state(

@@ -351,7 +351,7 @@ class Speed:
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
     fused_optimisers: bool = False
-    """Clients' optimisers as one kernel each; other last bits than the default's."""
+    """Clients' optimisers as one kernel each, a decoder's too (with schedule="simultaneous" it always is one); other last bits than the default's."""
     channels_last: bool = False
     """Images and convolutions with the channels last in memory; other last bits."""
     compile_training: bool = False
@@ -366,6 +366,9 @@ class Speed:
     copy of the model, and a chunk's activations beside a client's, and a kill costs one round more. Evaluated in line all the same: clients on several
     ranks (shard_size), whose network is one and whose passes are collectives; compile_training; TF32 on a GPU, whose switch is the process'; rounds
     after which patience may end the training."""
+    checkpoints_kept: int = 2
+    """Newest checkpoints of a training that stay on disk, at least 1, with the clients' states that they refer to: one is written after every round, and
+    a resumed run takes the newest that is not damaged. Another number may be given when a run is resumed."""
     deterministic: bool = False
     """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0

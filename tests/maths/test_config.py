@@ -170,6 +170,7 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
     (Recipe(defences={"x": CVB(kernel=4)}), "defences.x.kernel=4 is even", "odd number"),
+    (Recipe(speed=Speed(checkpoints_kept=0)), "speed.checkpoints_kept=0", "at least 1"),
     (Recipe(defences={"x": IsotropicNoise(std=-0.1)}), "defences.x.std=-0.1", "at least 0"),
     (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
