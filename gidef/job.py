@@ -46,7 +46,6 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     ):
         world = seated(world)
         world = with_mesh(world, recipe.speed.shard_size, timeout_s=recipe.speed.stall_s)
-        settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
         folder, again = _choose_folder(recipe, name, world)
         leave_on_sigterm(folder, clear=world.rank == 0)
@@ -54,6 +53,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
         recipe = _continued(recipe, folder, world)
+        settle_threads(recipe)
         setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
         for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
@@ -175,7 +175,8 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
     if saved["speed"].get("shard_size", 1) != recipe.speed.shard_size and world.rank == 0:
         print("gidef: the run began with another speed.shard_size, so its end agrees with an uninterrupted one but for rounding.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
-    torch.set_num_threads(recipe.speed.threads)
+    if changed and (found := config.problems(recipe)):
+        raise InputError(f"{folder} goes on as it began, with {', '.join(changed)}, which does not go with the rest: {' '.join(found)}")
     return recipe
 
 

@@ -176,9 +176,10 @@ def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, imag
     model.eval()
     result = torch.zeros(len(images), run.setting.dataset.num_classes)
     noise = _noise_of_predictions(run, training, seed=seed, split=split)
-    for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
-        for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
-            result[rows] = found
+    with mesh.shard.explained():
+        for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
+            for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
+                result[rows] = found
     model.train()
     world.all_reduce_sum_(result)
     return result

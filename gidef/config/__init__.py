@@ -492,7 +492,7 @@ def _from_json(value: Any, load: Callable[[str], Any] | None) -> Any:
     return value
 
 
-LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training")
+LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training", "reduction", "deterministic")
 """Fields of `speed` that a resumed run takes over, as they decide the last bits."""
 NOT_SCIENCE = ("speed", "out", "resume", "log")
 """Fields of a recipe that may differ between a run and its resumption."""
