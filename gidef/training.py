@@ -90,6 +90,8 @@ class Trained:
     snapshots: dict[str, Snapshot]
     summary: dict[str, Any]
     sha256: str
+    strength: float = 1.0
+    """Of the evaluation, times the trained one (see `strengths`)."""
 
 
 def fingerprint(recipe: config.Recipe | dict[str, Any], dataset: Dataset) -> str:
@@ -449,25 +451,33 @@ def _clients_at_once(run: Run, name: str, training: build.Training, server: Serv
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
-    """Test results of the final model; per client: the test accuracy under the client's own mix of classes."""
+    """Costs and test results of the final model."""
+    everyone = list(range(run.recipe.data.num_clients))
+    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
+    spent = training.defence.budget
+    return {
+        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        **scores_on_test(run, training, best, seed=seed),
+        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
+        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
+    }  # fmt: skip
+
+
+def scores_on_test(run: Run, training: build.Training, params: Tensors, *, seed: int) -> dict[str, Any]:
+    """Of a model on the test split; per client: the accuracy under the client's own mix of classes. Every rank calls this together."""
     dataset, counts = run.setting.dataset, run.setting.counts.double()
     everyone = list(range(run.recipe.data.num_clients))
-    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, best, everyone)]
+    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, params, everyone)]
     labels = dataset.test.labels.cpu()
     scores = [metrics.accuracy(output, labels) for output in outputs]
     mixes = counts / counts.sum(1, keepdim=True)
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
-    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
-    spent = training.defence.budget
     return {
-        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
         "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
-        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
