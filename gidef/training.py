@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gidef import at_once, build, config, metrics
+from gidef import at_once, build, config, memory, metrics
 from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -330,6 +330,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: training had ended.")
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
+    memory.forget_peak(world.device)
     training = _made(run, chosen, seed, key, world)
     if build.lacks_tf32(recipe, world):
         run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
@@ -451,15 +452,18 @@ def _clients_at_once(run: Run, name: str, training: build.Training, server: Serv
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
-    """Costs and test results of the final model."""
+    """Costs and test results of the final model; peaks of memory are each the largest of any rank, in the life of the run that ends the training."""
+    scores = scores_on_test(run, training, best, seed=seed)
+    told = run.world.all_gather_json(memory.peaks(run.world.device))
     everyone = list(range(run.recipe.data.num_clients))
     shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
     spent = training.defence.budget
     return {
         "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
-        **scores_on_test(run, training, best, seed=seed),
+        **scores,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
         "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
+        **{name: max(one[name] for one in told) for name in told[0]},
     }  # fmt: skip
 
 

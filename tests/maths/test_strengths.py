@@ -139,6 +139,8 @@ def test_a_run_has_a_row_for_each_strength_and_says_so(swept):
     assert "isotropic at strength 0" in page and tradeoff._kind(content, "isotropic at strength 4") == "IsotropicNoise"
     costs = page[page.index('id="cost"') : page.index('id="origin"')].partition("Seconds of each")[0]
     assert "isotropic" in costs and "at strength" not in costs  # there is one training
+    peak = tests["isotropic"]["process_peak_gib"]
+    assert "process peak gib" in costs and f'data-value="{peak!r}"' in costs
 
 
 @pytest.mark.slow
