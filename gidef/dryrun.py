@@ -26,6 +26,7 @@ from gidef.errors import InputError
 from gidef.parallel import World, open_world, seated
 from gidef.releases import Releases
 from gidef.report import Console
+from gidef.strengths import levelled
 from gidef.types import Client, Tensors
 from gidef.updates import FixedPointSum
 
@@ -204,7 +205,7 @@ def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: Wo
     for cell in make_cells(run, {(key, seed): one}, scratch / "attacks"):
         if cell.checkpoint == checkpoints[0] and cell.twin is None:
             one_s = _attack_s(run, cell, releases, ranks) if cell.matches else None
-            found[cell.name] = None if one_s is None else one_s * len(checkpoints)
+            found[cell.name] = None if one_s is None else one_s * len(checkpoints) * (len(recipe.evaluation.strengths) if levelled(made.defence) else 1)
     return found
 
 

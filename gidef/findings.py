@@ -21,6 +21,7 @@ from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
 from gidef.scores import ABOVE, JUDGED, MEASURES, Scorer, by_judge, measured
+from gidef.strengths import levelled
 from gidef.training import Run
 
 Scored = dict[int, dict[str, Tensor]]
@@ -55,9 +56,13 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
     norms, of_norms = _norms(run, cell)
     said = f"{server} server, {seen}, {knows}, {norms}"
+    strength = cell.trained.strength
+    said += "" if strength == 1 else f", knows that the noise is {strength:g} times as strong as in training"
+    swept = tuple(evaluation.strengths) != (1.0,) and levelled(cell.trained.training.defence)
     return {
         "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
         "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
+        **({"strength": strength} if swept else {}),
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip
 
@@ -140,13 +145,15 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             own = {name.removeprefix("perturbation."): tensor.cpu() for name, tensor in private.items() if name.startswith("perturbation.")}
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
     frozen, front_frozen = bool(getattr(settings, "frozen", False)), bool(getattr(settings, "front_frozen", False))
-    once = frozen and front_frozen
+    once, strength = frozen and front_frozen, group[0].trained.strength
     images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
         if defence.model.statistics["encoder"]:
             raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
+        if once and strength != 1:
+            raise InputError("the training released each image once, with the same draw of noise at another strength: two such releases give the latent away.")
         found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
     except InputError as error:
         return {"certified_bits": None, "uncertified": str(error)}, "no certificate"
@@ -154,6 +161,8 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
     said = f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
     try:
+        if strength != 1:
+            raise InputError(f"the training released at another strength than this one, {strength:g} times its own.")
         count = lifetime_releases(
             policy="head", frozen_noise=frozen, front_frozen=front_frozen, level_still=noise.mode == "fixed" or settings.level_still,
             encoded=bool(defence.encoders), draws=_draws(run, group),

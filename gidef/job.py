@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, restart, tuning
+from gidef import audit, build, cells, config, findings, importing, restart, strengths, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
@@ -55,9 +55,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
         recipe = _continued(recipe, folder, world)
         settle_threads(recipe)
         setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
-        for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
+        for key, defence in recipe.chosen.items():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
-                build.make_defence(one, recipe, setting.dataset, seed=0)
+                strengths.check(build.make_defence(one, recipe, setting.dataset, seed=0), recipe.evaluation.strengths, key)
                 for seed in recipe.seeds:
                     build.privacy_budget(setting, one, seed=seed)
         for judge in recipe.evaluation.judges:
@@ -84,8 +84,9 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             if record is not None:
                 record.feed(follow.consumers(recipe.log, folder, name))
             trained, tuned = tuning.train_all(run)
-            found = audit.audit(run, trained, folder=folder / "attacks")
-            content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)
+            attacked = strengths.evaluated(run, trained)
+            found = audit.audit(run, attacked, folder=folder / "attacks")
+            content = _results(run, name, trained | attacked, found, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -296,6 +297,7 @@ def _results(
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
+    own = {place: one for place, one in trained.items() if one.strength == 1}
     content = {
         "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe),
         "data": {
@@ -308,9 +310,9 @@ def _results(
         "versions": versions(), "hardware": {"device": _device_name(run.world.device), "cores": os.cpu_count(), "platform": platform.platform()},
         "seeds": list(recipe.seeds), "world_size": run.world.size, "threads": recipe.speed.threads,
         "seconds": {
-            "total": seconds, "train": {f"{key}/{seed}": one.summary["seconds"] for (key, seed), one in trained.items()}, "attack": found.seconds,
+            "total": seconds, "train": {f"{key}/{seed}": one.summary["seconds"] for (key, seed), one in own.items()}, "attack": found.seconds,
         },
-        "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
+        "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in own.items()},
         "training": [one.summary for one in trained.values()],
         "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
@@ -444,8 +446,9 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
-            findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained, findings, tuned, seconds=time.perf_counter() - began)
+            attacked = strengths.evaluated(run, trained)
+            findings = audit.audit(run, attacked, folder=out / "attacks", pictures=out / "pictures")
+            content = _results(run, name, trained | attacked, findings, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()
@@ -462,6 +465,7 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
         "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
+        "strengths": tuple(arguments.strength) if arguments.strength else None,
     }  # fmt: skip
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
     chosen = (

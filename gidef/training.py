@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gidef import at_once, build, config, metrics
+from gidef import at_once, build, config, memory, metrics
 from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -90,6 +90,8 @@ class Trained:
     snapshots: dict[str, Snapshot]
     summary: dict[str, Any]
     sha256: str
+    strength: float = 1.0
+    """Of the evaluation, times the trained one (see `strengths`)."""
 
 
 def fingerprint(recipe: config.Recipe | dict[str, Any], dataset: Dataset) -> str:
@@ -328,6 +330,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: training had ended.")
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
+    memory.forget_peak(world.device)
     training = _made(run, chosen, seed, key, world)
     if build.lacks_tf32(recipe, world):
         run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
@@ -451,25 +454,36 @@ def _clients_at_once(run: Run, name: str, training: build.Training, server: Serv
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
-    """Test results of the final model; per client: the test accuracy under the client's own mix of classes."""
+    """Costs and test results of the final model; peaks of memory are each the largest of any rank, in the life of the run that ends the training."""
+    scores = scores_on_test(run, training, best, seed=seed)
+    told = run.world.all_gather_json(memory.peaks(run.world.device))
+    everyone = list(range(run.recipe.data.num_clients))
+    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
+    spent = training.defence.budget
+    return {
+        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        **scores,
+        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
+        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
+        **{name: max(one[name] for one in told) for name in told[0]},
+    }  # fmt: skip
+
+
+def scores_on_test(run: Run, training: build.Training, params: Tensors, *, seed: int) -> dict[str, Any]:
+    """Of a model on the test split; per client: the accuracy under the client's own mix of classes. Every rank calls this together."""
     dataset, counts = run.setting.dataset, run.setting.counts.double()
     everyone = list(range(run.recipe.data.num_clients))
-    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, best, everyone)]
+    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, params, everyone)]
     labels = dataset.test.labels.cpu()
     scores = [metrics.accuracy(output, labels) for output in outputs]
     mixes = counts / counts.sum(1, keepdim=True)
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
-    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
-    spent = training.defence.budget
     return {
-        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
         "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
-        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 

@@ -301,6 +301,9 @@ class Evaluation:
     batch_size: int = 1
     """Images in one observed batch."""
     checkpoints: tuple[Literal["untrained", "early", "final"], ...] = ("untrained",)
+    strengths: tuple[float, ...] = (1.0,)
+    """kappa of the evaluation: times the level of the noise on the latent that a defence was trained with, its floor included, in what the victims
+    release and in the accuracy of the row; 0 is no noise. Attackers know it. Defences without such noise are evaluated once."""
     release: Literal["gradient", "delta"] = "gradient"
     """What the server observes of the victim: one gradient (FedSGD), or the delta of local sgd steps (FedAvg). In a delta only
     the shared tensors move: a private front and the decoder stand still during the victim's steps."""
@@ -313,6 +316,10 @@ class Evaluation:
     judges: tuple[str, ...] = ()
     """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as
     NAME or NAME@EPOCHS, e.g. ("judge@2", "resnet18@4"); without epochs those of `judge_epochs`."""
+
+    def named(self, defence: str, strength: float) -> str:
+        """Of a defence at one of `strengths`."""
+        return defence if strength == 1 else f"{defence} at strength {strength:g}"
 
     def judge_named(self, text: str) -> tuple[str, int]:
         """(network, epochs) of one of `judges`.  Raises: ValueError for epochs that are no positive whole number."""

@@ -19,11 +19,13 @@ from gidef.config import (
     GradInversion,
     ImprintServer,
     InstaHide,
+    IsotropicNoise,
     Krum,
     LearnedPerturbation,
     LocalTraining,
     Matched,
     Mean,
+    Precode,
     Recipe,
     Scaffold,
     SecureAggregation,
@@ -52,7 +54,7 @@ _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
 _LESS_THAN |= {"delta": 1, "dropouts": 1}
-_AT_LEAST |= {"dropouts": 0}
+_AT_LEAST |= {"dropouts": 0, "strengths": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
@@ -165,6 +167,40 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found + _strength_problems(recipe)
+
+
+def _strength_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of evaluating defences at other strengths than they are trained at."""
+    evaluation = recipe.evaluation
+    strengths, found = tuple(evaluation.strengths), []
+    if not strengths:
+        found.append("evaluation.strengths is empty: give at least one; 1 is the trained strength.")
+    if len({evaluation.named("", strength) for strength in strengths}) != len(strengths):
+        found.append(f"evaluation.strengths={strengths} repeats one, in the six digits by which rows are named. Remove the repetition.")
+    if strengths == (1.0,) or found:
+        return found
+    levels, foreign = False, False
+    for name, defence in recipe.chosen.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        for part in defence if isinstance(defence, tuple) else (defence,):
+            levels |= isinstance(part, (LearnedPerturbation, IsotropicNoise, CapacityNoise))
+            foreign |= not ours(type(part))
+            if isinstance(part, (Precode, CVB)):
+                found.append(
+                    f"defences.{name}: evaluation.strengths={strengths} multiply a level against a latent of unit RMS, and {type(part).__name__}'s code has the scale "
+                    "that its net gives it: leave them at 1, or the defence out (only)."
+                )
+            if 0 in strengths and isinstance(part, CapacityNoise):
+                found.append(f"defences.{name}: without noise, at evaluation.strengths=0, CapacityNoise has no capacity that is finite, nor a loss: leave 0 out, or take IsotropicNoise.")
+            if 0 in strengths and isinstance(part, LearnedPerturbation) and part.kl_weight and evaluation.released_loss == "client":
+                found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at evaluation.strengths=0: leave 0 out, or set evaluation.released_loss=utility.")
+        found += [
+            f"defences.{evaluation.named(name, strength)} has the name of {name!r} at strength {strength:g} (evaluation.strengths): rename it."
+            for strength in strengths if strength != 1 and evaluation.named(name, strength) in recipe.chosen
+        ]  # fmt: skip
+    if not levels and not foreign:
+        found.append(f"evaluation.strengths={strengths}, but no defence here has noise on the latent to multiply: leave them at 1, or add LearnedPerturbation().")
     return found
 
 

@@ -11,7 +11,9 @@
     seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
     training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
-                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
+                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round, process_peak_gib: resident memory of the process since it
+                  began, largest of any rank, gpu_peak_gib: of PyTorch's tensors in this training, likewise; and, without costs, one per evaluation.strengths but 1, of the same training: defence: the row's name,
+                  trained_as: the recipe's, strength, seed and the test results]
     tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
@@ -20,6 +22,7 @@
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
+                  strength: of the noise, times the trained one, where evaluation.strengths has others than 1 and there is noise on the latent;
                   batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these

@@ -80,6 +80,11 @@ def bound_named(results: dict[str, Any], name: str) -> dict[str, Any]:
     return next((bound for bound in results["bounds"] if bound["name"] == name), {})
 
 
+def recipe_name(results: dict[str, Any], defence: str) -> str:
+    """The recipe's name of a defence: of one that was evaluated at another strength, the one that it was trained as."""
+    return next((run["trained_as"] for run in results["training"] if run["defence"] == defence and run.get("trained_as")), defence)
+
+
 def _check_keys(entry: dict[str, Any], needed: dict[str, type], place: str, *, missing: bool = True) -> None:
     for key, kind in needed.items():
         if key not in entry:

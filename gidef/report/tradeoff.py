@@ -7,7 +7,7 @@ from typing import Any
 
 from gidef.report import svg
 from gidef.report.markup import Html, join, tag
-from gidef.report.results import bound_named, interval_of, mean_of
+from gidef.report.results import bound_named, interval_of, mean_of, recipe_name
 from gidef.report.verdict import is_undefended, strongest
 
 Run = tuple[str, dict[str, Any]]
@@ -45,9 +45,9 @@ def _where(results: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
 
 def _kind(results: dict[str, Any], defence: str) -> str:
     """What the strengths of a defence share: its type in the recipe, else its name."""
-    spec = (results["recipe"].get("defences") or {}).get(defence)
+    spec = (results["recipe"].get("defences") or {}).get(recipe_name(results, defence))
     parts = [part.get("type", "") if isinstance(part, dict) else str(part) for part in (spec if isinstance(spec, list) else [spec]) if part]
-    return " + ".join(parts) or defence
+    return " + ".join(parts) or recipe_name(results, defence)
 
 
 def _points(runs: Sequence[Run], rows: list[tuple[str, dict[str, Any]]], measure: str, unit: float) -> list[svg.Point]:
