@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gidef.report.kinds import defences, kinds
 from gidef.report.results import mean_of
 
 ATTACKER, MSE = -0.125, 0.124
@@ -21,9 +22,9 @@ Row = dict[str, Any]
 def claim(results: dict[str, Any]) -> list[str]:
     """A sentence for each learned perturbation, each baseline of the paper beside it and each checkpoint, under the naive attack of the run that leaks
     most; none where the recipe lacks either side. Several seeds count as the results pool them."""
-    kinds = {name: _kinds(spec) for name, spec in (results["recipe"].get("defences") or {}).items()}
-    learned = [name for name, kind in kinds.items() if kind == ["LearnedPerturbation"]]
-    baselines = [name for name, kind in kinds.items() if len(kind) == 1 and kind[0] in BASELINES]
+    types = {name: kinds(spec) for name, spec in defences(results).items()}
+    learned = [name for name, kind in types.items() if kind == ["LearnedPerturbation"]]
+    baselines = [name for name, kind in types.items() if len(kind) == 1 and kind[0] in BASELINES]
     found = []
     for ours in learned:
         for other in baselines:
@@ -32,15 +33,6 @@ def claim(results: dict[str, Any]) -> list[str]:
                 if None not in pair:
                     found.append(_sentence(*pair))
     return found
-
-
-def _kinds(spec: Any) -> list[str]:
-    """Types of a defence in a recipe's JSON, those within a search or a combination."""
-    if isinstance(spec, list):
-        return [kind for part in spec for kind in _kinds(part)]
-    if not isinstance(spec, dict):
-        return []
-    return _kinds(spec.get("defence")) if spec.get("type") == "Matched" else [str(spec.get("type"))]
 
 
 def _naive(results: dict[str, Any], defence: str, checkpoint: str) -> Row | None:
