@@ -201,12 +201,12 @@ def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
-        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), _privacy(row), _bits(row), oracle, str(row["victims"]), marks))
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), privacy(row), _bits(row), oracle, str(row["victims"]), marks))
     return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
 
 
-def _privacy(row: dict[str, Any]) -> tuple[str, ...]:
-    """ε and δ of a private row; a missing ε is JSON's infinity."""
+def privacy(row: dict[str, Any]) -> tuple[str, ...]:
+    """ε and δ of a private row as text, nothing of others; a missing ε is JSON's infinity."""
     if row.get("delta") is None:
         return ()
     return "inf" if row.get("epsilon") is None else f"{row['epsilon']:.2f}", f"{row['delta']:.0e}"

@@ -365,6 +365,30 @@ def test_the_strongest_attack_is_the_one_whose_interval_ends_highest(make_row):
     assert strongest(rows[:1], "attacker_accuracy") is None
 
 
+def private(results, make_row):
+    """Results with differentially private rows, one of them without noise: JSON's null beside a delta is an infinite epsilon."""
+    for name, epsilon, unit in (("dp 8", 8.004, "image"), ("dp 3", 3.0, "client"), ("clipped", None, "image")):
+        results["rows"].append(make_row(name, "naive", "A0", 9.0, epsilon=epsilon, delta=1e-5, privacy_unit=unit))
+    results["rows"][0] |= {"epsilon": None, "delta": None}
+    return results
+
+
+def test_epsilon_and_delta_have_columns_where_a_training_was_private(results, make_row, tmp_path):
+    content = copy.deepcopy(results)
+    make_run(tmp_path / "one", private(results, make_row))
+    tree = read(page_of(tmp_path / "one"))
+    table = tree.one("table", id="rows")
+    heads = [head.text for head in table.one("thead").all("th")]
+    cells = {row.attributes["data-defence"]: [row.children[heads.index(name)] for name in ("epsilon", "delta")] for row in table.one("tbody").all("tr")}
+    shown = {name: [(cell.text, cell.attributes.get("data-value")) for cell in both] for name, both in cells.items()}
+    assert shown["dp 8"] == [("8.00", "8.004"), ("1e-05", "1e-05")] and shown["dp 3"][0] == ("3.00", "3.0")
+    assert shown["clipped"] == [("inf", "Infinity"), ("1e-05", "1e-05")]
+    assert shown["plain"] == shown["class mean"] == [("–", None)] * 2
+    assert "presence of one image or client" in tree.one("section", id="table").text
+    make_run(tmp_path / "two", content)
+    assert "psilon" not in read(page_of(tmp_path / "two")).one("section", id="table").text
+
+
 def drawn(results, make_row, given):
     """(title → point, the joined points of each line, by name) of the PSNR plot, for defences name → (JSON, PSNR, client accuracy)."""
     results["recipe"]["defences"] |= {name: spec for name, (spec, _, _) in given.items()}
@@ -665,6 +689,18 @@ def test_a_click_and_the_enter_key_sort_the_table(browser, run):
     browser.point(f"document.querySelectorAll('#rows thead button')[{heads.index('defence')}]", click=True)
     assert [name[0] for name in browser.js(ORDER)] == sorted(name[0] for name, _ in entries_of(content))
     assert browser.complaints() == []
+
+
+@in_chromium
+def test_epsilons_sort_as_numbers_with_infinity_last_of_all(browser, results, make_row, tmp_path):
+    make_run(tmp_path / "one", private(results, make_row))
+    browser.open(html.write([tmp_path / "one"]))
+    column = next(place for place, text in enumerate(browser.js("[...document.querySelectorAll('#rows thead th')].map((head) => head.textContent)")) if text == "epsilon")
+    order = []
+    for _ in range(2):
+        browser.js(f"document.querySelectorAll('#rows thead th')[{column}].querySelector('button').click()")
+        order.append([name for name, _ in browser.js(ORDER)[:3]])
+    assert order == [["clipped", "dp 8", "dp 3"], ["dp 3", "dp 8", "clipped"]] and browser.complaints() == []
 
 
 @in_chromium
