@@ -351,9 +351,10 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.table(tables.training_table(content))
     console.say("")
     console.table(tables.table(content, width=console.width))
-    if (judges := tables.judges_table(content)) is not None:
-        console.say("")
-        console.table(judges)
+    for more in (tables.tuned_table(content), tables.judges_table(content)):
+        if more is not None:
+            console.say("")
+            console.table(more)
     console.heading("What this run shows")
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))

@@ -187,7 +187,7 @@ def _table(pages: Sequence[Page]) -> Html:
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
-    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [_judges(page, several) for page in pages])
+    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [part(page, several) for part in (_judges, _tuned) for page in pages])
 
 
 def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool) -> Html:
@@ -246,6 +246,17 @@ def _judges(page: Page, several: bool) -> Html | None:
     titles = tag("tr", [tag("th", text, scope="col", class_=None if place < 3 else "number") for place, text in enumerate(head)])
     rows = [tag("tr", [tag("td", text, class_=None if place < 3 else "number") for place, text in enumerate(line)]) for line in lines]
     return _shown(f"Attacker accuracy by judge, %{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
+
+
+def _tuned(page: Page, several: bool) -> Html | None:
+    """Strengths that a search found, and whether it met its target."""
+    head, *lines = tables.tuned_cells(page.results) or [()]
+    if not head:
+        return None
+    classes = ["number" if text in tables.TUNED_NUMBERS else None for text in head]
+    titles = tag("tr", [tag("th", text, scope="col", class_=name) for text, name in zip(head, classes, strict=True)])
+    rows = [tag("tr", [tag("td", text, class_=name) for text, name in zip(line, classes, strict=True)]) for line in lines]
+    return _shown(f"Tuned: strengths found by a search{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
 
 
 def _judge(page: Page, several: bool) -> Html | None:
