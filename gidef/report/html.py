@@ -159,7 +159,7 @@ def _table(pages: Sequence[Page]) -> Html:
     policies = len({row["share_policy"] for row in rows}) > 1
     oracle = any((row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None for row in rows)
     names = [*(["run"] if several else []), "defence", "attack", "checkpoint", *(["share policy"] if policies else []), *[*_HEADERS.values()][:-1]]
-    certified, private = any(row.get("certified_bits") is not None for row in rows), any(row.get("delta") is not None for row in rows)
+    certified, private = any(tables.asks(row) for row in rows), any(row.get("delta") is not None for row in rows)
     names += ["worst image dB", _HEADERS["ssim"], *(["epsilon", "delta"] if private else []), *(["bits per release", "lifetime bits", "Fano %"] if certified else [])]
     names += [*(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
@@ -207,7 +207,8 @@ def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, po
     cells += _epsilon(entry) if private else []
     if certified:
         fano = entry.get("fano") if entry.get("lifetime_fano") is None else entry["lifetime_fano"]
-        cells += [_number(entry.get("certified_bits"), 1, 1, "bits"), _number(entry.get("lifetime_bits"), 1, 1, "lifetime"), _number(fano, 100, 0, "fano")]
+        none = "no certificate" if entry.get("uncertified") else "–"
+        cells += [_number(entry.get("certified_bits"), 1, 1, "bits", none=none), _number(entry.get("lifetime_bits"), 1, 1, "lifetime", none=none), _number(fano, 100, 0, "fano")]
     cells += [_number(entry.get("oracle_restart_psnr_db") if (entry.get("restarts") or 1) > 1 else None, 1, 1, "oracle")] if oracle else []
     cells += [_number(entry.get("victims"), 1, 0, "victims"), tag("td", threat, class_="long"), tag("td", "; ".join(filter(None, notes)), class_="long")]
     cells += [_number(entry.get("seconds"), 1, 1, "seconds")]
@@ -232,8 +233,8 @@ def _measure(value: Any, key: str) -> Html:
     return _number(mean_of(value), scale, digits, key, [" ", interval] if ends else None, ends)
 
 
-def _number(value: float | None, scale: float, digits: int, key: str, more: Any = None, ends: tuple[float, float] | None = None) -> Html:
-    shown = "–" if value is None else f"{scale * value:.{digits}f}"
+def _number(value: float | None, scale: float, digits: int, key: str, more: Any = None, ends: tuple[float, float] | None = None, none: str = "–") -> Html:
+    shown = none if value is None else f"{scale * value:.{digits}f}"
     low, high = map(repr, ends) if ends else (None, None)
     return tag("td", shown, more, class_="number", data_key=key, data_value=None if value is None else repr(value), data_low=low, data_high=high)
 

@@ -275,6 +275,11 @@ def _bits(row: dict[str, Any]) -> tuple[str, str, str]:
     return f"{row['certified_bits']:.1f}", f"{whole:.1f}", f"{bound}; {100 * row['lifetime_fano']:.0f}"
 
 
+def asks(row: dict[str, Any]) -> bool:
+    """Whether a row has certified bits, or says why not."""
+    return row.get("certified_bits") is not None or bool(row.get("uncertified"))
+
+
 def _policies(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["share_policy"] for row in results["rows"]))
 
@@ -311,6 +316,8 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append(f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training.")
     if any(row.get("certified_bits") is not None for row in results["rows"]):
         lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
+    if any(row.get("uncertified") for row in results["rows"]):
+        lines.append("Bits none: no certificate, for the reason in the note.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 
