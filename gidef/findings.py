@@ -133,10 +133,13 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
 
 
 def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
-    """What noise on the latent certifies for the releases of these cells, or why nothing; fields of a row, and words for its note."""
-    defence = group[0].trained.training.defence
+    """What noise on the latent certifies for the releases of these cells, or why nothing; fields of a row, and words for its note.
+
+    Nothing is said of noise without a certificate by its nature; under a share policy other than `head` only of a defence that asks for one.
+    """
+    defence, policy = group[0].trained.training.defence, run.recipe.share_policy
     noise, settings = defence.model.perturbation, getattr(defence, "settings", None)
-    if not isinstance(noise, Perturbation) or run.recipe.share_policy != "head":
+    if not isinstance(noise, Perturbation) or (policy != "head" and not _asks(run.recipe.chosen[group[0].trained.summary.get("trained_as", group[0].defence)])):
         return {}, ""
     noise, zeros = copy.deepcopy(noise).cpu(), torch.zeros(1, *noise.latent_shape)
     stds = []
@@ -148,15 +151,15 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     once, strength = frozen and front_frozen, group[0].trained.strength
     images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
+        found = certify(stds, level=noise.mode, law=noise.law, policy=policy, frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
         if defence.model.statistics["encoder"]:
             raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
         if once and strength != 1:
             raise InputError("the training released each image once, with the same draw of noise at another strength: two such releases give the latent away.")
-        found = certify(stds, level=noise.mode, law=noise.law, policy="head", frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
     except InputError as error:
-        return {"certified_bits": None, "uncertified": str(error)}, "no certificate"
+        return {"certified_bits": None, "uncertified": str(error)}, f"no certificate: {error}"
     told = {"certified_bits": found.bits, "releases": found.releases, "fano": found.fano, "lifetime_bits": None}
     what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
     said = f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
@@ -164,7 +167,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
         if strength != 1:
             raise InputError(f"the training released at another strength than this one, {strength:g} times its own.")
         count = lifetime_releases(
-            policy="head", frozen_noise=frozen, front_frozen=front_frozen, level_still=noise.mode == "fixed" or settings.level_still,
+            policy=policy, frozen_noise=frozen, front_frozen=front_frozen, level_still=noise.mode == "fixed" or settings.level_still,
             encoded=bool(defence.encoders), draws=_draws(run, group),
         )  # fmt: skip
     except InputError as error:
@@ -173,6 +176,12 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     if not once:
         said += f"; {count * found.bits:.1f} bits in the {count} releases of the whole training ({100 * told['lifetime_fano']:.0f} %)"
     return told, said
+
+
+def _asks(chosen: Any) -> bool:
+    """Whether a defence of the recipe is one that learns for the sake of a certificate, alone or in a search or a combination."""
+    chosen = chosen.defence if isinstance(chosen, config.Matched) else chosen
+    return any(isinstance(part, config.CapacityNoise) for part in (chosen if isinstance(chosen, tuple) else (chosen,)))
 
 
 def _draws(run: Run, group: list[Cell]) -> int:

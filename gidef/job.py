@@ -26,6 +26,7 @@ from gidef.parallel import World, open_world, seated, seats, with_mesh
 from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
+from gidef.report.verdict import compare
 from gidef.stopping import leave_on_sigterm
 from gidef.training import Run, Trained, fingerprint, reload, run_key
 
@@ -317,6 +318,7 @@ def _results(
         "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
     }  # fmt: skip
+    content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
     content["verdict"] = verdict(content)
     return content
 
@@ -354,9 +356,10 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     console.table(tables.training_table(content))
     console.say("")
     console.table(tables.table(content, width=console.width))
-    if (judges := tables.judges_table(content)) is not None:
-        console.say("")
-        console.table(judges)
+    for more in (tables.tuned_table(content), tables.judges_table(content)):
+        if more is not None:
+            console.say("")
+            console.table(more)
     console.heading("What this run shows")
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))
@@ -503,6 +506,7 @@ def report_again(folders: Sequence[str | Path]) -> None:
     with Console() as console:
         contents = {Path(folder): results.load(Path(folder) / "results.json") for folder in folders}  # all, before anything is written
         for folder, content in contents.items():
+            content["comparisons"] = compare(content, read(folder / "record.jsonl") if (folder / "record.jsonl").exists() else ())
             content["verdict"] = verdict(content)
             redrawn = findings.redraw(folder)
             content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]

@@ -17,7 +17,7 @@ from gidef.metrics.classify import (
 from gidef.metrics.features import feature_distance
 from gidef.metrics.identify import iip
 from gidef.metrics.images import mse, pairwise_mse, psnr_db, ssim
-from gidef.metrics.interval import bootstrap_interval, worst_decile
+from gidef.metrics.interval import bootstrap_change, bootstrap_interval, worst_decile
 from gidef.metrics.pairing import pair
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "attacker_accuracy",
     "attacker_correct",
     "auc",
+    "bootstrap_change",
     "bootstrap_interval",
     "correct",
     "feature_distance",

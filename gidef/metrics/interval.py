@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,16 +26,39 @@ def bootstrap_interval(
     Source:  Efron 1979; percentile method, on a stream of `gidef.rng` of its own.
     """
     values = _finite(values, "bootstrap_interval")
+    means = torch.cat([values[chosen].mean(1) for chosen in _resampled(len(values), seed, level, resamples, "bootstrap_interval")])
+    return _ends(means, level)
+
+
+def bootstrap_change(
+    ours: Tensor | Sequence[float], other: Tensor | Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of mean(ours) / mean(other) − 1, paired: images are drawn, each with both of its values.
+
+    Args:    ours, other: (n,), of the same images in the same order; n ≥ 1, finite, other not negative.  The rest as in `bootstrap_interval`.
+    Returns: (low, high); None where a drawn mean of `other` is 0, so that the change is not to be had.
+    Raises:  ValueError as `bootstrap_interval`, and for two lengths or a negative `other`.
+    """
+    ours, other = _finite(ours, "bootstrap_change"), _finite(other, "bootstrap_change")
+    if len(ours) != len(other) or (other < 0).any():
+        raise ValueError(f"bootstrap_change: {len(ours)} and {len(other)} values, the least of the latter {float(other.min())}: expected pairs, other >= 0")
+    drawn = [(ours[chosen].mean(1), other[chosen].mean(1)) for chosen in _resampled(len(ours), seed, level, resamples, "bootstrap_change")]
+    above, below = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return _ends(above / below - 1, level) if (below > 0).all() else None
+
+
+def _resampled(count: int, seed: int, level: float, resamples: int, what: str) -> Iterator[Tensor]:
+    """Indices (some, count) drawn with replacement, `resamples` rows in all."""
     if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"bootstrap_interval: level={level}, resamples={resamples}: expected 0 < level < 1, resamples >= 1")
-    random, count = generator(seed, "bootstrap"), len(values)
+        raise ValueError(f"{what}: level={level}, resamples={resamples}: expected 0 < level < 1, resamples >= 1")
+    random = generator(seed, "bootstrap")
     rows = max(1, CHUNK // count)
-    means = torch.cat([
-        values[torch.randint(count, (min(rows, resamples - start), count), generator=random)].mean(1)
-        for start in range(0, resamples, rows)
-    ])  # fmt: skip
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = means.quantile(tails).tolist()
+    for start in range(0, resamples, rows):
+        yield torch.randint(count, (min(rows, resamples - start), count), generator=random)
+
+
+def _ends(means: Tensor, level: float) -> tuple[float, float]:
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -41,6 +41,11 @@
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   mse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
+    comparisons   [the learned perturbation beside another defence (`paired`): defences, attacks, attack_ids, client_accuracies: [ours, other];
+                  under: "naive" | "strongest";  checkpoint;  share_policy;  adaptive: [whether other than naive attacks were run on each]
+                  psnr_db, attacker_accuracy, mse: [ours, other]
+                  psnr_db_difference, attacker_accuracy_difference: ours - other;  attacker_accuracy_change, mse_change: ours / other - 1; all four
+                  {mean, low, high}, of the same victims, paired;  victims: of these intervals, 0 where there are none]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]

@@ -22,7 +22,15 @@ Row = dict[str, Any]
 
 
 def certificates(results: dict[str, Any], *, is_undefended: Callable[[dict[str, Any], str], bool]) -> list[str]:
-    """A sentence for each defence with certified bits and each checkpoint. results: in the layout of `gidef.report`."""
+    """A sentence for each defence with certified bits and each checkpoint, and for each defence that was refused them, with the reason.
+
+    Args: results: in the layout of `gidef.report`.
+    """
+    refused = {(row["defence"], row["uncertified"]): None for row in results["rows"] if row.get("uncertified")}
+    return _judged_rows(results, is_undefended) + [f'There is no certificate for "{name}": {reason}' for name, reason in refused]
+
+
+def _judged_rows(results: dict[str, Any], is_undefended: Callable[[dict[str, Any], str], bool]) -> list[str]:
     rows = [row for row in results["rows"] if row["share_policy"] == "head" and row["attack_id"] not in _APART and mean_of(row["psnr_db"]) is not None]
     certified = [row for row in rows if row.get("certified_bits") is not None]
     return [

@@ -8,66 +8,59 @@ from __future__ import annotations
 
 from typing import Any
 
-from gidef.report.results import mean_of
+from gidef.report.kinds import defences, kinds
+from gidef.report.paired import BASELINES
+from gidef.report.results import interval_of
 
 ATTACKER, MSE = -0.125, 0.124
 MATCHED = 0.01
 """Client accuracies that differ by more do not compare like with like."""
-BASELINES = ("DPSGD", "BiDO")
 
-Row = dict[str, Any]
-
-
-def claim(results: dict[str, Any]) -> list[str]:
-    """A sentence for each learned perturbation, each baseline of the paper beside it and each checkpoint, under the naive attack of the run that leaks
-    most; none where the recipe lacks either side. Several seeds count as the results pool them."""
-    kinds = {name: _kinds(spec) for name, spec in (results["recipe"].get("defences") or {}).items()}
-    learned = [name for name, kind in kinds.items() if kind == ["LearnedPerturbation"]]
-    baselines = [name for name, kind in kinds.items() if len(kind) == 1 and kind[0] in BASELINES]
-    found = []
-    for ours in learned:
-        for other in baselines:
-            for checkpoint in dict.fromkeys(row["checkpoint"] for row in results["rows"]):
-                pair = [_naive(results, name, checkpoint) for name in (ours, other)]
-                if None not in pair:
-                    found.append(_sentence(*pair))
-    return found
+Compared = dict[str, Any]
 
 
-def _kinds(spec: Any) -> list[str]:
-    """Types of a defence in a recipe's JSON, those within a search or a combination."""
-    if isinstance(spec, list):
-        return [kind for part in spec for kind in _kinds(part)]
-    if not isinstance(spec, dict):
-        return []
-    return _kinds(spec.get("defence")) if spec.get("type") == "Matched" else [str(spec.get("type"))]
+def claim(results: dict[str, Any], compared: list[Compared]) -> list[str]:
+    """Sentences for each learned perturbation, each baseline of the paper beside it and each checkpoint: under the naive attack, then each under its strongest
+    one where attacks other than naive were run.
+
+    Args: results: in the layout of `gidef.report`.  compared: of `paired.comparisons`. Several seeds count as the results pool them.
+    """
+    types = {name: kinds(spec) for name, spec in defences(results).items()}
+    return [_sentence(one) for one in compared if types[one["defences"][1]][0] in BASELINES and (one["under"] == "naive" or any(one["adaptive"]))]
 
 
-def _naive(results: dict[str, Any], defence: str, checkpoint: str) -> Row | None:
-    rows = [row for row in results["rows"] if (row["defence"], row["checkpoint"], row["attack_id"]) == (defence, checkpoint, "A0")]
-    rows = [row for row in rows if None not in map(mean_of, (row["psnr_db"], row["mse"], row["attacker_accuracy"]))]
-    return max(rows, key=lambda row: mean_of(row["psnr_db"]), default=None)
+def matched(one: Compared) -> bool | None:
+    """Whether both sides' client accuracies are the same within `MATCHED`; None where one is not known."""
+    utility = one["client_accuracies"]
+    return None if None in utility else abs(utility[0] - utility[1]) <= MATCHED + 1e-9
 
 
-def _sentence(ours: Row, other: Row) -> str:
-    mine, theirs = (mean_of(row["attacker_accuracy"]) for row in (ours, other))
-    relative = mine / theirs - 1 if theirs > 0 else None
-    error = mean_of(ours["mse"]) / mean_of(other["mse"]) - 1 if mean_of(other["mse"]) > 0 else None
-    utility = [mean_of(row.get("client_accuracy")) for row in (ours, other)]
+def attacks(one: Compared) -> str:
+    """The attacks of a comparison in words."""
+    if one["under"] == "naive":
+        return f"the {one['attacks'][0]} attack"
+    return f"the strongest attack on each ({', '.join(dict.fromkeys(one['attacks']))})"
+
+
+def _sentence(one: Compared) -> str:
+    (mine, theirs), (ours, other), utility = one["attacker_accuracy"], one["defences"], one["client_accuracies"]
     text = (
-        f'The paper\'s claim, "{ours["defence"]}" against "{other["defence"]}" under the {ours["attack"]} attack at the {ours["checkpoint"]} checkpoint: '
-        f"attacker accuracy {100 * mine:.1f} % against {100 * theirs:.1f} %, {_judged(relative, ATTACKER, '%', 'of the baseline')}, "
-        f"{_judged(mine - theirs, ATTACKER, 'points', '')}; MSE {_judged(error, MSE, '%', '')}"
+        f'The paper\'s claim, "{ours}" against "{other}" under {attacks(one)} at the {one["checkpoint"]} checkpoint: '
+        f"attacker accuracy {100 * mine:.1f} % against {100 * theirs:.1f} %, {_judged(one['attacker_accuracy_change'], ATTACKER, '%', 'of the baseline')}, "
+        f"{_judged(one['attacker_accuracy_difference'], ATTACKER, 'points', '')}; MSE {_judged(one['mse_change'], MSE, '%', '')}"
     )
-    if None in utility:
+    if matched(one) is None:
         return text + "."
     text += f"; client accuracy {100 * utility[0]:.1f} % against {100 * utility[1]:.1f} %"
-    return text + (", which do not match, so these do not compare like with like." if abs(utility[0] - utility[1]) > MATCHED else ".")
+    return text + ("." if matched(one) else ", which do not match, so these do not compare like with like.")
 
 
-def _judged(value: float | None, wanted: float, unit: str, of: str) -> str:
-    if value is None:
+def _judged(value: dict[str, float | None], wanted: float, unit: str, of: str) -> str:
+    """A change in hundredths, its interval over victims where there is one, and whether its mean is what was claimed."""
+    if value["mean"] is None:
         return "not to be had (the baseline's is 0)"
-    held = value <= wanted if wanted < 0 else value >= wanted
-    said = " ".join(filter(None, (f"{100 * value:+.1f}", unit, of)))
+    held = value["mean"] <= wanted if wanted < 0 else value["mean"] >= wanted
+    ends = interval_of(value)
+    interval = f"[{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]" if ends else ""
+    said = " ".join(filter(None, (f"{100 * value['mean']:+.1f}", unit, interval, of)))
     return f"{said} (claimed {100 * wanted:+.1f}: {'pass' if held else 'FAIL'})"

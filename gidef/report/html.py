@@ -159,13 +159,13 @@ def _table(pages: Sequence[Page]) -> Html:
     policies = len({row["share_policy"] for row in rows}) > 1
     oracle = any((row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None for row in rows)
     names = [*(["run"] if several else []), "defence", "attack", "checkpoint", *(["share policy"] if policies else []), *[*_HEADERS.values()][:-1]]
-    certified = any(row.get("certified_bits") is not None for row in rows)
-    names += ["worst image dB", _HEADERS["ssim"], *(["bits per release", "lifetime bits", "Fano %"] if certified else [])]
+    certified, private = any(tables.asks(row) for row in rows), any(row.get("delta") is not None for row in rows)
+    names += ["worst image dB", _HEADERS["ssim"], *(["epsilon", "delta"] if private else []), *(["bits per release", "lifetime bits", "Fano %"] if certified else [])]
     names += [*(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
-        _table_row(page, entry, bound, several, policies, oracle, certified)
+        _table_row(page, entry, bound, several, policies, oracle, certified, private)
         for page in pages
         for bound, entries in ((False, page.results["rows"]), (True, page.results["bounds"]))
         for entry in entries
@@ -182,13 +182,15 @@ def _table(pages: Sequence[Page]) -> Html:
         id="filters", hidden=True,
     )  # fmt: skip
     said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient scores on the same victims. '
+    units = " or ".join(dict.fromkeys(row.get("privacy_unit", "image") for row in rows if row.get("delta") is not None))
+    said += f"Epsilon and delta: of the presence of one {units}, over all rounds of the training. " if private else ""
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
-    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [_judges(page, several) for page in pages])
+    return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [part(page, several) for part in (_judges, _tuned) for page in pages])
 
 
-def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool) -> Html:
+def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool) -> Html:
     defence, attack, checkpoint = (entry["name"], "none", "") if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
@@ -202,14 +204,25 @@ def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, po
     cells += [_measure(entry.get(key), key) for key in MEASURED[:-1]]
     worst = entry["psnr_db"].get("worst") if isinstance(entry["psnr_db"], dict) else None
     cells += [_number(worst, 1, 1, "worst"), _measure(entry.get("ssim"), "ssim")]
+    cells += _epsilon(entry) if private else []
     if certified:
         fano = entry.get("fano") if entry.get("lifetime_fano") is None else entry["lifetime_fano"]
-        cells += [_number(entry.get("certified_bits"), 1, 1, "bits"), _number(entry.get("lifetime_bits"), 1, 1, "lifetime"), _number(fano, 100, 0, "fano")]
+        none = "no certificate" if entry.get("uncertified") else "–"
+        cells += [_number(entry.get("certified_bits"), 1, 1, "bits", none=none), _number(entry.get("lifetime_bits"), 1, 1, "lifetime", none=none), _number(fano, 100, 0, "fano")]
     cells += [_number(entry.get("oracle_restart_psnr_db") if (entry.get("restarts") or 1) > 1 else None, 1, 1, "oracle")] if oracle else []
     cells += [_number(entry.get("victims"), 1, 0, "victims"), tag("td", threat, class_="long"), tag("td", "; ".join(filter(None, notes)), class_="long")]
     cells += [_number(entry.get("seconds"), 1, 1, "seconds")]
     known = {"data_run": page.name, "data_defence": defence, "data_attack": attack, "data_checkpoint": checkpoint}
     return tag("tr", cells, class_="bound" if bound else None, **known)
+
+
+def _epsilon(entry: dict[str, Any]) -> list[Html]:
+    """Cells of epsilon and delta; JSON's missing epsilon beside a delta is infinity, which sorts as such."""
+    if entry.get("delta") is None:
+        return [_number(None, 1, 2, "epsilon"), _number(None, 1, 0, "delta")]
+    epsilon, delta = tables.privacy(entry)
+    value = repr(entry["epsilon"]) if entry.get("epsilon") is not None else "Infinity"
+    return [tag("td", text, class_="number", data_key=key, data_value=number) for text, key, number in ((epsilon, "epsilon", value), (delta, "delta", repr(entry["delta"])))]
 
 
 def _measure(value: Any, key: str) -> Html:
@@ -220,8 +233,8 @@ def _measure(value: Any, key: str) -> Html:
     return _number(mean_of(value), scale, digits, key, [" ", interval] if ends else None, ends)
 
 
-def _number(value: float | None, scale: float, digits: int, key: str, more: Any = None, ends: tuple[float, float] | None = None) -> Html:
-    shown = "–" if value is None else f"{scale * value:.{digits}f}"
+def _number(value: float | None, scale: float, digits: int, key: str, more: Any = None, ends: tuple[float, float] | None = None, none: str = "–") -> Html:
+    shown = none if value is None else f"{scale * value:.{digits}f}"
     low, high = map(repr, ends) if ends else (None, None)
     return tag("td", shown, more, class_="number", data_key=key, data_value=None if value is None else repr(value), data_low=low, data_high=high)
 
@@ -234,6 +247,17 @@ def _judges(page: Page, several: bool) -> Html | None:
     titles = tag("tr", [tag("th", text, scope="col", class_=None if place < 3 else "number") for place, text in enumerate(head)])
     rows = [tag("tr", [tag("td", text, class_=None if place < 3 else "number") for place, text in enumerate(line)]) for line in lines]
     return _shown(f"Attacker accuracy by judge, %{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
+
+
+def _tuned(page: Page, several: bool) -> Html | None:
+    """Strengths that a search found, and whether it met its target."""
+    head, *lines = tables.tuned_cells(page.results) or [()]
+    if not head:
+        return None
+    classes = ["number" if text in tables.TUNED_NUMBERS else None for text in head]
+    titles = tag("tr", [tag("th", text, scope="col", class_=name) for text, name in zip(head, classes, strict=True)])
+    rows = [tag("tr", [tag("td", text, class_=name) for text, name in zip(line, classes, strict=True)]) for line in lines]
+    return _shown(f"Tuned: strengths found by a search{f', {page.name}' if several else ''}", tag("table", tag("thead", titles), tag("tbody", rows)), tabindex=0)
 
 
 def _judge(page: Page, several: bool) -> Html | None:

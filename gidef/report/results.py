@@ -82,7 +82,7 @@ def bound_named(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 def recipe_name(results: dict[str, Any], defence: str) -> str:
     """The recipe's name of a defence: of one that was evaluated at another strength, the one that it was trained as."""
-    return next((run["trained_as"] for run in results["training"] if run["defence"] == defence and run.get("trained_as")), defence)
+    return next((run["trained_as"] for run in results.get("training") or [] if run["defence"] == defence and run.get("trained_as")), defence)
 
 
 def _check_keys(entry: dict[str, Any], needed: dict[str, type], place: str, *, missing: bool = True) -> None:

@@ -25,8 +25,8 @@ _WIDTH, _LETTER = 640, 6.4  # px: of a plot, and the mean width of a letter at 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A defence in a plot. x_ends, y_ends: (low, high) of an interval.  family: of colour and marker, 0 for the page's own.  line: points that share it are
-    joined."""
+    """A defence in a plot. x_ends, y_ends: (low, high) of an interval.  family: of colour and marker, 0 for the page's own.  lines: points that share one
+    are joined."""
 
     label: str
     x: float
@@ -34,7 +34,7 @@ class Point:
     x_ends: tuple[float, float] | None = None
     y_ends: tuple[float, float] | None = None
     family: int = 0
-    line: str = ""
+    lines: tuple[str, ...] = ()
 
 
 def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, name: str, xlabel: str, ylabel: str) -> Html:
@@ -57,8 +57,8 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
         box = _free(taken, [(x, y + rise) for x in steps for rise in (-15, 2)], width, 13)
         marks.append(_text(box[0], box[1] + 11, text, class_="quiet"))
         taken += [box, (left, y - 1, _WIDTH - right, y + 1)]
-    for line in dict.fromkeys(point.line for point in points if point.line):
-        chain = sorted((point for point in points if point.line == line), key=lambda point: point.x)
+    for line in dict.fromkeys(line for point in points for line in point.lines):
+        chain = sorted((point for point in points if line in point.lines), key=lambda point: point.x)
         where = " ".join(f"{at_x(point.x):.1f},{at_y(point.y):.1f}" for point in chain)
         style = {"stroke": colour(chain[0].family), "stroke_width": 1.5, "stroke_dasharray": dashes(chain[0].family)}
         marks.append(tag("polyline", points=where, fill="none", **style))

@@ -13,6 +13,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 from rich.text import Text
 
+from gidef.report.claim import MATCHED
+from gidef.report.kinds import defences
 from gidef.report.results import MEASURED, interval_of, mean_of
 from gidef.report.verdict import criteria
 
@@ -95,6 +97,52 @@ def judges_table(results: dict[str, Any]) -> Table | None:
     return found
 
 
+def tuned_table(results: dict[str, Any]) -> Table | None:
+    """Strengths that a search over whole trainings found (`tuned_cells`); None where nothing was searched."""
+    head, *lines = tuned_cells(results) or [()]
+    if not head:
+        return None
+    found = _empty(_title(results, "strengths found by a search"), "Accuracies in % on validation images, of the first seed; trials: trainings of the search.")
+    for header in head:
+        found.add_column(header, justify="right" if header in TUNED_NUMBERS else "left")
+    for line in lines:
+        found.add_row(*map(Text, line))
+    return found
+
+
+TUNED_NUMBERS = ("value", "target acc. %", "reached acc. %", "trials")
+
+
+def tuned_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Header and lines: each searched defence, its field and value, target and what was reached, and how the search ended; nothing without any.
+
+    Results may lack what later versions write: `reached`, and `accuracy`, which are then read off the trials: within a point (`claim.MATCHED`).
+    """
+    lines = []
+    for name, entry in (results.get("tuned") or {}).items():
+        tried, value, target = entry.get("tried") or [], entry.get("value"), entry.get("target")
+        accuracy = entry.get("accuracy", next((found for one, found in tried if one == value), None))
+        numbers = ["-" if value is None else f"{value:.4g}", _number(target, 100, 1), _number(accuracy, 100, 1), str(len(tried) or "-")]
+        lines.append((name, str(entry.get("field", "-")), *numbers, _outcome(entry, defences(results).get(name), accuracy)))
+    return [("defence", "field", *TUNED_NUMBERS, "outcome"), *lines] if lines else []
+
+
+def _outcome(entry: dict[str, Any], spec: Any, accuracy: float | None) -> str:
+    """Whether a search met its target, and where it ended if not."""
+    value, target = entry.get("value"), entry.get("target")
+    reached = entry.get("reached")
+    if reached is None:
+        reached = None if accuracy is None or target is None else abs(accuracy - target) <= MATCHED + 1e-9
+    if reached is None:
+        return "not recorded"
+    spec = spec if isinstance(spec, dict) else {}
+    ended = [end for end in ("low", "high") if value is not None and spec.get(end) == value]
+    place = f"the {ended[0]} end of its range [{spec['low']:g}, {spec['high']:g}]" if ended else None
+    if reached:
+        return f"reached, at {place}" if place else "reached"
+    return f"NOT reached: the search ended at {place}" if place else "NOT reached: the nearest of its trials"
+
+
 def judge_names(results: dict[str, Any]) -> list[str]:
     """Of the further judges."""
     return list((results.get("judge") or {}).get("others") or {})
@@ -119,9 +167,10 @@ def judged_cells(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def text(results: dict[str, Any], width: int = 120) -> str:
-    """`table` as aligned plain lines without escape codes, at most `width` columns wide."""
+    """`table`, and `tuned_table` where there is one, as aligned plain lines without escape codes, at most `width` columns wide."""
     page = io.StringIO()
-    RichConsole(file=page, width=width, color_system=None, force_terminal=False, highlight=False).print(table(results, width))
+    shown = filter(None, (table(results, width), tuned_table(results)))
+    RichConsole(file=page, width=width, color_system=None, force_terminal=False, highlight=False).print(*shown, sep="\n")
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()).strip("\n") + "\n"
 
 
@@ -159,6 +208,10 @@ def markdown(results: dict[str, Any]) -> str:
     by = judged_cells(results)
     if by:
         lines += ["**Attacker accuracy by judge, %**", "", line(by[0]), "| --- | --- | --- |" + " ---: |" * (len(by[0]) - 3), *map(line, by[1:]), ""]
+    tuned = tuned_cells(results)
+    if tuned:
+        rule = "| " + " | ".join("---:" if name in TUNED_NUMBERS else "---" for name in tuned[0]) + " |"
+        lines += ["**Strengths found by a search**", "", line(tuned[0]), rule, *map(line, tuned[1:]), ""]
     judged = [f"- {_escape(text, special)}" for text in criteria(results)]
     return "\n".join([*lines, *(f"{part}  " for part in _caption(results, notes)), *(["", *judged] if judged else [])]).rstrip() + "\n"
 
@@ -201,12 +254,12 @@ def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
-        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), _privacy(row), _bits(row), oracle, str(row["victims"]), marks))
+        rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), privacy(row), _bits(row), oracle, str(row["victims"]), marks))
     return rows, [_Line((bound["name"], "none", ""), _measured(bound)) for bound in results["bounds"]], list(notes)
 
 
-def _privacy(row: dict[str, Any]) -> tuple[str, ...]:
-    """ε and δ of a private row; a missing ε is JSON's infinity."""
+def privacy(row: dict[str, Any]) -> tuple[str, ...]:
+    """ε and δ of a private row as text, nothing of others; a missing ε is JSON's infinity."""
     if row.get("delta") is None:
         return ()
     return "inf" if row.get("epsilon") is None else f"{row['epsilon']:.2f}", f"{row['delta']:.0e}"
@@ -220,6 +273,11 @@ def _bits(row: dict[str, Any]) -> tuple[str, str, str]:
     if whole is None:
         return f"{row['certified_bits']:.1f}", "none", bound
     return f"{row['certified_bits']:.1f}", f"{whole:.1f}", f"{bound}; {100 * row['lifetime_fano']:.0f}"
+
+
+def asks(row: dict[str, Any]) -> bool:
+    """Whether a row has certified bits, or says why not."""
+    return row.get("certified_bits") is not None or bool(row.get("uncertified"))
 
 
 def _policies(results: dict[str, Any]) -> list[str]:
@@ -258,6 +316,8 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append(f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training.")
     if any(row.get("certified_bits") is not None for row in results["rows"]):
         lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
+    if any(row.get("uncertified") for row in results["rows"]):
+        lines.append("Bits none: no certificate, for the reason in the note.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 

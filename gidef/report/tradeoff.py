@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from gidef.report import svg
+from gidef.report.kinds import family, settings, strengths
 from gidef.report.markup import Html, join, tag
-from gidef.report.results import bound_named, interval_of, mean_of, recipe_name
+from gidef.report.results import bound_named, interval_of, mean_of
 from gidef.report.verdict import is_undefended, strongest
 
 Run = tuple[str, dict[str, Any]]
 """A run's name and its results in the layout of `gidef.report`."""
 _MEASURES = (("psnr_db", 1, "strongest attack's PSNR (dB)"), ("attacker_accuracy", 100, "highest attacker accuracy (%)"))
 _SAID = """Lower right is better. Each point is a defence under the attack that reaches highest (upper end of its interval; attackers of another threat model,
-bounds and ensembles are left out). Upright bars are 95 % intervals over victims, level ones the range over seeds. Lines join the strengths of one kind of
-defence. Client accuracy is the final model's, whatever the checkpoint."""
+bounds and ensembles are left out). Upright bars are 95 % intervals over victims, level ones the range over seeds. Lines join defences of one kind that
+differ in one strength alone. Client accuracy is the final model's, whatever the checkpoint."""
 
 
 def plots(runs: Sequence[Run]) -> Html | None:
@@ -43,31 +44,26 @@ def _where(results: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
     return data.get("title") or data["name"], f"share policy {row['share_policy']}", release, f"{row['checkpoint']} checkpoint"
 
 
-def _kind(results: dict[str, Any], defence: str) -> str:
-    """What the strengths of a defence share: its type in the recipe, else its name."""
-    spec = (results["recipe"].get("defences") or {}).get(recipe_name(results, defence))
-    parts = [part.get("type", "") if isinstance(part, dict) else str(part) for part in (spec if isinstance(spec, list) else [spec]) if part]
-    return " + ".join(parts) or recipe_name(results, defence)
-
-
 def _points(runs: Sequence[Run], rows: list[tuple[str, dict[str, Any]]], measure: str, unit: float) -> list[svg.Point]:
     defended = [(results, row["defence"]) for _, results in runs for row in results["rows"] if not is_undefended(results, row["defence"])]
-    kinds = list(dict.fromkeys(_kind(*one) for one in defended))  # of the whole page, so that colours stay
+    families = list(dict.fromkeys(family(*one) for one in defended))  # of the whole page, so that colours stay
     points, shared = [], len({owner for owner, _ in rows}) > 1
     for name, results in runs:
         here = [row for owner, row in rows if owner == name]
+        groups = strengths({defence: settings(results, defence) for defence in dict.fromkeys(row["defence"] for row in here)})
         for defence in dict.fromkeys(row["defence"] for row in here):
             row = strongest([row for row in here if row["defence"] == defence], measure)
             if row is None or mean_of(row.get("client_accuracy")) is None:
                 continue
             seeds, up = row.get("client_accuracies") or [], interval_of(row[measure])
             across = interval_of(row["client_accuracy"]) or ((min(seeds), max(seeds)) if len(seeds) > 1 else None)
-            plain, kind = is_undefended(results, defence), _kind(results, defence)
+            plain = is_undefended(results, defence)
             points.append(svg.Point(
                 label=f"{defence}, {name} ({row['attack']})" if shared else f"{defence} ({row['attack']})",
                 x=100 * mean_of(row["client_accuracy"]), y=unit * mean_of(row[measure]),
                 x_ends=across and (100 * across[0], 100 * across[1]), y_ends=up and (unit * up[0], unit * up[1]),
-                family=0 if plain else 1 + kinds.index(kind), line="" if plain else f"{name}/{kind}",
+                family=0 if plain else 1 + families.index(family(results, defence)),
+                lines=tuple(f"{name}/{number}" for number, group in enumerate(groups) if defence in group),
             ))  # fmt: skip
     return points
 

@@ -14,12 +14,14 @@ A decoder on the latent itself (A12) is a bound on attackers and has its own sen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gidef.report.certificate import certificates
 from gidef.report.claim import claim
+from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
+from gidef.report.paired import comparisons
 from gidef.report.results import bound_named, interval_of, mean_of
 
 MARGIN_DB = 0.5
@@ -67,8 +69,14 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def criteria(results: dict[str, Any]) -> list[str]:
-    """What is judged with pass or FAIL: the paper's claim, and the criterion of noise with a certificate."""
-    return claim(results) + certificates(results, is_undefended=is_undefended)
+    """What is judged: the paper's claim, the learned perturbation beside its controls, and the criterion of noise with a certificate."""
+    compared = results["comparisons"] if "comparisons" in results else compare(results, ())
+    return claim(results, compared) + controls(results, compared) + certificates(results, is_undefended=is_undefended)
+
+
+def compare(results: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`results["comparisons"]`, from the rows and the run's record."""
+    return comparisons(results, lines, strongest=strongest)
 
 
 def strongest(rows: list[Row], measure: str = "psnr_db") -> Row | None:

@@ -32,7 +32,7 @@ DEFENCES = {
     "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
     "still": CapacityNoise(front="frozen", level="fixed", std_init=4.0), "moving": CapacityNoise(front="frozen"),
     "mixed": (CapacityNoise(front="frozen", level="fixed"), MixUp()), "looking": (CapacityNoise(), Soteria()),
-    "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
+    "searched": config.Matched(defence=CapacityNoise(), field="bits_weight", accuracy=0.5), "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
 }  # fmt: skip
 
 
@@ -47,7 +47,8 @@ def row_of(tmp_path_factory):
             evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)),
         )  # fmt: skip
         run = start(recipe, tmp_path_factory.mktemp(f"{policy}-{name}"))
-        trained = train(run, name, DEFENCES[name], 0)
+        one = DEFENCES[name]
+        trained = train(run, name, one.at(0.1) if isinstance(one, config.Matched) else one, 0)
         [cell] = make_cells(run, {(name, 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
         return *findings._certificate(run, [cell]), cell
@@ -78,8 +79,16 @@ def test_frozen_noise_before_a_frozen_front_is_one_release(row_of):
 
 def test_where_there_is_no_bound_none_is_given(row_of):
     told, words, _ = row_of("head", "conditional")
-    assert told["certified_bits"] is None and "depends on the image" in told["uncertified"] and words == "no certificate"
-    assert row_of("full", "capacity")[:2] == ({}, "") and row_of("head", "none")[:2] == ({}, "")
+    assert told["certified_bits"] is None and "depends on the image" in told["uncertified"] and words == f"no certificate: {told['uncertified']}"
+    assert row_of("full", "isotropic")[:2] == row_of("full", "conditional")[:2] == row_of("head", "none")[:2] == ({}, ""), "these do not ask for one"
+
+
+@pytest.mark.parametrize("policy", ["full", "all"])
+@pytest.mark.parametrize("name", ["capacity", "still", "looking", "searched"])
+def test_where_the_encoder_is_shared_the_row_says_that_there_is_no_bound(policy, name, row_of):
+    told, words, _ = row_of(policy, name)
+    assert set(told) == {"certified_bits", "uncertified"} and told["certified_bits"] is None and words == f"no certificate: {told['uncertified']}"
+    assert f"share policy '{policy}' releases the encoder's gradients" in told["uncertified"] and "there is no such bound" in told["uncertified"]
 
 
 def test_fresh_noise_adds_up_over_the_rounds_of_a_client_and_its_epochs(row_of):
@@ -107,4 +116,4 @@ def test_where_releases_cannot_be_counted_there_is_no_lifetime_bound_and_a_reaso
 
 def test_a_defence_that_looks_at_the_images_when_it_shares_voids_the_certificate(row_of):
     told, words, _ = row_of("head", "looking")
-    assert told["certified_bits"] is None and "looks at the images" in told["uncertified"] and words == "no certificate"
+    assert told["certified_bits"] is None and "looks at the images" in told["uncertified"] and words == f"no certificate: {told['uncertified']}"

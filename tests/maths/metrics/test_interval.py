@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gidef.metrics import bootstrap_interval, interval, worst_decile
+from gidef.metrics import bootstrap_change, bootstrap_interval, interval, worst_decile
 
 
 def test_equal_seeds_give_equal_intervals_and_the_global_generator_is_untouched():
@@ -63,3 +63,26 @@ def test_empty_and_broken_values_are_refused():
         bootstrap_interval([1.0], seed=0, level=1.0)
     with pytest.raises(ValueError, match="resamples=0"):
         bootstrap_interval([1.0], seed=0, resamples=0)
+
+
+def test_a_change_of_means_is_paired_image_by_image():
+    draw = torch.Generator().manual_seed(0)
+    other = torch.rand(64, generator=draw, dtype=torch.float64) + 0.1
+    assert bootstrap_change(1.25 * other, other, seed=0) == pytest.approx((0.25, 0.25), abs=1e-12), "of a fixed share, whatever images are drawn"
+    ours = other * (0.8 + 0.1 * torch.randn(64, generator=draw, dtype=torch.float64))
+    low, high = bootstrap_change(ours, other, seed=0, resamples=4000)
+    ratio = (ours.mean() / other.mean()).item()
+    half = 1.96 * ((ours - ratio * other).std() / other.mean()).item() / 8  # the delta method
+    assert low == pytest.approx(ratio - 1 - half, abs=0.15 * half) and high == pytest.approx(ratio - 1 + half, abs=0.15 * half)
+    apart = bootstrap_change(ours.flip(0), other, seed=0)
+    assert apart[1] - apart[0] > 3 * (high - low), "of other pairs it is wider"
+
+
+def test_a_change_of_what_may_be_nought_is_not_to_be_had_and_nonsense_is_refused():
+    assert bootstrap_change([1.0, 1.0], [0.0, 1.0], seed=0) is None and bootstrap_change([0.0, 0.0], [1.0, 1.0], seed=0) == (-1.0, -1.0)
+    with pytest.raises(ValueError, match="pairs"):
+        bootstrap_change([1.0], [1.0, 2.0], seed=0)
+    with pytest.raises(ValueError, match="other >= 0"):
+        bootstrap_change([1.0, 1.0], [-1.0, 2.0], seed=0)
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_change([1.0], [1.0], seed=0, level=1.0)

@@ -109,3 +109,17 @@ def test_tables_say_bits_of_a_release_and_of_a_lifetime_with_fano(certified):
 
 def test_runs_without_a_certificate_have_no_such_columns(results):
     assert "bits" not in tables.markdown(results).splitlines()[2] and "lifetime bits" not in html.render([html.Page(name="run", results=results)])
+
+
+def test_a_refused_certificate_says_why_and_keeps_its_columns(results, make_row):
+    reason = "share policy 'full' releases the encoder's gradients: there is no such bound. Use head."
+    refused = {"certified_bits": None, "uncertified": reason, "note": f"no certificate: {reason}"}
+    results["rows"] += [make_row("noise", name, "A0", 12.0, **refused) for name in ("naive", "joint")]
+    assert judged(results) == [f'There is no certificate for "noise": {reason}'] and judged(results)[0] in verdict(results)
+    page = html.render([html.Page(name="run", results=results)])
+    for key in ("bits", "lifetime"):
+        assert page.count(f'<td class="number" data-key="{key}">no certificate</td>') == 2 and f'<td class="number" data-key="{key}">–</td>' in page
+    head, _, *lines = [line for line in tables.markdown(results).splitlines() if line.startswith("|")]
+    place = [cell.strip() for cell in head.split("|")].index("bits per release")
+    assert [[cell.strip() for cell in line.split("|")][place : place + 3] for line in lines[3:5]] == [["none", "none", ""]] * 2
+    assert "Bits none: no certificate" in tables.text(results) and f"no certificate: {reason}"[:40] in tables.text(results)

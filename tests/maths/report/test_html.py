@@ -365,18 +365,88 @@ def test_the_strongest_attack_is_the_one_whose_interval_ends_highest(make_row):
     assert strongest(rows[:1], "attacker_accuracy") is None
 
 
-def test_strengths_of_one_kind_of_defence_are_joined(results, make_row):
-    results["recipe"]["defences"] |= {"weak": {"type": "DpSgd"}, "strong": {"type": "DpSgd"}, "both": [{"type": "DpSgd"}, {"type": "Bido"}]}
-    for name, value, accuracy in (("weak", 18.0, 0.8), ("strong", 12.0, 0.6), ("both", 9.0, 0.5)):
+def private(results, make_row):
+    """Results with differentially private rows, one of them without noise: JSON's null beside a delta is an infinite epsilon."""
+    for name, epsilon, unit in (("dp 8", 8.004, "image"), ("dp 3", 3.0, "client"), ("clipped", None, "image")):
+        results["rows"].append(make_row(name, "naive", "A0", 9.0, epsilon=epsilon, delta=1e-5, privacy_unit=unit))
+    results["rows"][0] |= {"epsilon": None, "delta": None}
+    return results
+
+
+def test_epsilon_and_delta_have_columns_where_a_training_was_private(results, make_row, tmp_path):
+    content = copy.deepcopy(results)
+    make_run(tmp_path / "one", private(results, make_row))
+    tree = read(page_of(tmp_path / "one"))
+    table = tree.one("table", id="rows")
+    heads = [head.text for head in table.one("thead").all("th")]
+    cells = {row.attributes["data-defence"]: [row.children[heads.index(name)] for name in ("epsilon", "delta")] for row in table.one("tbody").all("tr")}
+    shown = {name: [(cell.text, cell.attributes.get("data-value")) for cell in both] for name, both in cells.items()}
+    assert shown["dp 8"] == [("8.00", "8.004"), ("1e-05", "1e-05")] and shown["dp 3"][0] == ("3.00", "3.0")
+    assert shown["clipped"] == [("inf", "Infinity"), ("1e-05", "1e-05")]
+    assert shown["plain"] == shown["class mean"] == [("–", None)] * 2
+    assert "presence of one image or client" in tree.one("section", id="table").text
+    make_run(tmp_path / "two", content)
+    assert "psilon" not in read(page_of(tmp_path / "two")).one("section", id="table").text
+
+
+def drawn(results, make_row, given):
+    """(title → point, the joined points of each line, by name) of the PSNR plot, for defences name → (JSON, PSNR, client accuracy)."""
+    results["recipe"]["defences"] |= {name: spec for name, (spec, _, _) in given.items()}
+    for name, (_, value, accuracy) in given.items():
         results["rows"].append(make_row(name, "joint", "A3", value, accuracy=accuracy))
     plot = next(read(html.render([html.Page(name="one", results=results)])).one("section", id="utility").all("svg"))
     points = {point.one("title").text.partition(" (")[0]: point for point in plot.all("g", class_="point")}
-    assert points["weak"].attributes["fill"] == points["strong"].attributes["fill"]
-    styles = {(points[name].attributes["fill"], points[name].one("path").attributes["d"]) for name in ("plain", "learned", "weak", "both")}
-    assert len(styles) == 4 and points["plain"].attributes["fill"] == "currentColor"
-    joined = [line.attributes["points"].split() for line in plot.all("polyline") if " " in line.attributes["points"]]
-    spot = [re.search(r"\((.*)\)", points[name].one("path").attributes["transform"])[1] for name in ("strong", "weak")]
-    assert joined == [spot], "from the lower accuracy to the higher"
+    places = {re.search(r"\((.*)\)", point.one("path").attributes["transform"])[1]: name for name, point in points.items()}
+    return points, [[places[spot] for spot in line.attributes["points"].split()] for line in plot.all("polyline")]
+
+
+def style(point):
+    return point.attributes["fill"], point.one("path").attributes["d"]
+
+
+def test_strengths_of_one_kind_of_defence_are_joined(results, make_row):
+    dp = {"type": "DPSGD", "clip": 1.0}
+    given = {
+        "weak": (dp | {"noise_multiplier": 0.5}, 18.0, 0.8), "strong": (dp | {"noise_multiplier": 2.0}, 12.0, 0.6),
+        "both": ([dp | {"noise_multiplier": 0.5}, {"type": "BiDO"}], 9.0, 0.5),
+    }  # fmt: skip
+    points, lines = drawn(results, make_row, given)
+    assert style(points["weak"]) == style(points["strong"]) and points["plain"].attributes["fill"] == "currentColor"
+    assert len({style(points[name]) for name in ("plain", "learned", "weak", "both")}) == 4
+    assert lines == [["strong", "weak"]], "from the lower accuracy to the higher"
+
+
+def matched(field, **defence):
+    return {"type": "Matched", "defence": defence, "field": field, "low": 0.1, "high": 10.0}
+
+
+def test_defences_at_a_matched_accuracy_are_of_their_own_kind_and_no_search_joins_them(results, make_row):
+    given = {
+        "dp": (matched("noise_multiplier", type="DPSGD", noise_multiplier=1.0, target_epsilon=None), 18.0, 0.8),
+        "dp 8": ({"type": "DPSGD", "noise_multiplier": None, "target_epsilon": 8.0}, 10.0, 0.5),
+        "bido": (matched("x_weight", type="BiDO", x_weight=0.05), 17.0, 0.81), "iso": (matched("std", type="IsotropicNoise", std=1.0), 16.0, 0.82),
+        "iso 4": ({"type": "IsotropicNoise", "std": 4.0}, 12.0, 0.7),
+        "ours": (matched("dependence_weight", type="LearnedPerturbation"), 15.0, 0.83),
+        "pair": (matched("std", type="nothing") | {"defence": [{"type": "IsotropicNoise", "std": 1.0}, {"type": "Pruning", "share": 0.9}]}, 14.0, 0.84),
+    }  # fmt: skip
+    results["tuned"] = {"iso": {"field": "std", "value": 2.5}}
+    points, lines = drawn(results, make_row, given)
+    assert style(points["dp"]) == style(points["dp 8"]) and style(points["iso"]) == style(points["iso 4"]) and style(points["ours"]) == style(points["learned"])
+    assert len({style(points[name]) for name in ("plain", "dp", "bido", "iso", "ours", "pair")}) == 6
+    assert lines == [["iso 4", "iso"]], "the strength that the search found, 2.5, and the stated one; two ways to state noise are two fields"
+
+
+def test_what_differs_in_more_than_a_strength_is_of_the_family_without_the_line(results, make_row):
+    base = {"type": "LearnedPerturbation", "dependence": "pearson2", "dependence_weight": 1.0, "strength": 1.0, "decoder_width": 1.0, "cut": None}
+    given = {
+        "full": (base, 12.0, 0.70), "weight 5": (base | {"dependence_weight": 5.0}, 11.0, 0.60), "weight 0": (base | {"dependence_weight": 0.0}, 14.0, 0.75),
+        "kappa 2": (base | {"strength": 2.0}, 10.0, 0.65), "decoder": (base | {"decoder_width": 4.0}, 12.5, 0.71),
+        "measure": (base | {"dependence": "cka"}, 12.6, 0.72), "place": (base | {"cut": "blocks.0"}, 12.7, 0.73),
+        "mine 1": ({"type": "mine:Noise", "power": 1}, 9.0, 0.55), "mine 2": ({"type": "mine:Noise", "power": 2}, 8.0, 0.5),
+    }  # fmt: skip
+    points, lines = drawn(results, make_row, given)
+    assert len({style(points[name]) for name in given if not name.startswith("mine")}) == 1
+    assert sorted(lines) == [["kappa 2", "full"], ["mine 2", "mine 1"], ["weight 5", "full", "weight 0"]]
 
 
 def test_victims_show_every_attack_and_come_most_leaked_first(run):
@@ -619,6 +689,18 @@ def test_a_click_and_the_enter_key_sort_the_table(browser, run):
     browser.point(f"document.querySelectorAll('#rows thead button')[{heads.index('defence')}]", click=True)
     assert [name[0] for name in browser.js(ORDER)] == sorted(name[0] for name, _ in entries_of(content))
     assert browser.complaints() == []
+
+
+@in_chromium
+def test_epsilons_sort_as_numbers_with_infinity_last_of_all(browser, results, make_row, tmp_path):
+    make_run(tmp_path / "one", private(results, make_row))
+    browser.open(html.write([tmp_path / "one"]))
+    column = next(place for place, text in enumerate(browser.js("[...document.querySelectorAll('#rows thead th')].map((head) => head.textContent)")) if text == "epsilon")
+    order = []
+    for _ in range(2):
+        browser.js(f"document.querySelectorAll('#rows thead th')[{column}].querySelector('button').click()")
+        order.append([name for name, _ in browser.js(ORDER)[:3]])
+    assert order == [["clipped", "dp 8", "dp 3"], ["dp 3", "dp 8", "clipped"]] and browser.complaints() == []
 
 
 @in_chromium

@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from gidef.report import tables
+from gidef.report import html, tables
 from gidef.report.console import Console
 
 
@@ -118,3 +118,46 @@ def test_columns_that_nothing_fills_are_left_out_however_wide_the_page(results):
         private = [{**row, "epsilon": 3.0, "delta": 1e-5} for row in results["rows"]]
         shown = text({**results, "rows": private}, width)
         assert "eps" in shown and "3.00" in shown
+
+
+@pytest.fixture
+def tuned(results):
+    """Searches as an older version records them, and one with what a later one says."""
+    spec = {"type": "Matched", "field": "std", "low": 0.1, "high": 10.0, "defence": {"type": "IsotropicNoise"}}
+    results["recipe"]["defences"] |= dict.fromkeys(("met", "never costs", "coarse", "told", "top"), spec)
+    one = {"field": "std", "target": 0.9}
+    results["tuned"] = {
+        "met": one | {"value": 2.345678, "tried": [[10.0, 0.5], [0.1, 0.95], [2.345678, 0.8955]]},
+        "never costs": one | {"value": 10.0, "tried": [[10.0, 0.95]]},
+        "coarse": one | {"value": 1.0, "tried": [[10.0, 0.5], [0.1, 0.95], [1.0, 0.87]]},
+        "told": one | {"value": 0.1, "tried": [[10.0, 0.5], [0.1, 0.895]], "reached": False, "accuracy": 0.895},
+        "top": one | {"value": 10.0, "tried": [[10.0, 0.901]]},
+        "bare": {"field": "std", "value": 3.0},
+    }  # fmt: skip
+    return results
+
+
+def test_the_strengths_that_a_search_found_stand_in_a_table_with_its_outcome(tuned, results):
+    assert tables.tuned_cells(tuned) == [
+        ("defence", "field", "value", "target acc. %", "reached acc. %", "trials", "outcome"),
+        ("met", "std", "2.346", "90.0", "89.5", "3", "reached"),
+        ("never costs", "std", "10", "90.0", "95.0", "1", "NOT reached: the search ended at the high end of its range [0.1, 10]"),
+        ("coarse", "std", "1", "90.0", "87.0", "3", "NOT reached: the nearest of its trials"),
+        ("told", "std", "0.1", "90.0", "89.5", "2", "NOT reached: the search ended at the low end of its range [0.1, 10]"),
+        ("top", "std", "10", "90.0", "90.1", "1", "reached, at the high end of its range [0.1, 10]"),
+        ("bare", "std", "3", "-", "-", "-", "not recorded"),
+    ]
+    page = tables.text(tuned, 120)
+    assert "strengths found by a search" in page and "2.346" in page and "the high end" in " ".join(page.split()) and max(map(len, page.splitlines())) <= 120
+    written = tables.markdown(tuned).splitlines()
+    assert "| met | std | 2.346 | 90.0 | 89.5 | 3 | reached |" in written and "| --- | --- | ---: | ---: | ---: | ---: | --- |" in written
+    del tuned["tuned"]
+    assert tables.tuned_cells(results) == [] and tables.tuned_table(results) is None and "search" not in tables.text(results) + tables.markdown(results)
+
+
+def test_the_page_shows_what_was_searched(tuned):
+    shown = html.render([html.Page(name="one", results=tuned)])
+    assert "Tuned: strengths found by a search</figcaption>" in shown and '<td class="number">2.346</td>' in shown
+    assert shown.count("NOT reached") == 3, "JSON apart, once for each search"
+    del tuned["tuned"]
+    assert "Tuned:" not in html.render([html.Page(name="one", results=tuned)])
