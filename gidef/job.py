@@ -311,7 +311,7 @@ def _results(
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
     }  # fmt: skip
     content["verdict"] = verdict(content)

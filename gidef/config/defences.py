@@ -360,7 +360,8 @@ def trains(part: Any) -> bool:
 class Matched:
     """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
 
-    Validation accuracy alone is looked at. Accuracy must fall where the field rises.
+    Validation accuracy alone is looked at. It may fall or rise with the field: both ends of the range are tried first. A target that no trial comes
+    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest.
     """
 
     defence: Any = LearnedPerturbation()
@@ -376,6 +377,13 @@ class Matched:
     """Of accuracy, in hundredths, that the defence may cost."""
     trials: int = 6
     """Trainings of the search, at most."""
+
+    @property
+    def private_end(self) -> Literal["low", "high"] | None:
+        """The end of the range at which the defence protects most; None for a defence that is not of this page."""
+        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
+        owner = next((part for part in parts if self.field in _fields(part)), None)
+        return None if not isinstance(owner, DEFENCES) else "low" if self.field in WEAKENS else "high"
 
     def at(self, value: float) -> Any:
         """The defence with the field at a value."""
@@ -407,3 +415,5 @@ def _fields(part: Any) -> set[str]:
 
 DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)
 DEFENCES += (MixUp, InstaHide, ATS, DCS, SecureAggregation)
+WEAKENS = ("target_epsilon", "delta", "bound", "bits", "largest")
+"""Fields of theirs that protect less where they rise."""

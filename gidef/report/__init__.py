@@ -12,7 +12,9 @@
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
     training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
-    tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+    tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
+                  is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
+                  trials: int, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
