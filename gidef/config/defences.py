@@ -83,9 +83,16 @@ class BiDO:
     x_weight: float = 0.05
     """lambda_x, against cross-entropy in nats; published with y_weight: hsic (0.05, 0.5) and (0.1, 2), coco (1, 50)."""
     y_weight: float = 0.5
-    """lambda_y."""
+    """lambda_y, unless y_ratio is given."""
+    y_ratio: float | None = None
+    """lambda_y / lambda_x, so that a search over x_weight keeps it; published: 10 and 20 (hsic), 50 (coco)."""
     norm: Literal["spectral", "frobenius"] = "spectral"
     """Of coco: the paper's, or the one of its authors' code."""
+
+    @property
+    def label_weight(self) -> float:
+        """lambda_y."""
+        return self.y_weight if self.y_ratio is None else self.y_ratio * self.x_weight
 
 
 @_config

@@ -41,6 +41,8 @@
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   mse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
+    choice        null, or of a recipe with `choose`: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
+                  attack or null, within: of the points}]}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 
@@ -50,6 +52,7 @@ JSON has no NaN and no infinity: both become null, so a metric that can be infin
 """
 
 from gidef.report import html, results, tables
+from gidef.report.choice import choice
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
 from gidef.report.record import Record, read
@@ -59,6 +62,7 @@ __all__ = [
     "Console",
     "Record",
     "attack_curves",
+    "choice",
     "grid",
     "html",
     "learning_curves",

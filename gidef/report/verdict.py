@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gidef.report.certificate import certificates
+from gidef.report.choice import chosen
 from gidef.report.claim import claim
 from gidef.report.masking import CONTROL, masking
 from gidef.report.results import bound_named, interval_of, mean_of
@@ -67,8 +68,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def criteria(results: dict[str, Any]) -> list[str]:
-    """What is judged with pass or FAIL: the paper's claim, and the criterion of noise with a certificate."""
-    return claim(results) + certificates(results, is_undefended=is_undefended)
+    """The defence to take, of a recipe that chooses; and what is judged with pass or FAIL: the paper's claim, and the criterion of noise with a certificate."""
+    return chosen(results) + claim(results) + certificates(results, is_undefended=is_undefended)
 
 
 def strongest(rows: list[Row], measure: str = "psnr_db") -> Row | None:
