@@ -182,7 +182,7 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
     copied = _nbytes(dict(participation.players[0].model.named_parameters())) / 2**30 if overlapped else 0.0
     evaluation, attacks = recipe.evaluation, recipe.attacks.values()
     starts = sum(getattr(attack, "restarts", 1) for attack in attacks)
-    images = len(evaluation.checkpoints) * starts * evaluation.num_victims * 4 * setting.dataset.train.images[0].numel()
+    images = len(evaluation.checkpoints) * starts * len(setting.roles.victims) * 4 * setting.dataset.train.images[0].numel()
     return Forecast(
         cost=cost,
         train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),

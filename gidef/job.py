@@ -23,7 +23,7 @@ from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
 from gidef.parallel import World, open_world, seated, seats, with_mesh
-from gidef.report import Console, Record, html, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report import Console, Record, choice, html, learning_curves, partition_bars, read, results, tables, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
 from gidef.report.verdict import compare
@@ -246,7 +246,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
     attacks = ", ".join(f"{key} ({cells.effort(attack)})" for key, attack in recipe.attacks.items())
-    console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
+    console.say(f"attacks   {attacks or 'none'} on {len(run.setting.roles.victims)} training images{' kept for tuning' * (recipe.choose is not None)}, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s){_groups(recipe)}, {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
     ranks, about = _ranks(run), ", about, from a common queue" if recipe.speed.clients_schedule == "dynamic" else ""
@@ -315,10 +315,11 @@ def _results(
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in own.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
-        "pictures": found.pictures, "verdict": [],
+        "tuned": tuned, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
+        "pictures": found.pictures, "verdict": [], "choice": None,
     }  # fmt: skip
     content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
+    content["choice"] = choice(content)
     content["verdict"] = verdict(content)
     return content
 
@@ -464,6 +465,8 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     offered = {**config.PRESETS, **recipe.attacks}  # the recipe's own settings win over a preset of the same name
     if unknown := [name for name in arguments.attack or () if name not in offered]:
         raise InputError(f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}.")
+    if recipe.choose is not None and arguments.victims is not None:
+        raise InputError(f"--victims {arguments.victims}: the run chooses among its defences and attacks the images kept for tuning. Leave it out.")
     attacks = {name: _asked(name, offered[name], arguments) for name in arguments.attack or recipe.attacks}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,

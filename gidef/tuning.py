@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from gidef import config
 from gidef.errors import InputError
+from gidef.report.claim import MATCHED
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, train
 
 FILE = "tuning.json"
+CLOSE = 0.002
+"""Accuracy this near to the target ends the search."""
 
 
 def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int) -> list[tuple[float, float]]:
-    """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target; measure falls where the value rises.
+    """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target, whether measure falls or rises with the value.
 
     Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.
-    Returns: (value, measured) in the order tried; whoever calls takes the closest. The first two are high and then, if that falls
-             short of the target, low; it stops early where an end is already on the near side of the target, or something is within 0.002 of it.
+    Returns: (value, measured) in the order tried. The first two are high and low, whose accuracies tell the direction; one alone where high is on the
+             target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is not
+             looked at), else as soon as something is within 0.002 of it. Where measure is not monotone, one of its crossings is closed in on.
     """
     tried: list[tuple[float, float]] = []
 
@@ -28,17 +33,79 @@ def search(measure: Callable[[float], float], *, low: float, high: float, target
         tried.append((value, measure(value)))
         return tried[-1][1]
 
-    if at(high) >= target or trials == 1 or at(low) <= target:
+    top = at(high)
+    if trials == 1 or 0 <= top - target <= CLOSE:
         return tried
-    while len(tried) < trials and min(abs(found - target) for _, found in tried) > 0.002:
-        middle = float(f"{math.sqrt(low * high):.4g}")
-        low, high = (middle, high) if at(middle) > target else (low, middle)
+    bottom = at(low)
+    if not (bottom > target > top or top > target > bottom):
+        return tried
+    above, below = (low, high) if bottom > target else (high, low)
+    while len(tried) < trials and min(abs(found - target) for _, found in tried) > CLOSE:
+        middle = float(f"{math.sqrt(above * below):.4g}")
+        above, below = (middle, below) if at(middle) > target else (above, middle)
     return tried
 
 
-def closest(tried: list[tuple[float, float]], target: float) -> float:
-    """The value whose accuracy is closest to the target; of equals, the strongest."""
-    return min(tried, key=lambda one: (abs(one[1] - target), -one[0]))[0]
+def closest(tried: list[tuple[float, float]], target: float, *, private: Literal["low", "high"] | None = "high") -> float:
+    """The value to take of those tried: with the accuracy closest to the target; of equals, the strongest.
+
+    private: the end of the range at which the defence protects most, None where that is not known. Where accuracy is above the target at both ends, the
+    defence costs too little everywhere, and this end is taken, whichever is nearer: the two may differ by chance.
+    """
+    far = -1 if private == "low" else 1
+    if private and min(found for _, found in tried) > target + CLOSE:
+        return max(tried, key=lambda one: far * one[0])[0]
+    return min(tried, key=lambda one: (abs(one[1] - target), -far * one[0]))[0]
+
+
+def outcome(tried: list[tuple[float, float]], value: float, *, low: float, high: float, target: float) -> dict[str, Any]:
+    """How a search ended.
+
+    Returns: accuracy: at the value that was taken.  reached: whether it is within a point (`claim.MATCHED`) of the target.  end: "low" or "high" where the
+             value is that end of the range, else None.  direction: of accuracy from low to high, "falling", "rising" or "flat"; None after one trial.
+             monotone: whether no trial goes against it by more than 0.002.
+    """
+    accuracy, ordered = dict(tried)[value], [found for _, found in sorted(tried)]
+    change = ordered[-1] - ordered[0]
+    steps = [later - earlier for earlier, later in itertools.pairwise(ordered)]
+    return {
+        "accuracy": accuracy, "reached": abs(accuracy - target) <= MATCHED + 1e-9, "end": {low: "low", high: "high"}.get(value),
+        "direction": None if len(tried) == 1 else "flat" if change == 0 else "falling" if change < 0 else "rising",
+        "monotone": max(steps, default=0.0) <= CLOSE or min(steps, default=0.0) >= -CLOSE,
+    }  # fmt: skip
+
+
+def missed(one: dict[str, Any]) -> str:
+    """What a row says of a defence whose target was not reached, "" of one that reached it. one: an entry of `tuned` (an older one says nothing)."""
+    if one.get("reached", True):
+        return ""
+    said = f"target not reached: nearest is {one['field']} = {one['value']:g} at {100 * one['accuracy']:.1f} % validation accuracy, {100 * one['target']:.1f} % wanted"
+    return said + (f", at the {ENDS[one['end']]} end of the range" if one["end"] else "")
+
+
+def noted(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, those of defences that missed their target with a note that says so."""
+    said = {key: missed(one) for key, one in tuned.items()}
+    return [row | {"note": "; ".join(filter(None, (row.get("note"), said[row["defence"]])))} if said.get(row["defence"]) else row for row in rows]
+
+
+ENDS = {"low": "lower", "high": "upper"}
+
+
+def _tell(run: Run, key: str, one: dict[str, Any], trials: int) -> None:
+    """What a search found, on the console."""
+    run.console.say(f"{key}: {one['field']} = {one['value']:g}")
+    found = [accuracy for _, accuracy in one["tried"]]
+    if not one["reached"]:
+        if min(found) > one["target"]:
+            why = "whatever was tried costs less than wanted: accuracies are not matched. Look further out, or take it as a defence that costs nothing"
+        elif max(found) < one["target"]:
+            why = "whatever was tried costs more than wanted: accuracies are not matched. Look further out, or take it as a defence that always costs"
+        else:
+            why = f"{len(found)} of {trials} trials lie on both sides of it: accuracies are not matched. More trials may come nearer, unless accuracy jumps there"
+        run.console.notice(f"{key}: {missed(one)}; {why}.")
+    elif not one["monotone"]:
+        run.console.notice(f"{key}: accuracy does not go one way with {one['field']}, so that other values may reach the target as well.")
 
 
 def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]:
@@ -61,12 +128,15 @@ def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]
             return float(one.summary["val_accuracy"])
 
         tried = search(measure, low=matched.low, high=matched.high, target=target, trials=matched.trials)
-        value = closest(tried, target)
-        told[key] = {"field": matched.field, "value": value, "target": target, "tried": [[one, found] for one, found in tried]}
+        value = closest(tried, target, private=matched.private_end)
+        told[key] = {
+            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=matched.low, high=matched.high, target=target),
+            "trials": len(tried), "tried": [[one, found] for one, found in tried],
+        }  # fmt: skip
         run.append("tuned", defence=key, **told[key])
         if run.leads:
             write_atomically(run.folder / FILE, (json.dumps(told, indent=1) + "\n").encode())
-        run.console.say(f"{key}: {matched.field} = {value:g}")
+        _tell(run, key, told[key], matched.trials)
         for seed in recipe.seeds:
             trained[key, seed] = train(run, key, matched.at(value), seed)
     run.world.barrier()

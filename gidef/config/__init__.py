@@ -330,6 +330,18 @@ class Evaluation:
 
 
 @_config
+class Choose:
+    """Which defence of a recipe's grid to take: of those within `points` of the undefended net the one whose strongest attack gets least.
+
+    Validation accuracy is looked at, and attacks on the images kept for tuning (`evaluation.num_tuning`): they stand in the victims' place, which
+    are left alone for the comparison to come, as long as that has no more victims.
+    """
+
+    points: float = 2.0
+    """Of validation accuracy, in hundredths."""
+
+
+@_config
 class Speed:
     """May change the seconds, not the science."""
 
@@ -416,6 +428,8 @@ class Recipe:
     """Which modules leave the client: all of the classifier, the predictor only, or the decoder as well."""
     attacks: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
+    choose: Choose | None = None
+    """Attack the images kept for tuning instead of the victims, and say which defence to take."""
     speed: Speed = Speed()
     seeds: tuple[int, ...] = (0,)
     only: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "statistics_weight": 0, "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
-    "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
+    "std": 0, "x_weight": 0, "y_weight": 0, "y_ratio": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
     "shard_size": 1, "checkpoints_kept": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
@@ -165,6 +165,7 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
     if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
+    found.extend(_choice_problems(recipe))
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
     return found + _strength_problems(recipe)
@@ -201,6 +202,22 @@ def _strength_problems(recipe: Recipe) -> list[str]:
         ]  # fmt: skip
     if not levels and not foreign:
         found.append(f"evaluation.strengths={strengths}, but no defence here has noise on the latent to multiply: leave them at 1, or add LearnedPerturbation().")
+    return found
+
+
+def _choice_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of a choice among the recipe's defences."""
+    evaluation, found = recipe.evaluation, []
+    if recipe.choose is None:
+        return found
+    if not evaluation.num_tuning or evaluation.num_tuning % evaluation.batch_size:
+        found.append(
+            f"evaluation.num_tuning={evaluation.num_tuning}: a recipe with choose attacks these images, in full batches of evaluation.batch_size={evaluation.batch_size}. "
+            "Give a multiple of it."
+        )
+    plain = [isinstance(one, Undefended) for one in recipe.chosen.values()]
+    if not any(plain) or all(plain) or not recipe.attacks:
+        found.append("choose needs Undefended(), another defence to take, and an attack: add what is missing, or leave choose out.")
     return found
 
 

@@ -14,7 +14,9 @@
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round, process_peak_gib: resident memory of the process since it
                   began, largest of any rank, gpu_peak_gib: of PyTorch's tensors in this training, likewise; and, without costs, one per evaluation.strengths but 1, of the same training: defence: the row's name,
                   trained_as: the recipe's, strength, seed and the test results]
-    tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+    tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
+                  is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
+                  trials: int, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
@@ -47,6 +49,8 @@
                   psnr_db_difference, attacker_accuracy_difference: ours - other;  attacker_accuracy_change, mse_change: ours / other - 1; all four
                   {mean, low, high}, of the same victims, paired;  victims: of these intervals, 0 where there are none]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
+    choice        null, or of a recipe with `choose`: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
+                  attack or null, within: of the points}]}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 
@@ -56,6 +60,7 @@ JSON has no NaN and no infinity: both become null, so a metric that can be infin
 """
 
 from gidef.report import html, results, tables
+from gidef.report.choice import choice
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
 from gidef.report.record import Record, read
@@ -65,6 +70,7 @@ __all__ = [
     "Console",
     "Record",
     "attack_curves",
+    "choice",
     "grid",
     "html",
     "learning_curves",

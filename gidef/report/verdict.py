@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gidef.report.certificate import certificates
+from gidef.report.choice import chosen
 from gidef.report.claim import claim
 from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
@@ -69,9 +70,10 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def criteria(results: dict[str, Any]) -> list[str]:
-    """What is judged: the paper's claim, the learned perturbation beside its controls, and the criterion of noise with a certificate."""
+    """The defence to take, of a recipe that chooses; and what is judged: the paper's claim, the learned perturbation beside its controls, and the criterion of
+    noise with a certificate."""
     compared = results["comparisons"] if "comparisons" in results else compare(results, ())
-    return claim(results, compared) + controls(results, compared) + certificates(results, is_undefended=is_undefended)
+    return chosen(results) + claim(results, compared) + controls(results, compared) + certificates(results, is_undefended=is_undefended)
 
 
 def compare(results: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

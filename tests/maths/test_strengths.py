@@ -13,7 +13,7 @@ from gidef import build, cli, config, job, methods, observe, strengths
 from gidef.config import CVB, CapacityNoise, IsotropicNoise, JointMatching, LearnedPerturbation, NaiveMatching, PostHocDecoder, Precode, Undefended
 from gidef.errors import InputError
 from gidef.metrics import auc, psnr_db
-from gidef.report import tradeoff
+from gidef.report import kinds
 from gidef.rng import generator
 from gidef.training import Snapshot, Trained, train
 from tests.small_run import RECIPE, evaluated, one_thread, start, trained_once
@@ -136,7 +136,8 @@ def test_a_run_has_a_row_for_each_strength_and_says_so(swept):
     assert set(content["weights_sha256"]) == set(content["seconds"]["train"]) == {"undefended/0", "isotropic/0"}
     assert "isotropic at strength 4" in (folder / "table.csv").read_text() and "4 times as strong" in (folder / "table.md").read_text()
     page = (folder / "report.html").read_text()
-    assert "isotropic at strength 0" in page and tradeoff._kind(content, "isotropic at strength 4") == "IsotropicNoise"
+    assert "isotropic at strength 0" in page and kinds.family(content, "isotropic at strength 4") == "IsotropicNoise"
+    assert kinds.strengths({name: kinds.settings(content, name) for name in names}) == [["isotropic at strength 0", "isotropic", "isotropic at strength 4"]]
     costs = page[page.index('id="cost"') : page.index('id="origin"')].partition("Seconds of each")[0]
     assert "isotropic" in costs and "at strength" not in costs  # there is one training
     peak = tests["isotropic"]["process_peak_gib"]
