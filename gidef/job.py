@@ -33,9 +33,10 @@ from gidef.training import Run, Trained, fingerprint, reload, run_key
 RECIPE = restart.RECIPE
 
 
-def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
+def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None = None) -> dict[str, Any]:
     """Train each defence and seed, attack it, report. Every rank calls this; returns results.json's content (on rank 0, else {}).
 
+    part: (I, N), only the I-th of N `tuning.shares`, which is not empty; gidef.parts joins them.
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
@@ -71,7 +72,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             stack.enter_context(held(folder))
             if (folder / RECIPE).exists() and not recipe.resume:  # by now
                 raise InputError(f"{folder} holds a run already: continue it with --resume, or choose another --out.")
-            _write_recipe(recipe, name, folder)
+            write_recipe(recipe, name, folder)
         world.barrier()
         damaged: list[str] = []
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
@@ -84,10 +85,12 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 console.notice(text)
             if record is not None:
                 record.feed(follow.consumers(recipe.log, folder, name))
-            trained, tuned = tuning.train_all(run)
+            if part is not None:
+                console.notice(f"this is part {part[0]} of {part[1]} of {name}: its rows alone, which a page over all parts joins.")
+            trained, tuned = tuning.train_all(run, tuning.shares(recipe, part[1])[part[0]] if part is not None else None)
             attacked = strengths.evaluated(run, trained)
             found = audit.audit(run, attacked, folder=folder / "attacks")
-            content = _results(run, name, trained | attacked, found, tuned, seconds=time.perf_counter() - began)
+            content = describe(run, name, trained | attacked, found, tuned, seconds=time.perf_counter() - began, part=part)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -197,7 +200,7 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
 
 
-def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
+def write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
     content = {"name": name, "gidef": gidef.__version__, "job": restart.job(), "recipe": config.to_json(recipe)}
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -293,14 +296,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
-def _results(
-    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float
+def describe(
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float,
+    part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
     own = {place: one for place, one in trained.items() if one.strength == 1}
     content = {
-        "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe),
+        "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe), **({"part": list(part)} if part is not None else {}),
         "data": {
             "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
             "counts": {
@@ -452,7 +456,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
             attacked = strengths.evaluated(run, trained)
             findings = audit.audit(run, attacked, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained | attacked, findings, tuned, seconds=time.perf_counter() - began)
+            content = describe(run, name, trained | attacked, findings, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()

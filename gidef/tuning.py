@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from gidef import config
@@ -108,17 +108,52 @@ def _tell(run: Run, key: str, one: dict[str, Any], trials: int) -> None:
         run.console.notice(f"{key}: accuracy does not go one way with {one['field']}, so that other values may reach the target as well.")
 
 
-def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]:
-    """Train every defence and seed of the recipe, those without `Matched` first.
+Place = tuple[str, int]
+"""A defence and a seed."""
+
+
+def shares(recipe: config.Recipe, count: int) -> list[list[Place]]:
+    """The recipe's defences and seeds cut into so many shares of about the same work, in the recipe's order; some are empty where there are more than defences.
+
+    A search is one piece with all its seeds, as they take the strength that it finds; anything else is cut by seeds as well. Work is counted in
+    trainings, each with as much again for its attacks, and what is left of it with most goes where there is least: the same in every process.
+    """
+    pieces = []
+    for key, one in recipe.chosen.items():
+        places = [(key, seed) for seed in recipe.seeds]
+        pieces += [(places, 2 * len(places) + one.trials)] if isinstance(one, config.Matched) else [([place], 2) for place in places]
+    found: list[list[Place]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for places, work in sorted(pieces, key=lambda piece: -piece[1]):
+        least = loads.index(min(loads))
+        found[least] += places
+        loads[least] += work
+    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
+    return [sorted(share, key=order.index) for share in found]
+
+
+def _to_train(recipe: config.Recipe, wanted: Collection[Place]) -> list[Place]:
+    """Of the defences that need no search: those wanted, and the undefended net that a wanted search measures itself by."""
+    searched = [one for key, one in recipe.chosen.items() if isinstance(one, config.Matched) and one.accuracy is None and (key, recipe.seeds[0]) in wanted]
+    reference = [(key, recipe.seeds[0]) for key, one in recipe.chosen.items() if searched and isinstance(one, config.Undefended)][:1]
+    plain = [(key, seed) for key, one in recipe.chosen.items() if not isinstance(one, config.Matched) for seed in recipe.seeds]
+    return [place for place in plain if place in wanted or place in reference]
+
+
+def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[Place, Trained], dict[str, Any]]:
+    """Train every defence and seed of the recipe, or those wanted, one of `shares`; those without `Matched` first.
+
+    An undefended net that a search measures itself by is trained too, though not returned where nobody wants it.
 
     Returns: what was trained, and what was tuned (see `resolved`). Every rank calls this together; a resumed run finds its trials again.
     """
     recipe = run.recipe
-    plain = {key: one for key, one in recipe.chosen.items() if not isinstance(one, config.Matched)}
-    trained = {(key, seed): train(run, key, one, seed) for key, one in plain.items() for seed in recipe.seeds}
+    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
+    wanted = order if wanted is None else wanted
+    trained = {(key, seed): train(run, key, recipe.chosen[key], seed) for key, seed in _to_train(recipe, wanted)}
     told: dict[str, Any] = {}
     for key, matched in recipe.chosen.items():
-        if not isinstance(matched, config.Matched):
+        if not isinstance(matched, config.Matched) or (key, recipe.seeds[0]) not in wanted:
             continue
         target = _target(run, key, matched, trained)
         run.console.say(f"{key}: looking for {matched.field} in [{matched.low:g}, {matched.high:g}] at {100 * target:.1f} % validation accuracy")
@@ -140,11 +175,10 @@ def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]
         for seed in recipe.seeds:
             trained[key, seed] = train(run, key, matched.at(value), seed)
     run.world.barrier()
-    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
-    return {place: trained[place] for place in order}, told
+    return {place: trained[place] for place in order if place in wanted}, told
 
 
-def _target(run: Run, key: str, matched: config.Matched, trained: dict[tuple[str, int], Trained]) -> float:
+def _target(run: Run, key: str, matched: config.Matched, trained: dict[Place, Trained]) -> float:
     """The wanted validation accuracy: as given, or so many points below the undefended net of the same seed."""
     if matched.accuracy is not None:
         return matched.accuracy

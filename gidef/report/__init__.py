@@ -5,6 +5,7 @@
 
     format        1
     recipe        the resolved recipe;  recipe_name: str
+    part          [I, N] of a run in parts: rows and trainings are those of the I-th share alone; not there in a whole run
     data          name, source, md5 (or null), synthetic: bool, counts: {train, val, test, victims, tuning, judge, ...}
     versions      {python, torch, timm, gidef, ...: str};  hardware: {...}
     seeds         [int];  world_size: int;  threads: int

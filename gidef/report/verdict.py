@@ -48,6 +48,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
     said = []
     if results["data"]["synthetic"]:
         said.append("SYNTHETIC DATA: the images are made up, so no number here says anything about patients.")
+    if part := results.get("part"):
+        said.append(f"Part {part[0]} of {part[1]} of a run: what follows is about its own rows, and what it misses may stand in another part. Read the page that joins them.")
     if not results["rows"]:
         return [*said, "No attack was run, so this run says nothing about privacy.", *_accuracy_cost(results)]
     said += [_scope(results), *_demonstration(results)]
