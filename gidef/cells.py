@@ -168,6 +168,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
     if isinstance(attack, config.ImprintServer):
         said.append(f"the server changes the model: {attack.bins} bins before its first layer")
+        if one.training.defence.transforms or one.training.defence.budget is not None:
+            said.append("what leaves is defended, bins and all, and the attack reads it as if it were not")
     if isinstance(attack, config.ZeroedLevel):
         floor = getattr(one.training.defence.model.perturbation, "std_floor", None)
         said.append("the server sends a noise level of nought; " + ("the client has no floor" if floor is None else "the client's floor holds"))

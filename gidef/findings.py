@@ -47,7 +47,7 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     evaluation = run.recipe.evaluation
     malicious = isinstance(cell.attack, (config.ImprintServer, config.ZeroedLevel))
     server = "malicious" if malicious else "honest but curious"
-    granted = getattr(cell.attack, "labels", "not needed")
+    granted = getattr(cell.attack, "labels", "not needed")  # A11 grants none either, and recovers them
     knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels"}
     knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
