@@ -147,6 +147,18 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     return ""
 
 
+def beyond(run: Run, one: Trained, attack: Any) -> list[str]:
+    """What an attack is handed that the run's adversary does not have, in words; an attack with any is a bound on attackers."""
+    if isinstance(attack, config.PostHocDecoder):
+        return ["is given the latent"]
+    said, joint = [], isinstance(attack, config.JointMatching)
+    if run.recipe.share_policy == "head" and (joint or getattr(attack, "front", "") == "known"):
+        said.append("knows the private front")
+    if joint and keeps_decoder(run, one) and attack.decoder == "known":
+        said.append("knows the private decoder")
+    return said
+
+
 def note_of(run: Run, one: Trained, attack: Any) -> str:
     """What sets an attack apart, above all what it is granted beyond the threat model."""
     said = []

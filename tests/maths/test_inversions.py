@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
 import torch
 
-from gidef import applications, audit, build, config, findings, fits, inversions, methods, parity
+from gidef import applications, audit, build, config, findings, fits, inversions, methods, metrics, parity
 from gidef.attack import Calibration
 from gidef.cells import make_cells
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
@@ -379,6 +380,39 @@ def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
     cell.reconstructions = [wrong, right[1], *broken[2:]]
     [row] = findings.rows(run, [cell, other], {id(one): scorer.score(cell.victims, one.reconstructions) for one in (cell, other)})
     assert row["label_recovery"] == 0.75  # ½ of the first victim, 1 of the second
+
+
+def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without_bounds(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"smoke": config.Standard(version="smoke")})
+    cells = cells_of(run, found, tmp_path, "learned")
+    truth = cells[0].victims.images
+    good = {"naive": 0.3, "joint": 0.1, "decoder": 0.05}  # of these the images are the truth, so far off; the others give its negative, worse than grey
+    for cell in cells:
+        far = good.get(cell.name.removeprefix("smoke - "))
+        images = 1 - truth if far is None else torch.where(truth > 0.5, truth - far, truth + far)
+        cell.reconstructions = [Reconstruction(one.clone(), labels, 0.0, torch.zeros(1)) for one, labels in zip(images, cell.victims.labels, strict=True)]
+        failed = inversions.failures(cell, "it broke")
+        if cell.name.removeprefix("smoke - ") in good:
+            cell.reconstructions[0] = failed[0]  # of the first victim only the worse than grey are left
+        cell.reconstructions[3] = failed[3]
+        if far == 0.05:
+            cell.reconstructions[2] = failed[2]
+    scorer = Scorer(run, make_judge(8, (3, 16, 16), seed=0).eval())
+    scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
+    grey = metrics.psnr_db(torch.full_like(truth, 0.5).flatten(0, 1), truth.flatten(0, 1))
+    negative = metrics.psnr_db((1 - truth).flatten(0, 1), truth.flatten(0, 1))
+    assert float(negative[0]) < float(grey[0])  # the failed ones' grey would win
+    fair, whole = [row for row in findings.rows(run, cells, scored) if row["attack_id"] == "standard"]
+    naive = [max(-20 * math.log10(0.3), float(negative[victim])) for victim in range(4)]
+    for row, second, third in ((whole, -20 * math.log10(0.05), 20.0), (fair, naive[1], naive[2])):
+        assert row["psnr_db"]["mean"] == pytest.approx((float(negative[0]) + second + third + float(grey[3])) / 4, abs=1e-4), row["attack"]
+        assert row["failed"] == 1 and sum(row["worst_by"].values()) == 3 and "none 1, where all failed" in row["note"]
+    assert whole["worst_by"]["decoder"] == whole["worst_by"]["joint"] == 1 and not {"decoder", "joint"} & fair["worst_by"].keys()
+    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "rounds"}
+    assert whole["threat"]["beyond"]["decoder"] == ["is given the latent"] and whole["threat"]["beyond"]["joint"] == ["knows the private decoder"]
+    assert "bounds beyond that: joint knows the private decoder" in whole["threat"]["name"] and "beyond" not in fair["threat"]
+    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 3
 
 
 def test_results_of_another_recipe_are_refused(trained, tmp_path):
