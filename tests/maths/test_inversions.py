@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from gidef import applications, audit, build, config, findings, fits, inversions, methods, metrics, parity
-from gidef.attack import Calibration
+from gidef import attack as attacks
+from gidef.attack import Calibration, drain, run_chunk
 from gidef.cells import make_cells
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError, StorageError
-from gidef.models import make_judge
+from gidef.models import decoder_for, make_judge
 from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
@@ -380,6 +381,29 @@ def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
     cell.reconstructions = [wrong, right[1], *broken[2:]]
     [row] = findings.rows(run, [cell, other], {id(one): scorer.score(cell.victims, one.reconstructions) for one in (cell, other)})
     assert row["label_recovery"] == 0.75  # ½ of the first victim, 1 of the second
+
+
+def test_an_attack_of_two_stages_keeps_the_curve_the_candidates_and_the_first_fit_of_both(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"generative": config.GenerativePrior(iterations=10, code=64)})
+    cells, fitted = cells_of(run, found, tmp_path, "undefended"), {"generator": decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0)}
+    for task in inversions.matching_tasks(run, cells, lambda cell: fitted, tmp_path):
+        task.do(0, lambda units: None)
+    inversions.collect(run, cells[0])
+    plan = methods.plan(methods.make_case(run, cells[0].trained, cells[0].snapshot, cells[0].attack, cells[0].releases, seed=0, fitted=fitted))
+    chunk = tuple((observation, 0) for observation in range(4))
+    codes = drain(run_chunk(chunk, plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    pixels = drain(run_chunk(chunk, plan.observations, plan.make_simulate(), methods.refined(plan, codes), seed=0))
+    for row, (one, attempt) in enumerate(zip(cells[0].reconstructions, cells[0].attempts, strict=True)):
+        torch.testing.assert_close(one.losses, torch.cat([codes["losses"][row], pixels["losses"][row, 1:]]), rtol=1e-3, atol=1e-4)
+        assert len(one.losses) == 11 and one.iterations == attempt["iterations"] == 4 + 8 and len(one.snapshots) == methods.SNAPSHOTS
+        assert one.first_fit == pytest.approx(float(codes["first_fit"][row]), rel=1e-4) and one.fit == pytest.approx(float(pixels["fit"][row]), rel=1e-2)
+        torch.testing.assert_close(one.snapshots[1].float(), codes["images"][row], atol=2e-3, rtol=0)  # the best code's image, before pixels
+    long = [{**part, "losses": torch.linspace(*ends, 200).expand(4, -1)} for part, ends in ((codes, (0.0, 300.0)), (pixels, (300.0, 1000.0)))]
+    long[1] |= {"failure": torch.tensor([0, 3, 1, 0]), "failed_at": torch.tensor([0, 5, 0, 0])}  # lost in the second stage; a zero update
+    joined = attacks.joined(long, [300, 700])
+    torch.testing.assert_close(joined["losses"], torch.linspace(0, 1000, 200).expand(4, -1), atol=2.5, rtol=0)  # evenly, to a point of the longer stage
+    assert joined["failed_at"].tolist() == [0, 305, 0, 0]
 
 
 def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without_bounds(trained, tmp_path):
