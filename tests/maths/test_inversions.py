@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -10,7 +11,7 @@ import re
 import pytest
 import torch
 
-from gidef import applications, audit, build, config, findings, fits, inversions, methods, metrics, parity
+from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, run_chunk
 from gidef.cells import make_cells
@@ -363,6 +364,23 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     applications.collect(run, learned)
     text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
     assert {one.error for one in learned.reconstructions} == {text}
+
+
+def test_a_guessed_decoder_is_trained_as_long_as_its_attack_says_and_never_longer_than_asked(trained, tmp_path, monkeypatch):
+    run, found = trained
+    kinds = {"guessed": config.JointMatching(decoder="surrogate"), "learned": config.LearnedInversion(steps=9, gradients=3), "short": config.JointMatching(decoder="surrogate", surrogate_steps=2)}
+    asked = argparse.Namespace(iterations=None, restarts=None, labels=None, steps=4)
+    attacks = {name: job._asked(name, attack, asked) for name, attack in kinds.items()}
+    assert [one.surrogate_steps for one in attacks.values()] == [4, 4, 2] and (attacks["learned"].steps, attacks["learned"].gradients) == (4, 3)
+    cells, steps, fit = cells_of(with_speed(run, attacks=attacks), found, tmp_path, "learned"), [], fits.fit_decoder
+    monkeypatch.setattr(fits, "fit_decoder", lambda *given, **how: steps.append(how["steps"]) or fit(*given, **how))
+    tasks = fits.tasks(run, cells, tmp_path)
+    assert [task.cost for task in tasks] == [4, 2]
+    for task in tasks:
+        task.do(0, lambda units: None)
+    long, same, short = (fits.surrogate(run, cell) for cell in cells)
+    assert steps == [4, 2] and all(torch.equal(long[name], tensor) for name, tensor in same.items()) and any(not torch.equal(long[name], tensor) for name, tensor in short.items())
+    assert [config.standard(version)["joint guessed decoder"].surrogate_steps for version in ("standard", "quick", "smoke")] == [600, 150, 2]
 
 
 def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
