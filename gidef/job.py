@@ -504,7 +504,7 @@ def _asked(name: str, attack: Any, arguments: argparse.Namespace) -> Any:
     return dataclasses.replace(attack, **fitting)
 
 
-TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
+TRAINING = ("steps", "fit_steps", "shadow_steps", "surrogate_steps", "gradients")
 """Fields of attacks that say how long something is trained on public images."""
 
 

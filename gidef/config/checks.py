@@ -42,7 +42,7 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
     "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
-    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
+    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "surrogate_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "statistics_weight": 0, "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "std": 0, "x_weight": 0, "y_weight": 0, "y_ratio": 0, "width": 1, "kernel": 1,

@@ -29,7 +29,7 @@
                   batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
-                  victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
+                  victims: images attacked;  failed: of these, in all seeds together, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   above_class_mean_db: PSNR less that of the victim's class mean, paired
                   certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
@@ -38,7 +38,9 @@
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
                   label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
-                  ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
+                  ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row, which counts failed
+                  attempts on a victim only where all failed;  without: of its row without bounds, the members that were left out;  threat.beyond: {member:
+                  what it is handed beyond the threat model} of the row with them
                   calibration: how many attacks ran as one program, how, and what else was tried
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]

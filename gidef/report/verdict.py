@@ -197,7 +197,7 @@ def _on_latent(results: dict[str, Any], row: Row) -> str:
 def _ensemble(results: dict[str, Any], row: Row) -> str:
     limit, worst = _limit(results), _worst(row["psnr_db"])
     text = f"{_called(results, row, start=True)} {_at(results, row)}: the worst case per image over the {row.get('members', 'several')} attacks of "
-    text += f'version "{row.get("version", "standard")}" is {_db(row)}'
+    text += f'version "{row.get("version", "standard")}"{" that are handed nothing beyond the threat model" if row.get("without") else ""} is {_db(row)}'
     text += f", {worst:.1f} dB for the most leaked image" if worst is not None else ""
     if limit is not None:
         text += f"; the class mean has {limit - MARGIN_DB:.1f} dB"
@@ -213,7 +213,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
     bad = [row for row in results["rows"] if row.get("failed")]
     if not bad:
         return []
-    failed, tried = sum(row["failed"] for row in bad), sum(row["victims"] for row in bad)
+    failed, tried = sum(row["failed"] for row in bad), sum(row["victims"] * len(row.get("seeds") or [0]) for row in bad)
     where = ", ".join(dict.fromkeys(f"{row['defence']} under {row['attack']}" for row in bad))
     return [f"{failed} of {tried} reconstructions failed and count as mid-grey, which flatters the defence ({where})."]
 
