@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, restart, tuning
+from gidef import audit, build, cells, config, copies, findings, importing, restart, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
@@ -83,9 +83,10 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 console.notice(text)
             if record is not None:
                 record.feed(follow.consumers(recipe.log, folder, name))
+            nets = copies.check(run, recipe.chosen, folder / copies.FILE)
             trained, tuned = tuning.train_all(run)
             found = audit.audit(run, trained, folder=folder / "attacks")
-            content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, found, tuned, nets, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -291,7 +292,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _results(
-    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], nets: list[dict[str, Any]], *, seconds: float
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
@@ -311,7 +312,7 @@ def _results(
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "nets": nets, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
     }  # fmt: skip
     content["verdict"] = verdict(content)
@@ -442,9 +443,10 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
             for note in dict.fromkeys([*said, *setting.dataset.notes]):
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
+            nets = copies.check(run, defences, out / copies.FILE)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
             findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained, findings, tuned, seconds=time.perf_counter() - began)
+            content = _results(run, name, trained, findings, tuned, nets, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()

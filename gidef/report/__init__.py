@@ -13,6 +13,9 @@
     training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
                   client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
     tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+    nets          [one per network that was attacked: defences: [names];  changes: [what was changed in it for gradients of gradients, and of its dropout];
+                  parity: how far the attacks' first gradient is from the untouched network's, relative, in float64, null where not checked;
+                  skipped: why it was not;  statistics: {changes, parity} of the copy that GradInversion takes statistics of]
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
