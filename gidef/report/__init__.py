@@ -23,7 +23,7 @@
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
-                  batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
+                  batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "proxy" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
