@@ -424,8 +424,12 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         contextlib.ExitStack() as stack,
     ):
         world = seated(world)
+        if (size := new.speed.shard_size) > 1 and world.size % size == 0:
+            world = with_mesh(world, size, timeout_s=new.speed.stall_s)
         settle_threads(new)
         said: list[str] = []
+        if size > 1 and world.mesh is None:
+            said.append(f"{world.size} rank(s) make no groups of {size} (speed.shard_size): every network is attacked on one rank.")
         setting = build.load_setting(new, world=world, notice=said.append, folder=folder)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
