@@ -14,7 +14,7 @@ from typing import Any
 
 from gidef import applications, build, config, findings, fits
 from gidef.cells import Task, make_cells
-from gidef.inversions import collect, matching_tasks
+from gidef.inversions import collect, in_groups, matching_tasks
 from gidef.parallel import run_tasks
 from gidef.releases import Releases
 from gidef.scores import Scorer
@@ -43,6 +43,8 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     _work(run, [*(fits.judge_task(run, *one) for one in judges), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
     _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
     _work(run, applications.tasks(run, own), "attacks without matching: step")
+    if run.world.mesh is not None:
+        in_groups(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder))
     matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
     began = time.perf_counter()
     chunks = _work(run, matching, "attack: iteration")

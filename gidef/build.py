@@ -192,23 +192,32 @@ def make_model(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, pe
 
     cut: in the place of the recipe's.
     """
+    model, backbone = recipe.model, make_net(recipe, dataset, seed=seed)
+    mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
+    return SplitModel(
+        backbone, cut=model.cut if cut is None else cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
+        input_mean=mean, input_std=std,
+    )  # fmt: skip
+
+
+def make_net(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, untouched: bool = False) -> torch.nn.Module:
+    """The recipe's backbone, with BatchNorm as `model.norm` has it. untouched: see `make_backbone`; BatchNorm is PyTorch's own then, in train mode for
+    norm=keep, in eval mode for frozen."""
     model = recipe.model
     backbone = make_backbone(
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm="group" if model.norm == "group" else "keep",
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
-        options={} if model.neck is None else {"neck": model.neck},
+        options={} if model.neck is None else {"neck": model.neck}, untouched=untouched,
     )  # fmt: skip
+    if untouched:
+        return backbone.train(model.norm == "keep")
     if model.norm == "frozen":
         freeze_batch_norm(backbone)
     elif model.norm == "keep":
         move_batch_norm(backbone).train()
     elif has_batch_statistics(backbone):
         raise InputError(f"model.norm=group leaves {model.name} with running statistics that are no BatchNorm's: replace their layers in the model.")
-    mean, std = _input_statistics(model.normalise, backbone, dataset.image_shape[0])
-    return SplitModel(
-        backbone, cut=model.cut if cut is None else cut, perturbation=perturbation, image_shape=dataset.image_shape, num_classes=dataset.num_classes,
-        input_mean=mean, input_std=std,
-    )  # fmt: skip
+    return backbone
 
 
 def _input_statistics(normalise: str, backbone: torch.nn.Module, channels: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:

@@ -30,6 +30,7 @@ Scored = dict[int, dict[str, Tensor]]
 
 KNOWN = {
     "batch": "told the batch's statistics by the change of the running ones", "running": "knows the running statistics", "none": "knows no statistics of use",
+    "proxy": "estimates the batch's statistics from public images",
 }  # fmt: skip
 
 

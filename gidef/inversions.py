@@ -16,12 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gidef import attack as attacks
-from gidef import build, config, methods, parity
+from gidef import build, config, methods, observe, parity
 from gidef.attack.ladder import climb
-from gidef.attack.large import on_module
+from gidef.attack.large import invert_large, on_module
 from gidef.cells import Cell, Task, mark
 from gidef.checkpoint import load_file, save_file
+from gidef.clients.participate import DECODER
+from gidef.clients.sharded import cut_up
 from gidef.errors import InputError, StorageError
+from gidef.models import SplitModel
+from gidef.models.cuts import BEFORE
 from gidef.report.files import write_atomically
 from gidef.training import Run
 from gidef.types import Reconstruction, Tensors
@@ -46,18 +50,65 @@ def matching_tasks(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dic
     """One task per chunk of attacks that is not done yet. Every rank gets the same list, so all call this together."""
     tasks = []
     for cell in cells:
-        try:
-            plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
-        except StorageError:
-            raise
-        except Exception as error:  # what it needs was not trained, or it cannot be planned: it failed, which is a result; the others go on
-            cell.failure = worded(error)
-            run.console.notice(f"{cell.label}: the attack failed: {cell.failure}")
-            continue
-        if cell.control:
-            plan = dataclasses.replace(plan, observations=methods.shuffled(plan.observations, seed=cell.seed))
-        tasks += _tasks_of(run, cell, plan, folder)
+        plan = _planned(run, cell, fitted)
+        tasks += [] if plan is None else _tasks_of(run, cell, plan, folder)
     return tasks
+
+
+def _planned(run: Run, cell: Cell, fitted: Callable[[Cell], dict[str, Any]]) -> methods.Plan | None:
+    """None for a cell that failed before it began, which is told once."""
+    if cell.failure:
+        return None
+    try:
+        plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+    except StorageError:
+        raise
+    except Exception as error:  # what it needs was not trained, or it cannot be planned: it failed, which is a result; the others go on
+        cell.failure = worded(error)
+        run.console.notice(f"{cell.label}: the attack failed: {cell.failure}")
+        return None
+    if cell.control:
+        plan = dataclasses.replace(plan, observations=methods.shuffled(plan.observations, seed=cell.seed))
+    return plan
+
+
+def in_groups(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str, Any]]) -> None:
+    """Where a client spans several ranks, so do attacks on the module itself: each group of ranks attacks every so manieth victim on one network in
+    slices (FSDP2), into files as those of `matching_tasks`, to which all other attacks are left. All ranks call this together.
+
+    The observed update and the weights lie whole on each rank; the network that is attacked, its gradients and what is moved are in slices. Images agree
+    with those of one rank but for rounding. An error of one rank ends the run, as in training.
+    """
+    mesh = run.world.mesh
+    for cell in cells:
+        plan = _planned(run, cell, fitted)
+        if plan is None or not on_itself(run, cell, plan):
+            continue
+        starts, own = range(plan.matching.starts), mark(run, cell)
+        done = {observation for observation, _ in run.world.broadcast_json(_done(cell.folder, own))}
+        left = [observation for observation in range(len(plan.observations)) if observation not in done]
+        if not left:
+            continue
+        run.console.say(f"{cell.label}: {len(left) * len(starts)} attacks, one network over each {mesh.shard.size} ranks")
+        module = copy.deepcopy(cell.trained.training.defence.model).to(run.world.device)
+        cut_up(module, mesh.device_mesh["shard"])
+        mine = left[mesh.clients.rank :: mesh.clients.size]
+        with run.console.track("attack in groups: iteration", len(mine) * len(starts) * plan.matching.iterations) as bar:
+            over = 0
+            for observation in mine:
+                began, chunk = time.perf_counter(), tuple((observation, start) for start in starts)
+                running = invert_large(plan.observations[observation], module, plan.matching, seed=cell.seed, chunk=chunk, checkpointing=recomputable(module))
+                while True:
+                    try:
+                        bar.update(over + int(next(running).done))
+                    except StopIteration as end:
+                        result = end.value
+                        break
+                over += len(starts) * plan.matching.iterations
+                if mesh.shard.rank == 0:
+                    meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": {}, "mode": "groups", "at_once": 1}
+                    save_file(cell.folder / f"attacks-{observation:05d}-000-{len(chunk):04d}.safetensors", result, meta)
+        run.world.barrier()
 
 
 def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Task]:
@@ -133,16 +184,39 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
     return [task(chunk) for chunk in chunks]
 
 
+def on_itself(run: Run, cell: Cell, plan: methods.Plan) -> bool:
+    """Whether an attack can run on the module itself, see `attack.large`: A0 by descent, and A3, that match one gradient of the cross-entropy alone."""
+    attack, defence = cell.attack, cell.trained.training.defence
+    left_out = (config.EotMatching, config.DeepLeakage, config.DecoderAware, config.GenerativePrior, config.MultiRound)
+    joint = isinstance(attack, config.JointMatching)
+    if not isinstance(attack, config.NaiveMatching) or isinstance(attack, left_out) or callable(getattr(attack, "plan", None)):
+        return False
+    if joint and (defence.transforms or defence.encoders or defence.secure is not None or any(name.startswith(DECODER) for name in plan.observations[0].params)):
+        return False
+    if joint and observe.terms(attack, run.recipe.evaluation.released_loss) != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
+        return False
+    return plan.matching.coupling is None and not plan.matching.searched and run.recipe.evaluation.release == "gradient"
+
+
 def _large(run: Run, cell: Cell, plan: methods.Plan) -> Callable[[attacks.Chunk], Generator[attacks.Progress, None, Tensors]] | None:
-    """The last resort where memory runs out: the attack on the module itself. For attacks that match the cross-entropy of one noise-free pass."""
-    plain = isinstance(cell.attack, config.NaiveMatching) and not isinstance(cell.attack, (config.JointMatching, config.EotMatching, config.DeepLeakage))
-    if not plain or plan.matching.coupling is not None or plan.matching.searched or run.recipe.evaluation.release != "gradient":
+    """The last resort where memory runs out: the attack on the module itself."""
+    if not on_itself(run, cell, plan):
         return None
 
     def module() -> torch.nn.Module:
         return copy.deepcopy(cell.trained.training.defence.model).to(run.world.device)
 
-    return on_module(plan.observations, module, plan.matching, seed=cell.seed, checkpointing=True, every_s=REPORT_S)
+    checkpointing = recomputable(cell.trained.training.defence.model)
+    return on_module(plan.observations, module, plan.matching, seed=cell.seed, checkpointing=checkpointing, every_s=REPORT_S)
+
+
+def recomputable(model: SplitModel) -> bool:
+    """Whether blocks may be computed again in the backward pass: not where the latent is changed inside of one, which happens in a forward pass alone."""
+    if model.perturbation is None and not model.latent_norm:
+        return True
+    parts = model.cut.removeprefix(BEFORE).split(".")
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    return not any(isinstance(model.backbone.get_submodule(".".join(parts[:depth])), lists) for depth in range(len(parts) - 1))
 
 
 def _notice(run: Run, cell: Cell, programs: attacks.Programs, text: str) -> None:

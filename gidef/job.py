@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, restart, strengths, tuning
+from gidef import audit, build, cells, config, copies, findings, importing, restart, strengths, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
@@ -87,10 +87,11 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
                 record.feed(follow.consumers(recipe.log, folder, name))
             if part is not None:
                 console.notice(f"this is part {part[0]} of {part[1]} of {name}: its rows alone, which a page over all parts joins.")
+            nets = copies.check(run, recipe.chosen, folder / copies.FILE)
             trained, tuned = tuning.train_all(run, tuning.shares(recipe, part[1])[part[0]] if part is not None else None)
             attacked = strengths.evaluated(run, trained)
             found = audit.audit(run, attacked, folder=folder / "attacks")
-            content = describe(run, name, trained | attacked, found, tuned, seconds=time.perf_counter() - began, part=part)
+            content = describe(run, name, trained | attacked, found, tuned, nets, seconds=time.perf_counter() - began, part=part)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -297,7 +298,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def describe(
-    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float,
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], nets: list[dict[str, Any]], *, seconds: float,
     part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
@@ -319,7 +320,7 @@ def describe(
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in own.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "nets": nets, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [], "choice": None,
     }  # fmt: skip
     content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
@@ -434,8 +435,12 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         contextlib.ExitStack() as stack,
     ):
         world = seated(world)
+        if (size := new.speed.shard_size) > 1 and world.size % size == 0:
+            world = with_mesh(world, size, timeout_s=new.speed.stall_s)
         settle_threads(new)
         said: list[str] = []
+        if size > 1 and world.mesh is None:
+            said.append(f"{world.size} rank(s) make no groups of {size} (speed.shard_size): every network is attacked on one rank.")
         setting = build.load_setting(new, world=world, notice=said.append, folder=folder)
         out = Path(world.broadcast_json(arguments.out or str(folder / "attacked" / time.strftime("%Y-%m-%d-%H%M%S"))))
         if (out / "results.json").exists():
@@ -453,10 +458,11 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
             for note in dict.fromkeys([*said, *setting.dataset.notes]):
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
+            nets = copies.check(run, defences, out / copies.FILE)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
             attacked = strengths.evaluated(run, trained)
             findings = audit.audit(run, attacked, folder=out / "attacks", pictures=out / "pictures")
-            content = describe(run, name, trained | attacked, findings, tuned, seconds=time.perf_counter() - began)
+            content = describe(run, name, trained | attacked, findings, tuned, nets, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()

@@ -20,8 +20,9 @@ from torch.func import functional_call
 from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
+from gidef.attack.labels import LocalSteps
 from gidef.attack.optimisers import Adam
-from gidef.attack.priors import Prior, bn_statistics, decoder_aware
+from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
 from gidef.attack.simulate import DRAWS
 from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
@@ -30,6 +31,8 @@ from gidef.rng import generator
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
 
+PUBLIC = 512
+"""Public images, at most, of which statistics are estimated."""
 SNAPSHOTS = 8
 """Candidates on the way that are kept of every attack, for the evaluator's curves."""
 
@@ -80,12 +83,16 @@ class Case:
     fitted: Mapping[str, Any] = field(default_factory=dict)
     searched: Mapping[str, Searched] = field(default_factory=dict)
     """Of what the client did to its images and labels, where the attack adapts; `simulator` looks for them in `known`."""
-    statistics: Literal["batch", "running", "none"] = "none"
+    statistics: Literal["batch", "running", "proxy", "none"] = "none"
     """What is known of BatchNorm's statistics, see `observe.statistics_known`."""
     moves_statistics: bool = False
     """Whether the client normalises by its batches."""
     steps: int = 1
     """Local steps behind a release."""
+    local: LocalSteps | None = None
+    """What is told of them where the release is a delta."""
+    public: Tensor | None = None
+    """Public images (n, C, H, W) in [0, 1], for an attack that estimates statistics."""
 
     @property
     def observations(self) -> list[Observation]:
@@ -102,7 +109,7 @@ class Case:
             own["optimiser"] = Adam(sign={False: "none", True: "hard"}.get(own.get("signed", False), "soft"), langevin=langevin)
         granted = getattr(self.attack, "labels", "known")
         own |= {name: True for name, asked in (("search_labels", "searched"), ("soft_labels", "soft")) if granted == asked}
-        common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched}
+        common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched, "local": self.local}
         return {**common, **own, **changes}
 
     def matching(self, **changes: Any) -> Matching:
@@ -127,7 +134,16 @@ def make_case(
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
         statistics=observe.statistics_known(run, trained, snapshot, attack), moves_statistics=trained.training.participation.moves_statistics,
         steps=recipe.evaluation.local_steps if recipe.evaluation.release == "delta" else 1,
+        local=LocalSteps(lr=recipe.evaluation.local_lr, steps=recipe.evaluation.local_steps) if recipe.evaluation.release == "delta" else None,
+        public=_public(run, seed=seed) if getattr(attack, "statistics", "") == "proxy" else None,
     )  # fmt: skip
+
+
+def _public(run: Run, *, seed: int) -> Tensor:
+    """Some of the validation split, on the device."""
+    images = run.setting.dataset.val.images
+    some = torch.randperm(len(images), generator=generator(seed, "public images for statistics"))[:PUBLIC]
+    return images[some].to(run.world.device, torch.float32) / 255
 
 
 def plan(case: Case) -> Plan:
@@ -224,7 +240,7 @@ def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
     names, known = norm_names(case.model), case.observations[0].known
     if case.statistics == "none":
         return None, mine
-    wanted = [place for place, name in enumerate(names) if case.statistics == "running" or f"{STATISTICS}{name}.mean" in known]
+    wanted = [place for place, name in enumerate(names) if case.statistics in ("running", "proxy") or f"{STATISTICS}{name}.mean" in known]
     if not wanted:
         return None, mine
     momenta = [case.model.get_submodule(names[place]).momentum or 0.0 for place in wanted]
@@ -236,6 +252,11 @@ def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
             tuple(sum(w * one[place][which] for w, one in zip(own, each, strict=True)) / sum(own) for which in range(2))
             for place, own in zip(wanted, weights, strict=True)
         ]
+
+    if case.statistics == "proxy":
+        first = case.observations[0]
+        found = proxy_statistics(statistics_of, first.params, first.known, case.public, batch_size=first.num_examples)
+        return bn_statistics(statistics_of, found, source="proxy"), mine
 
     def target(params: Tensors, known: Tensors) -> list[tuple[Tensor, Tensor]]:
         if case.statistics == "running":

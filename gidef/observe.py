@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from gidef import config
 from gidef.attack import local_sgd
 from gidef.attack.simulate import MEMBERS, cohort_mean
-from gidef.attack.surgery import STATISTICS
+from gidef.attack.surgery import STATISTICS, norm_names
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
@@ -191,10 +191,12 @@ def _steps(run: Run) -> int:
     return run.recipe.evaluation.local_steps if run.recipe.evaluation.release == "delta" else 1
 
 
-def statistics_known(run: Run, trained: Trained, snapshot: Snapshot, attack: Any) -> Literal["batch", "running", "none"]:
+def statistics_known(run: Run, trained: Trained, snapshot: Snapshot, attack: Any) -> Literal["batch", "running", "proxy", "none"]:
     """What an attack knows of BatchNorm's statistics: those of the victim's batch, which the change of the running ones tells where it leaves the client;
-    the running ones that the server holds; or nothing of use. See `config.GradInversion.statistics`."""
+    the running ones that the server holds; estimates from public images; or nothing of use. See `config.GradInversion.statistics`."""
     asked, told = getattr(attack, "statistics", "released"), run.recipe.model.pretrained is not None
+    if asked == "proxy":
+        return "proxy" if norm_names(trained.training.defence.model) else "none"
     if asked != "none" and snapshot.statistics and (asked == "released" or told or snapshot.round > 0):
         return "batch" if asked == "released" else "running"
     return "running" if asked != "none" and trained.training.frozen and told else "none"

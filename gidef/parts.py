@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gidef import audit, build, config, job, restart, strengths, tuning
+from gidef import audit, build, config, copies, job, restart, strengths, tuning
 from gidef.errors import InputError, StorageError
 from gidef.parallel import open_world, seated
 from gidef.report import Console, Record, read, results
@@ -110,11 +110,12 @@ def _join(recipe: config.Recipe, name: str, out: Path, parts: dict[int, tuple[Pa
         for note in dict.fromkeys([*said, *setting.dataset.notes]):
             console.notice(note)
         defences, _ = tuning.resolved(run)
+        nets = copies.check(run, defences, out / copies.FILE)
         trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in recipe.seeds}
         attacked = strengths.evaluated(run, trained)
         found = audit.audit(run, attacked, folder=out / "attacks")
         seconds = sum(content["seconds"]["total"] for content in told) + time.perf_counter() - began
-        content = job.describe(run, name, trained | attacked, found, tuned, seconds=seconds)
+        content = job.describe(run, name, trained | attacked, found, tuned, nets, seconds=seconds)
         _calibrated(content["rows"], told)
         job.publish(content, out, console)
         run.append("end", seconds=seconds)

@@ -138,7 +138,7 @@ def _labels_of(observation: Observation, matching: Matching) -> tuple[Tensor, bo
         params, update = {**observation.known, **observation.params}, {**observation.update, **observation.unmatched}
         try:
             recover = recover_soft_labels if matching.soft_labels else recover_labels
-            return recover(dataclasses.replace(observation, params=params, update=update), classes).cpu(), False
+            return recover(dataclasses.replace(observation, params=params, update=update), classes, local=matching.local).cpu(), False
         except (LabelsHidden, torch.linalg.LinAlgError):
             return torch.zeros(size, dtype=torch.int64), True
     if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:

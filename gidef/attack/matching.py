@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import grad_and_value
 
+from gidef.attack.labels import LocalSteps
 from gidef.attack.optimisers import DECAYS, Adam, Optimiser, decay_factor
 from gidef.attack.starts import STARTS
 from gidef.errors import InputError
@@ -93,7 +94,8 @@ class Matching:
     start:        images "normal" 0.5 + 0.2 N(0, 1), clipped, "uniform" on [0, 1], another name of `starts.STARTS`, or a Start.
     noise_start:  standard deviation of the first e.
     search_labels: the labels are unknowns too (DLG): logits that start at N(0, 1).  soft_labels: those that are not granted are recovered as
-                  probabilities (`recover_soft_labels`), for clients that train on mixed or smoothed ones.
+                  probabilities (`recover_soft_labels`), for clients that train on mixed or smoothed ones.  local: the SGD behind deltas, as far
+                  as it was declared, for both recoveries.
     searched:     further unknowns by name.  drawn: further tensors by name, drawn afresh in every iteration by draw(generator of the attack
                   and iteration); both are handed to the simulator in `known`.
     render, code_shape: search a code (B, *code_shape) ~ N(0, 1) instead of pixels; render(code) → images (B, C, H, W) in [0, 1].
@@ -137,6 +139,7 @@ class Matching:
     noise_start: float = 0.0
     search_labels: bool = False
     soft_labels: bool = False
+    local: LocalSteps | None = None
     searched: Mapping[str, Searched] = dataclasses.field(default_factory=dict)
     drawn: Mapping[str, Callable[[Generator], Tensor]] = dataclasses.field(default_factory=dict)
     render: Callable[[Tensor], Tensor] | None = None

@@ -269,7 +269,7 @@ def differences(model: nn.Module, copy: nn.Module, images: Tensor, labels: Tenso
     ours = duplicate(copy).double()
     params = {name: tensor.detach() for name, tensor in ours.named_parameters() if name in expected}
     found = grad(lambda params: loss(logits_of(ours, params, masks, images.detach().double()), _double(labels)))(params)
-    return _relative(found, expected)
+    return relative(found, expected)
 
 
 def parity(model: nn.Module, copy: nn.Module, images: Tensor, labels: Tensor, *, loss: Loss = F.cross_entropy) -> float:
@@ -288,15 +288,23 @@ def check_parity(
     Raises: InputError beyond that, with the parameter that is farthest off.
     """
     apart = differences(model, copy, images, labels, loss=loss)
+    return accept(apart, lambda x: _released(model, copy, x, labels, loss)[0], images, of=type(model).__name__, tolerance=tolerance)
+
+
+def accept(apart: dict[str, float], released: Callable[[Tensor], Tensors], images: Tensor, *, of: str, tolerance: float = TOLERANCE) -> float:
+    """The largest of `differences` or `relative`, if it is no more than rounding, see `check_parity`, which also says what is raised.
+
+    Args:   released: the untouched model's gradient of images, in float64.  of: the model's name.
+    """
     name = max(apart, key=apart.get)
     if apart[name] > tolerance:
         exact, draw = images.detach().double(), generator(0, "rounding", device=images.device)
         signs = [torch.randn(images.shape, dtype=torch.float64, device=images.device, generator=draw) for _ in range(4)]
-        released, *nudged = (_released(model, copy, x, labels, loss)[0] for x in (exact, *(torch.nextafter(exact, exact + sign) for sign in signs)))
-        tolerance = max(tolerance, min(30 * max(max(_relative(other, released).values()) for other in nudged), 1e-6))
+        expected, *nudged = (released(x) for x in (exact, *(torch.nextafter(exact, exact + sign) for sign in signs)))
+        tolerance = max(tolerance, min(30 * max(max(relative(other, expected).values()) for other in nudged), 1e-6))
     if apart[name] > tolerance:
         raise InputError(
-            f"the attack copy of {type(model).__name__} is not the model: the gradients of {name!r} differ by {apart[name]:.1e} of their norm, expected "
+            f"the attack copy of {of} is not the model: the gradients of {name!r} differ by {apart[name]:.1e} of their norm, expected "
             f"{tolerance:.0e}. Replace that layer by one that torch.func can differentiate twice, or attack with a simulator of your own."
         )
     return apart[name]
@@ -311,7 +319,7 @@ def _released(model: nn.Module, copy: nn.Module, images: Tensor, labels: Tensor,
     return plain_gradient(client, images.detach().double(), _double(labels), loss=loss, masks=forced), masks
 
 
-def _relative(found: Tensors, expected: Tensors) -> dict[str, float]:
+def relative(found: Tensors, expected: Tensors) -> dict[str, float]:
     """Of each parameter, as `differences` has it; what is not a number is infinite."""
     floor = max(1e-3 * math.sqrt(sum(float(tensor.square().sum()) for tensor in expected.values())), torch.finfo(torch.float64).tiny)
     apart = {name: float((found[name] - tensor).norm()) / max(float(tensor.norm()), floor) for name, tensor in expected.items()}

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from gidef.attack.grouped import Convolved
 from gidef.errors import InputError
 from gidef.models.norms import affine, after_norm, moments, rescaled
+from gidef.models.surgery import hardsigmoid
 from gidef.types import Tensors
 
 MASKS = "masks."
@@ -25,7 +26,6 @@ Statistics = list[tuple[Tensor, Tensor]]
 """(mean, variance) of each BatchNorm, (channels,) both, in the order of `norm_names`."""
 
 _SELU = 1.7580993408473766  # λα: alpha dropout sets entries to −λα
-_SLOPE_ERROR = float(torch.ops.aten.hardsigmoid_backward(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))) - 1 / 6
 
 
 class Tape:
@@ -263,12 +263,6 @@ class Uncached:
     @attention_bias_cache.setter
     def attention_bias_cache(self, cache: dict) -> None:
         pass
-
-
-def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    ramp = F.relu6(x + 3)
-    # PyTorch's slope is 1/6 rounded to float32 even in float64, 3e-8 off: what a client releases has it too
-    return ramp / 6 + (ramp - ramp.detach()) * _SLOPE_ERROR if x.dtype == torch.float64 else ramp / 6
 
 
 def _normalised(

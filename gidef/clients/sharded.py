@@ -80,6 +80,15 @@ def units(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def cut_up(model: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 over a model, in place: its `units`, and the root."""
+    from torch.distributed.fsdp import fully_shard  # more than half a second, which few runs need
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # that outputs are views, into which nobody writes here
+    for module in [*units(model), model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the root too, else new weights would not reach a gathered copy
+
+
 class Fsdp:
     """FSDP2: every parameter is cut along dim 0; a block's are gathered for its forward and again for its backward pass.
 
@@ -89,12 +98,8 @@ class Fsdp:
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh, group: Group) -> None:
-        from torch.distributed.fsdp import fully_shard  # more than half a second, which few runs need
-
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # that outputs are views, into which nobody writes here
         self.model, self._group = model, group
-        for module in [*units(model), model]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)  # the root too, else new weights would not reach a gathered copy
+        cut_up(model, mesh)
         self._sharded = dict(model.named_parameters())
         self._own = {name: nn.Parameter(p.to_local().detach(), requires_grad=p.requires_grad) for name, p in self._sharded.items()}
 

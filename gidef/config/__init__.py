@@ -396,7 +396,8 @@ class Speed:
     """Longest wait for a rank that is alive but does not come: above the longest attack chunk, and the longest training of one client."""
     shard_size: int = 1
     """G ranks train one client together, its network in G slices, for networks larger than a GPU; the run's ranks must fill whole groups. Results
-    agree over shard sizes but for rounding, and at equal shard size bit by bit for any number of ranks."""
+    agree over shard sizes but for rounding, and at equal shard size bit by bit for any number of ranks. Attacks that can run on the network itself (A0 by
+    descent, A3 where cross-entropy alone is matched, of single gradients) have it in slices, too; the others need it whole on every rank."""
     shard_backend: Literal["fsdp2", "deepspeed"] = "fsdp2"
     """With shard_size above 1."""
     zero_stage: Literal[0, 1, 2, 3] = 3

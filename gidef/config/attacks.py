@@ -114,10 +114,10 @@ class GradInversion(NaiveMatching):
     """Weight of the distance to the registered mean of the restarts."""
     max_shift: float = 4.0
     """Pixels by which restarts may be shifted against one another."""
-    statistics: Literal["released", "running", "none"] = "released"
+    statistics: Literal["released", "running", "proxy", "none"] = "released"
     """What it matches the candidate's BatchNorm statistics with: those that the change of the running statistics tells of the batch, where this leaves
-    the client (model.norm=keep), else the running ones that the server holds; these in any case; or nothing. Running ones of 0 and 1, of random weights,
-    tell nothing and are left out."""
+    the client (model.norm=keep), else the running ones that the server holds; these in any case; "proxy": those that public images have under the same
+    weights, in batches of the victim's size; or nothing. Running ones of 0 and 1, of random weights, tell nothing and are left out."""
     statistics_weight: float = 0.1
     """Of that prior."""
 

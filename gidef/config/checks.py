@@ -138,8 +138,6 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered, soft or searched labels.")
         if isinstance(attack, DeepLeakage) and attack.langevin:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
-        if getattr(attack, "labels", "") == "soft" and recipe.evaluation.release != "gradient":
-            found.append(f"attacks.{name}.labels=soft are read off a gradient, and evaluation.release={recipe.evaluation.release}: take recovered or searched ones.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
         if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":

@@ -98,6 +98,10 @@ class Defence:
         simulators to another. generator: draws the noise of this; None leaves it out, as attackers do who know the rest."""
         return make
 
+    def cross_entropy_alone(self, progress: float) -> bool:
+        """Whether what a client releases then is the gradient of the cross-entropy of one pass, model(images, noise). A simulator of the user's own may be more."""
+        return not self.own_terms and type(self).simulator is Defence.simulator and type(self).stepped is Defence.stepped
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).
 

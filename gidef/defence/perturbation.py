@@ -293,6 +293,10 @@ class LearnedDefence(Defence):
             return None
         return self.draw_noise(client.num_examples, generator=generator(seed, "frozen-noise", client.id))
 
+    def cross_entropy_alone(self, progress: float) -> bool:
+        settings = self.settings
+        return type(self).simulator is LearnedDefence.simulator and not (settings.weight(progress) or settings.kl_weight or settings.bits_weight)
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         weight = self.settings.weight(progress) if terms == "client" else 0.0
         settings = self.settings if terms == "client" else MinimaxSettings(dependence_weight=0.0)

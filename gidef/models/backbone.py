@@ -38,6 +38,7 @@ def make_backbone(
     fused_attention: bool = False,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    untouched: bool = False,
 ) -> nn.Module:
     """A network from images (B, *image_shape) to logits (B, num_classes), the same in train and eval mode when norm is "group".
 
@@ -54,6 +55,7 @@ def make_backbone(
         fused_attention: timm's fused attention, which has no second derivative on the CPU.
         seed:        of the initial weights. The global random state is as before when this returns.
         options:     further keyword arguments of the model's constructor; they win over what small_stem would set.
+        untouched:   without what makes it fit for gradients of gradients, and with its dropout: the same weights, to compare with.
     Raises:  InputError for unknown names (with near matches), options that the model does not take, unusable images.
 
     Dropout and drop-path are off unless an option whose name contains "drop" asks for them.
@@ -70,8 +72,9 @@ def make_backbone(
             backbone = _from_timm(name, num_classes, image_shape, small_stem, options)
     if norm == "group":
         backbone = group_norm_for_batch_norm(backbone)
-    make_differentiable(backbone, fused_attention=fused_attention)
-    if not any("drop" in option for option in options):
+    if not untouched:
+        make_differentiable(backbone, fused_attention=fused_attention)
+    if not untouched and not any("drop" in option for option in options):
         switch_off_drops(backbone)
     if pretrained is not None:
         load_pretrained(backbone, pretrained, statistics=norm == "keep")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+_SLOPE_ERROR = float(torch.ops.aten.hardsigmoid_backward(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))) - 1 / 6
 
 
 class GroupNormAct(nn.GroupNorm):
@@ -24,7 +28,13 @@ class Hardsigmoid(nn.Module):
     """relu6(x + 3) / 6, twice differentiable where `nn.Hardsigmoid` is not implemented."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu6(x + 3) / 6
+        return hardsigmoid(x)
+
+
+def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    ramp = F.relu6(x + 3)
+    # PyTorch's slope is 1/6 rounded to float32 even in float64, 3e-8 off: what a client releases has it too
+    return ramp / 6 + (ramp - ramp.detach()) * _SLOPE_ERROR if x.dtype == torch.float64 else ramp / 6
 
 
 def group_norm_for_batch_norm(model: nn.Module) -> nn.Module:
@@ -73,6 +83,33 @@ def switch_off_drops(model: nn.Module) -> nn.Module:
         elif hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     return model
+
+
+def changes_between(untouched: nn.Module, changed: nn.Module) -> list[str]:
+    """What `make_differentiable` and `switch_off_drops` changed, one line per kind with its count; what drops is named.
+
+    Args:   two builds of one backbone, without these changes and with them.
+    """
+    found, rates = Counter(), {}
+    for name, module in untouched.named_modules():
+        other = changed.get_submodule(name)
+        found["in-place -> out of place"] += bool(getattr(module, "inplace", False)) and not getattr(other, "inplace", False)
+        found["fused attention -> math"] += bool(getattr(module, "fused_attn", False)) and not getattr(other, "fused_attn", False)
+        found["Hardsigmoid -> relu6(x + 3) / 6"] += isinstance(module, nn.Hardsigmoid) and not isinstance(other, nn.Hardsigmoid)
+        if (before := _rate(module)) > 0 and _rate(other) == 0:
+            rates.setdefault(type(module).__name__, []).append((name, before))
+    lines = [f"{count} x {what}" for what, count in found.items() if count]
+    for kind, each in rates.items():
+        low, high = min(rate for _, rate in each), max(rate for _, rate in each)
+        names = ", ".join(name for name, _ in each[:3]) + (", …" if len(each) > 3 else "")
+        lines.append(f"{len(each)} x {kind} of rate {low:.3g}{f' to {high:.3g}' if high > low else ''} -> off ({names})")
+    return lines
+
+
+def _rate(module: nn.Module) -> float:
+    """With which a dropout or drop-path drops, as `switch_off_drops` tells them; 0 for others."""
+    rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "drop_prob", None)
+    return float(rate) if isinstance(rate, int | float) else 0.0
 
 
 def use_small_stem(model: nn.Module) -> nn.Module:

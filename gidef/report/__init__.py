@@ -18,6 +18,9 @@
     tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
                   is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
                   trials: int, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+    nets          [one per network that was attacked: defences: [names];  changes: [what was changed in it for gradients of gradients, and of its dropout];
+                  parity: how far the attacks' first gradient is from the untouched network's, relative, in float64, null where not checked;
+                  skipped: why it was not;  statistics: {changes, parity} of the copy that GradInversion takes statistics of]
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
@@ -26,7 +29,7 @@
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
                   strength: of the noise, times the trained one, where evaluation.strengths has others than 1 and there is noise on the latent;
-                  batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
+                  batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "proxy" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, in all seeds together, without a reconstruction (scored as mid-grey)

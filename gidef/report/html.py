@@ -444,11 +444,18 @@ def _small_table(heads: Sequence[str], names: Sequence[str], rows: Sequence[list
     return tag("div", tag("table", tag("thead", head), tag("tbody", body)), class_="scroll", tabindex=0, role="region", aria_label=f"Cost by {heads[0]}")
 
 
+def _net(net: dict[str, Any]) -> str:
+    """What the attacks changed in a network, and whether its gradients stayed."""
+    kept = f"not compared: {net['skipped']}" if net.get("parity") is None else f"gradients as the untouched network's to {net['parity']:.0e}"
+    return "; ".join([kept, *net["changes"]])
+
+
 def _origin(page: Page, several: bool) -> Html:
     found, data = page.results, page.results["data"]
     facts = [("data", data["name"]), ("source", data.get("source")), ("md5", data.get("md5") or "not recorded")]
     facts += [("synthetic", "yes" if data["synthetic"] else "no")]
     facts += [("seeds", ", ".join(map(str, found["seeds"]))), ("ranks", found.get("world_size")), ("threads", found.get("threads"))]
+    facts += [(f"net of {', '.join(net['defences'])}", _net(net)) for net in found.get("nets", [])]
     facts += [*found.get("hardware", {}).items(), *found["versions"].items()]
     facts += [(f"weights {name} (SHA-256)", mark) for name, mark in found.get("weights_sha256", {}).items()]
     listed = tag("dl", [[tag("dt", name), tag("dd", str(value))] for name, value in facts if value is not None])

@@ -15,7 +15,7 @@ BOUNDS = ("constant grey", "mean image", "class mean", "nearest public neighbour
 MEASURED = ("client_accuracy", "attacker_accuracy", "mse", "psnr_db", "ssim")
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}
-_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list}
+_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list}
 _ROW = {"defence": str, "attack": str, "attack_id": str, "checkpoint": str, "share_policy": str, "victims": int, "psnr_db": object}
 
 

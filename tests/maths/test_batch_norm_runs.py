@@ -390,6 +390,33 @@ def test_gradinversion_matches_the_statistics_that_were_released_and_stays_at_th
     assert observe.statistics_known(kept("head")[0], headed, headed.snapshots["final"], attack) == "batch"
 
 
+@pytest.mark.parametrize("norm", ["keep", "frozen"])
+def test_gradinversion_estimates_statistics_from_public_images_as_pytorchs_own_net_has_them(norm, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "PUBLIC", 6)
+    run = start(recipe(norm, tmp_path, rounds=Rounds(count=1)), tmp_path / "run")
+    trained = train(run, "undefended", Undefended(), 0)
+    snapshot, attack = trained.snapshots["untrained"], config.GradInversion(iterations=2, restarts=2, statistics="proxy")
+    case = methods.make_case(run, trained, snapshot, attack, [observe.release(run, trained, snapshot, seed=0)], seed=0)
+    (_, prior), = [one for one in methods.plan(case).matching.priors if hasattr(one[1], "source")]
+    net, seen = plain_net(run).train(norm == "keep"), {1: [], 4: [], 6: []}
+    for place, each in seen.items():
+        net[place].register_forward_pre_hook(lambda module, given, each=each: each.append(given[0].detach()))
+    assert len(case.public) == 6 and all(any(torch.equal(image, one.float() / 255) for one in run.setting.dataset.val.images) for image in case.public)
+    for pair in case.public.double().split(2):  # the victims' batches are of two
+        net((pair - 0.5) / 0.25)
+    moments = {place: ([x.mean((0, 2, 3)) for x in each], [x.var((0, 2, 3), correction=0) for x in each]) for place, each in seen.items()}
+    wanted = {place: tuple(torch.stack(part).mean(0) for part in pair) for place, pair in moments.items()}
+    for each in seen.values():
+        each.clear()
+    net((case.public[:2].double() - 0.5) / 0.25)  # a candidate
+    expected = sum(float((x.mean((0, 2, 3)) - wanted[place][0]).norm() + (x.var((0, 2, 3), correction=0) - wanted[place][1]).norm()) for place, (x,) in seen.items())
+    found = prior(SimpleNamespace(images=case.public[:2], params=case.observations[0].params, known=case.observations[0].known))
+    assert prior.source == "proxy" and expected > 0.1 and float(found) == pytest.approx(expected, rel=1e-3)
+    bare = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, model=Model())))
+    grouped = SimpleNamespace(training=SimpleNamespace(defence=build.make_defence(Undefended(), bare.recipe, run.setting.dataset, seed=0)))
+    assert observe.statistics_known(bare, grouped, snapshot, attack) == "none"
+
+
 def test_gradinversion_takes_frozen_statistics_of_a_pretrained_file_and_none_of_random_weights(tmp_path):
     run = start(recipe("frozen", tmp_path, rounds=Rounds(count=1)), tmp_path / "run")
     trained = train(run, "undefended", Undefended(), 0)

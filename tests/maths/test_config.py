@@ -203,7 +203,6 @@ IMPOSSIBLE = [
     (Recipe(attacks={"x": DeepLeakage(labels="counts")}), "attacks.x.labels=counts", "searched"),
     (Recipe(attacks={"x": DeepLeakage(langevin=0.2)}), "attacks.x.langevin=0.2: L-BFGS takes no noise", "Set it to 0"),
     (Recipe(attacks={"x": NaiveMatching(langevin=-1.0)}), "attacks.x.langevin=-1.0 is too small", "at least 0"),
-    (Recipe(attacks={"x": NaiveMatching(labels="soft")}, evaluation=Evaluation(release="delta")), "attacks.x.labels=soft are read off a gradient", "searched"),
     (Recipe(attacks={"x": ImprintServer()}, evaluation=Evaluation(release="delta")), "attacks.x (ImprintServer) reads single gradients", "release=gradient"),
     (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),

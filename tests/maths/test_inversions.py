@@ -535,3 +535,57 @@ def test_when_nothing_else_fits_the_naive_attack_runs_on_the_module_itself(train
     [path] = cell.folder.glob("attacks-*")
     rows, _ = inversions.load_marked(path, inversions.mark(run, cell))
     assert rows["attacks"].tolist() == [[0, 0], [0, 1]] and (rows["loss"] < rows["losses"][:, 0]).all() and not rows["failure"].any()
+
+
+def on_the_module(run, found, folder, monkeypatch, attack, defence):
+    """(the rows of the vectorised program, those of the module itself)."""
+    run = with_speed(run, attacks={"one": attack})
+    rows = []
+    for name in ("vectorised", "module"):
+        if name == "module":
+            monkeypatch.setattr("gidef.attack.ladder.run_chunk", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        [cell] = cells_of(run, found, folder / name, defence)
+        finish(run, [cell], folder / name, only=1)
+        [path] = cell.folder.glob("attacks-*")
+        rows.append(inversions.load_marked(path, inversions.mark(run, cell))[0])
+    return rows
+
+
+def test_the_joint_attack_runs_on_the_module_itself_over_images_and_noise(trained, tmp_path, monkeypatch):
+    attack = config.JointMatching(decoder="unused", iterations=3, labels="recovered")
+    expected, rows = on_the_module(*trained, tmp_path, monkeypatch, attack, "learned")
+    assert rows["noise"].shape == expected["noise"].shape and (rows["noise"] != 0).any()
+    for name, tolerance in (("images", 1e-3), ("noise", 1e-3)):
+        assert float((rows[name] - expected[name]).abs().median()) < tolerance < 0.05 < float((rows["images"] - rows["images"][0, 0]).abs().max())
+    torch.testing.assert_close(rows["losses"], expected["losses"], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("defence", "attack", "fits"),
+    [
+        ("undefended", config.JointMatching(), True),
+        ("undefended", config.InvertingGradients(), True),
+        ("learned", config.JointMatching(decoder="unused"), True),
+        ("learned", config.JointMatching(), False),  # the released loss has the decoder in it
+        ("learned", config.DecoderAware(decoder="unused"), False),
+        ("learned", config.EotMatching(), False),
+        ("undefended", config.DeepLeakage(), False),
+    ],
+)
+def test_the_module_itself_is_attacked_only_where_one_gradient_of_the_cross_entropy_is_all(trained, tmp_path, defence, attack, fits):
+    run, found = trained
+    run = with_speed(run, attacks={"one": attack})
+    [cell] = cells_of(run, found, tmp_path, defence)
+    plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=0))
+    assert inversions.on_itself(run, cell, plan) is fits
+    if defence == "learned" and fits:  # changes that the attack would have to simulate
+        changed = build.make_defence((LearnedPerturbation(), config.Pruning()), run.recipe, run.setting.dataset, seed=0)
+        cell.trained = dataclasses.replace(cell.trained, training=dataclasses.replace(cell.trained.training, defence=changed))
+        assert not inversions.on_itself(run, cell, plan)
+
+
+@pytest.mark.parametrize(("cut", "safe"), [("blocks.0", True), ("blocks.1.norm", False), ("before:head", True)])
+def test_blocks_are_computed_again_only_where_the_latent_is_not_inside_of_one(trained, cut, safe):
+    run, _ = trained
+    for chosen, expected in ((LearnedPerturbation(cut=cut), safe), (Undefended(), True)):
+        assert inversions.recomputable(build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0).model) is expected

@@ -233,3 +233,38 @@ def test_an_attack_of_one_s_own_is_twenty_lines(trained):
     assert reconstructed(methods.plan(case)).shape == (2, 1, 3, 16, 16)
     assert config.problems(dataclasses.replace(Recipe(), attacks={"smooth": Smooth()})) == []
     assert copy.copy(case).attack == Smooth()
+
+
+def test_labels_of_a_delta_are_recovered_by_the_steps_that_the_server_asked_for(trained, monkeypatch):
+    """The whole way from the recipe: hard labels as by hand from what was declared, and other ones than without it."""
+    evaluation = {"release": "delta", "local_steps": 2, "batch_size": 4, "local_lr": 0.5}
+    case, run, (release,) = case_of(trained, "undefended", config.NaiveMatching(labels="recovered", iterations=0), **evaluation)
+    plan = methods.plan(case)
+    one, told = plan.observations[0], attacks.labels.LocalSteps(lr=0.5, steps=2)
+    assert one.labels is None and plan.matching.local == told
+    seen = []
+    recover = attacks.batch.recover_labels
+    monkeypatch.setattr(attacks.batch, "recover_labels", lambda *given, **more: seen.append(more["local"]) or recover(*given, **more))
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    params = {**one.known, **one.params}
+    assert seen == [told] and torch.equal(rows["labels"][0], attacks.recover_labels(dataclasses.replace(one, params=params), 8, local=told))
+    gradient, _, _ = case_of(trained, "undefended", config.NaiveMatching(labels="recovered", iterations=0))
+    assert methods.plan(gradient).matching.local is None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_soft_labels_of_a_delta_are_those_that_the_client_trained_on(trained, steps):
+    """One image and one step: exact. Two images in two steps: their mean."""
+    size = steps
+    evaluation = {"release": "delta", "local_steps": steps, "batch_size": size, "local_lr": 1e-3}
+    attack = config.NaiveMatching(labels="soft", iterations=0)
+    case, run, (release,) = case_of(trained, "undefended", attack, **evaluation)
+    assert config.problems(dataclasses.replace(run.recipe, attacks={"soft": config.NaiveMatching(labels="soft")})) == []
+    plan, draw = methods.plan(case), torch.Generator().manual_seed(0)
+    mixed = torch.rand(size, 8, generator=draw).softmax(1)
+    one = plan.observations[0]
+    update = plan.make_simulate()(one.params, one.known, release.images[0], mixed, None)
+    _, found, untold = attacks.batch.targets_of([dataclasses.replace(one, update=update)], plan.matching, {"device": "cpu", "dtype": torch.float64})
+    assert not untold.any()
+    torch.testing.assert_close(found[0].mean(0), mixed.mean(0).double(), atol=1e-3 if steps == 1 else 0.02, rtol=0)
+    assert (found[0].mean(0) - 1 / 8).abs().max() > 0.005

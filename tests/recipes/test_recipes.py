@@ -46,6 +46,8 @@ def test_the_tiny_run_says_what_was_protected_and_shows_it(tiny):
             ("learned", "joint", checkpoint), ("learned", "decoder", checkpoint),
         }  # fmt: skip
     assert {bound["name"] for bound in found["bounds"]} >= {"constant grey", "mean image", "class mean"}
+    assert [net["defences"] for net in found["nets"]] == [["undefended"], ["learned"]] and all(net["parity"] < 1e-12 for net in found["nets"])
+    assert json.loads((folder / "nets.json").read_text()) == found["nets"] and "small (learned): gradients as the untouched network's to" in done.stdout
     assert found["data"]["synthetic"] is True
     assert "synthetic" in done.stdout.lower()
     assert all(sentence in " ".join(done.stdout.split()) for sentence in found["verdict"])
