@@ -19,7 +19,7 @@ from gidef.rng import generator
 from gidef.training import Snapshot, Trained, train
 from tests.small_run import RECIPE, evaluated, few_cells, one_thread, start, trained_once
 
-ATTACKS = {"naive": NaiveMatching(iterations=12), "joint": JointMatching(iterations=12), "decoder": PostHocDecoder(steps=4)}
+ATTACKS = {"naive": NaiveMatching(iterations=8), "joint": JointMatching(iterations=8), "decoder": PostHocDecoder(steps=4)}
 LEARNED = LearnedPerturbation(ramp=0.0, strength=0.5, std_floor=0.2, dependence_weight=0.5)
 EVALUATION = dataclasses.replace(RECIPE.evaluation, batch_size=1, num_victims=2, judge_epochs=1, strengths=(0.0, 1.0, 4.0))
 SMALL = dataclasses.replace(
