@@ -22,7 +22,7 @@ from gidef.clients.sharded import Engine, Fsdp, PartPlayer, SlicedStore, train_s
 from gidef.clients.store import ClientStore
 from gidef.clients.zero import Zero
 from gidef.data import Dataset, Roles, class_counts, load_dataset, partition, places_of_clients, split_roles
-from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence
+from gidef.defence import ClipAndNoise, Defence, LearnedDefence, PrivateDefence, PrivateNoise
 from gidef.defence.accounting import Budget, Schedule, budget, needs_opacus
 from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
@@ -235,8 +235,12 @@ def make_defence(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, *
     """A defence from its dataclass, or from a tuple of them: one `match`; your own offers `build(make_model)`. spends: see `privacy_budget`;
     a private defence without it can be looked at, not trained."""
     parts = chosen if isinstance(chosen, tuple) else (chosen,)
-    trained = [part for part in parts if config.trains(part)]
-    defence = _make_trained(trained[0] if trained else config.Undefended(), recipe, dataset, seed=seed, spends=spends)
+    private = next((part for part in parts if isinstance(part, config.DPSGD) and config.trains(part)), None)
+    trained = [part for part in parts if config.trains(part) and part is not private]
+    first = trained[0] if trained else private or config.Undefended()
+    defence = _make_trained(first, recipe, dataset, seed=seed, spends=spends)
+    if private is not None and first is not private:
+        defence = PrivateNoise(defence, clip=private.clip, noise_multiplier=spends and spends.noise_multiplier)
     defence.transforms = tuple(_make_transform(part, recipe, spends) for part in parts if getattr(part, "changes_update", False))
     defence.encoders = tuple(_make_encoder(part, dataset.num_classes) for part in parts if getattr(part, "changes_data", False))
     secure = [part for part in parts if isinstance(part, config.SecureAggregation)]

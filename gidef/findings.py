@@ -245,7 +245,7 @@ def control_bound(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
     group = [cell for cell in controls if (cell.defence, cell.checkpoint) == (controls[0].defence, controls[0].checkpoint)] if controls else []
     if not group:
         return []
-    values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
+    values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
     judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
     return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}, **by_judge(judged)}]
 

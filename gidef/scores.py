@@ -15,7 +15,7 @@ from gidef.observe import Victims
 from gidef.training import Run
 from gidef.types import Reconstruction
 
-MEASURES = ("mse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
+MEASURES = ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
 ABOVE = "above_class_mean_db"
 """A victim's PSNR less that of its class mean: paired, so that its interval is that of the difference."""
 JUDGED = "attacker_accuracy by "
@@ -36,6 +36,7 @@ class Scorer:
         self.labels = train.labels[self.rows].to(device)
         self._public = dataset.val.images.to(device, torch.float32).div_(255)
         self._public_labels = dataset.val.labels.to(device)
+        self._variance = metrics.variance(self._public)
         pool = torch.cat([self.rows, roles.judge[:POOL]])
         self._pool, self._pool_labels = train.images[pool].to(device, torch.float32).div_(255), train.labels[pool].to(device)
 
@@ -44,7 +45,7 @@ class Scorer:
         images = images.to(truth)
         with torch.no_grad():
             values = {
-                "mse": metrics.mse(images, truth), "psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth),
+                "mse": metrics.mse(images, truth), "nmse": metrics.nmse(images, truth, variance=self._variance), "psnr_db": metrics.psnr_db(images, truth), "ssim": metrics.ssim(images, truth),
                 "attacker_accuracy": metrics.attacker_correct(self._judge, images, labels),
                 "iip": metrics.iip(images, truth, labels, self._pool, self._pool_labels),
                 "feature_distance": metrics.feature_distance(self._judge.features, images, truth),
@@ -93,7 +94,7 @@ class Scorer:
         found = []
         for name in ("constant grey", "mean image", "class mean", "nearest public neighbour"):
             values = self.measure(self.guess(name, self.truth, self.labels), self.truth, self.labels)
-            measures = {key: measured(values[key], key, seed=0) for key in ("mse", "psnr_db", "ssim", "attacker_accuracy")}
+            measures = {key: measured(values[key], key, seed=0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
             found.append({"name": name, **measures, **by_judge(values)})
         return found
 
@@ -130,7 +131,7 @@ def by_judge(values: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def measured(values: Tensor, name: str, *, seed: int) -> dict[str, float]:
     """Mean over victims, 95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth."""
-    higher = name not in ("mse", "feature_distance")
+    higher = name not in ("mse", "nmse", "feature_distance")
     low, high = metrics.bootstrap_interval(values, seed=seed)
     return {
         "mean": float(values.mean()), "low": low, "high": high, "worst": float(values.max() if higher else values.min()),

@@ -1,6 +1,7 @@
 """Combinations (E11): the learned perturbation with changed updates, with differential privacy and with secure aggregation.
 
-Shows:  whether two defences add up, under the attack that adapts to both.
+Shows:  whether two defences add up, under the attack that adapts to both. The full game stands beside DP of clients alone: its decoder learns from the
+        images by steps that DP-SGD of images neither clips nor counts. Beside that stands noise without a decoder: isotropic, or of a learned level.
 Expect: pruning adds nothing against an attacker who matches what was sent; a sum over ten clients is a batch of ten times the size.
 Costs:  some hours on 2 CPU cores; --small: some minutes. Needs the extra `dp`.
 """
@@ -12,6 +13,7 @@ from gidef.config import (
     Data,
     Evaluation,
     GradientNoise,
+    IsotropicNoise,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
@@ -40,6 +42,9 @@ RECIPE = Recipe(
         "learned + quantisation": (LearnedPerturbation(), Quantisation(bits=4)),
         "learned + client DP": (LearnedPerturbation(), DPSGD(target_epsilon=8.0, level="client")),
         "DP-SGD": DPSGD(target_epsilon=8.0),
+        "isotropic": IsotropicNoise(),
+        "isotropic + DP-SGD": (IsotropicNoise(), DPSGD(target_epsilon=8.0)),
+        "level + DP-SGD": (LearnedPerturbation(dependence_weight=0.0), DPSGD(target_epsilon=8.0)),
         "secure sum": SecureAggregation(),
         "learned + secure sum": (LearnedPerturbation(), SecureAggregation()),
         "learned + client DP + secure sum": (LearnedPerturbation(), DPSGD(target_epsilon=8.0, level="client"), SecureAggregation()),

@@ -1,7 +1,7 @@
 """Other modalities (E3): one row per 2-D MedMNIST set that is on this machine. MedMNIST has no 2-D MRI.
 
 Shows:  whether what holds for blood cells holds for X-rays, ultrasound, skin, fundus, CT, OCT and histology. PSNR is not comparable between sets of
-        other contrast: read it against each row's class mean.
+        other contrast: read it against each row's class mean, or compare the NMSE of table.csv and report.html, the MSE over a set's own variance.
 Expect: the same order everywhere.
 Costs:  half an hour a set on 2 CPU cores; --small: some minutes for all that is here. Sets that are missing are named, not downloaded.
 """

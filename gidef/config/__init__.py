@@ -417,7 +417,7 @@ class Recipe:
     """One experiment: train each defence on the same data and seeds, attack it, report.
 
     `defences` maps a name to one of `gidef.config.defences`, to a dataclass of your own (see `gidef.defence`), or to a tuple
-    of them: at most one that changes the training, and any that change the updates, in order. `attacks` maps a name to one of this page's attacks.
+    of them: at most one that changes the training (beside a DPSGD of images: and noise on the latent), and any that change the updates, in order. `attacks` maps a name to one of this page's attacks.
     """
 
     data: Data = Data()

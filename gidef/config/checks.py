@@ -109,8 +109,13 @@ def problems(recipe: Recipe) -> list[str]:
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
         found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
         found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
-        if sum(map(trains, parts)) > 1 and not _coupled(parts):
-            found.append(f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, the others change updates or data. Keep one of them.")
+        training = [part for part in parts if trains(part)]
+        others = [part for part in training if not isinstance(part, DPSGD)]
+        if len(others) > 1 or (len(others) < len(training) and any(isinstance(part, Undefended) for part in others)):
+            found.append(
+                f"defences.{name} combines {', '.join(type(part).__name__ for part in parts)}: at most one may change the training, beside a DPSGD of images, and the others "
+                "change updates or data. Keep one of them."
+            )
         for part in parts:
             if isinstance(part, CapacityNoise):
                 still = [f"{what}={how}" for what, how in (("front", part.front), ("level", part.level)) if how in ("frozen", "fixed")]
@@ -289,12 +294,21 @@ def _aggregate_problems(recipe: Recipe) -> list[str]:
     return found
 
 
-def _coupled(parts: tuple[Any, ...]) -> list[str]:
-    """Defences beside a DPSGD of images whose loss is no mean over images: no image has a gradient of its own that could be clipped."""
-    if not any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
-        return []
-    coupled = [part for part in parts if getattr(part, "couples_batch", False) or getattr(part, "dependence", "") in ("dcor", "cka")]
-    return [type(part).__name__ for part in coupled]
+def _beside_dpsgd(part: Any, private: DPSGD) -> str:
+    """Why a defence of training has no place beside a DPSGD of images; "" if it has one."""
+    name = type(part).__name__
+    if getattr(part, "couples_batch", False):
+        return f"the loss of {name} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out."
+    if isinstance(part, LearnedPerturbation) and part.dependence_weight:
+        return (
+            f"{name}'s decoder learns from the images by steps that are neither clipped nor noised, and every later gradient depends on it, which epsilon does not "
+            "count: set dependence_weight=0, which learns the level without it, or level=client."
+        )
+    if not isinstance(part, (LearnedPerturbation, IsotropicNoise, CapacityNoise, Precode, CVB)):
+        return f"whether {name}'s loss is a mean over images, none of which enters the others' parts, is not known here: leave one out, or set level=client."
+    if private.form == "ghost":
+        return f"form=ghost has norms of the cross-entropy of a net without noise, and {name} has noise: set form=per_sample."
+    return ""
 
 
 def _shard_problems(recipe: Recipe) -> list[str]:
@@ -396,8 +410,8 @@ def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list
         found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
     if (share := {"tf32": 0.05, "bfloat16": 0.4}.get(clients.precision)) is not None:
         found.append(f"{name}: clients.precision={clients.precision} rounds the norms that bound each image's part by up to {share} %: set it to float32.")
-    found += [f"{name}: the loss of {kind} couples the images of a batch, so that none has a gradient of its own to clip. Leave one out." for kind in _coupled(parts)]
-    return found
+    others = [part for part in parts if trains(part) and not isinstance(part, (DPSGD, Undefended))]
+    return found + [f"{name}: {why}" for part in others if (why := _beside_dpsgd(part, private[0]))]
 
 
 def _check_fields(config: Any, prefix: str, found: list[str]) -> None:

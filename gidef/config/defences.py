@@ -316,7 +316,8 @@ class DPSGD:
     """Differential privacy, of images (DP-SGD, Abadi et al. 2016) or of clients (DP-FedAvg, McMahan et al. 2018); needs the extra `dp` (Opacus).
 
     Give exactly one of noise_multiplier and target_epsilon. (epsilon, delta) is of the whole schedule of rounds, for the client that is worst
-    off; what a victim of the evaluation releases comes on top. clients.grad_clip still bounds the noisy gradient: 0 leaves it alone.
+    off; what a victim of the evaluation releases comes on top. clients.grad_clip still bounds the noisy gradient: 0 leaves it alone. A DPSGD of images
+    stands in a tuple with noise on the latent that has no decoder (IsotropicNoise, LearnedPerturbation(dependence_weight=0), CapacityNoise, Precode, CVB).
     """
 
     clip: float = 1.0

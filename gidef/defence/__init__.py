@@ -16,6 +16,6 @@ where `make_model(perturbation=None, cut=None)` returns the recipe's `SplitModel
 
 from gidef.defence.base import Defence, Plain
 from gidef.defence.perturbation import LearnedDefence
-from gidef.defence.private import ClipAndNoise, PrivateDefence
+from gidef.defence.private import ClipAndNoise, PrivateDefence, PrivateNoise
 
-__all__ = ["ClipAndNoise", "Defence", "LearnedDefence", "Plain", "PrivateDefence"]
+__all__ = ["ClipAndNoise", "Defence", "LearnedDefence", "Plain", "PrivateDefence", "PrivateNoise"]

@@ -99,6 +99,13 @@ def client_loss(
     return loss
 
 
+def hold_still(model: SplitModel, settings: MinimaxSettings) -> None:
+    """What of a player's model is not trained: a frozen front, a level that stands still."""
+    still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
+    for name in (name for part in still for name in model.parts[part]):
+        model.get_parameter(name).requires_grad_(False)
+
+
 class MinimaxPlayer:
     """The client's side of the game: k decoder steps on the detached z̃, then its own loss with the decoder frozen.
 
@@ -112,9 +119,7 @@ class MinimaxPlayer:
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
         self._forward: Callable[..., Outputs] = model.run
-        still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
-        for name in (name for part in still for name in model.parts[part]):
-            model.get_parameter(name).requires_grad_(False)
+        hold_still(model, settings)
 
     def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
         device = next(self.model.parameters()).device

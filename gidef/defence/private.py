@@ -1,6 +1,7 @@
 """Differential privacy: of images, by clipped and noised steps (DP-SGD), and of clients, by clipped and noised updates (DP-FedAvg).
 
     image:   g = (Σ_i∈batch clip(∇ℓ_i, C) + N(0, σ²C² 1)) / B,  every image in the batch with probability q = B / n by itself
+             ℓ_i(ε_i) where there is noise ε on the latent: drawn without a look at any image, it leaves (ε, δ) as they are
     client:  Δ = clip(Δ_k, C) + N(0, σ²C²/m 1),  averaged with equal weights over a cohort of m: noise σC/m on the mean
     clip(v, C) = v · min(1, C / ‖v‖)
 
@@ -26,6 +27,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from gidef.defence.accounting import Budget, needs_opacus
 from gidef.defence.base import Defence, Plain, Simulate
 from gidef.defence.ghost import Ghost
+from gidef.defence.perturbation import LearnedDefence, MinimaxSettings, client_loss, hold_still
 from gidef.errors import InputError
 from gidef.models import SplitModel, has_batch_statistics
 from gidef.rng import generator
@@ -78,16 +80,18 @@ class PrivatePlayer(Plain):
         super().__init__(model)
         self._ghost = Ghost(model) if form == "ghost" else None
         self._clip, self._noise_multiplier = clip, noise_multiplier
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._part = max(1, AT_ONCE // sum(p.numel() for p in self._parameters.values()))
-
-        def loss_of_one(params: Tensors, image: Tensor, label: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
-
-        self._each = vmap(grad_and_value(loss_of_one), in_dims=(None, 0, 0), randomness="different")
 
     compile = None
     """What runs is torch.func's transform of the net, which no program serves."""
+
+    def _loss_of_one(self, params: Tensors, image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(self.model, params, (image[None],)), label[None])
+
+    def _beside(self, images: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """What else `_loss_of_one` takes of each image, (B, ...)."""
+        return ()
 
     def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
         device = next(iter(self._parameters.values())).device
@@ -111,10 +115,12 @@ class PrivatePlayer(Plain):
         mechanism, total = self._mechanism, torch.zeros((), device=images.device)
         mechanism.zero_grad(set_to_none=True)
         params = {name: p.detach() for name, p in self._parameters.items()}
-        parts = list(zip(images.split(self._part), labels.split(self._part), strict=True))
-        for number, (some, their) in enumerate(parts, start=1):
-            if len(some):
-                gradients, losses = self._each(params, some, their)
+        batch = (images, labels, *self._beside(images, rows))
+        each = vmap(grad_and_value(self._loss_of_one), in_dims=(None, *(0 for _ in batch)), randomness="different")
+        parts = list(zip(*(one.split(self._part) for one in batch), strict=True))
+        for number, part in enumerate(parts, start=1):
+            if len(part[0]):
+                gradients, losses = each(params, *part)
                 total += losses.detach().sum()
             else:
                 gradients = {name: p.new_zeros((0, *p.shape)) for name, p in params.items()}
@@ -125,7 +131,6 @@ class PrivatePlayer(Plain):
             for p in self._parameters.values():
                 p.grad_sample = None
         return total / max(len(images), 1)
-
 
     def _fill_by_ghosts(self, images: Tensor, labels: Tensor) -> Tensor:
         mechanism, losses = self._mechanism, torch.zeros((), device=images.device)
@@ -139,8 +144,68 @@ class PrivatePlayer(Plain):
         return losses.sum() / max(len(images), 1)
 
 
-class PrivateDefence(Defence):
-    """DP-SGD on cross-entropy. What a victim's batch of B images releases: the noisy sum over B, as of a client whose expected batch is B.
+class NoisyPrivatePlayer(PrivatePlayer):
+    """Plays the loss of a net with noise on its latent, and no decoder, by DP-SGD's gradients: each image's own, under its own draw."""
+
+    def __init__(
+        self, model: SplitModel, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None], *, clip: float, noise_multiplier: float
+    ) -> None:  # fmt: skip
+        hold_still(model, settings)
+        super().__init__(model, clip=clip, noise_multiplier=noise_multiplier)
+        self._settings, self._frozen_noise = settings, frozen_noise
+
+    def begin(self, client: Client, *, seed: int, round: int, progress: float, first: bool) -> None:
+        super().begin(client, seed=seed, round=round, progress=progress, first=first)
+        self._latent_noise = generator(seed, "noise", round, client.id, device=self._noise_generator.device)
+        self._table = self._frozen_noise(client, seed=seed)
+
+    def _beside(self, images: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        if self._table is not None:
+            return (self._table[rows.to(self._table.device)].to(images.device),)
+        return (self.model.perturbation.draw(len(images), generator=self._latent_noise, device=images.device, dtype=images.dtype),)
+
+    def _loss_of_one(self, params: Tensors, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
+        outputs = functional_call(self.model, params, (image[None], noise[None]), {"full": True})
+        return client_loss(
+            outputs, image[None], label[None], settings=self._settings, weight=0.0, reconstruct=self.kept, kl=self.model.perturbation.kl
+        )  # fmt: skip
+
+
+class _ImageByImage(Defence):
+    """What a victim's batch of B images releases: the noisy sum of clipped gradients over B, as of a client whose expected batch is B."""
+
+    clip: float
+    noise_multiplier: float | None
+
+    def stepped(self, make: Callable[[], Simulate], *, generator: Generator | None = None) -> Callable[[], Simulate]:
+        """Clipped image by image, over the tensors that are simulated, and noised if there is a generator."""
+        std = self._sigma() * self.clip if generator is not None else 0.0
+
+        def made() -> Simulate:
+            simulate = make()
+
+            def private(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+                def of_one(image: Tensor, label: Tensor, draw: Tensor | None = None) -> Tensors:
+                    return simulate(params, known, image[None], label[None], None if draw is None else draw[None])
+
+                batch = (images, labels) if noise is None else (images, labels, noise)
+                alone = len(images) == 1  # serves also where a model cannot be vectorised
+                each = {name: g[None] for name, g in of_one(*(one[0] for one in batch)).items()} if alone else vmap(of_one)(*batch)
+                total = clipped_sum(each, self.clip)
+                return {name: (g + _normal(g, std, generator)) / len(images) if std else g / len(images) for name, g in total.items()}
+
+            return private
+
+        return made
+
+    def _sigma(self) -> float:
+        if self.noise_multiplier is None:
+            raise ValueError(f"{type(self).__name__} without a noise multiplier cannot train or release: build it with a budget")
+        return self.noise_multiplier
+
+
+class PrivateDefence(_ImageByImage):
+    """DP-SGD on cross-entropy.
 
     noise_multiplier: σ; None for a model that is only looked at.
     Raises: InputError for a model with BatchNorm, whose statistics mix the images that are to be clipped one by one.
@@ -154,37 +219,40 @@ class PrivateDefence(Defence):
         if form == "ghost":
             Ghost(model)  # refuses what it does not know before anything starts
         self._form = form
-        if has_batch_statistics(model):
-            raise InputError("DPSGD clips each image's own gradient, and BatchNorm mixes the images of a batch: set model.norm=frozen or group.")
+        _refuse_batch_norm(model)
         self.clip, self.noise_multiplier, self.budget = clip, noise_multiplier, budget
 
     def player(self) -> PrivatePlayer:
         return PrivatePlayer(copy.deepcopy(self.model), clip=self.clip, noise_multiplier=self._sigma(), form=self._form)
 
-    def stepped(self, make: Callable[[], Simulate], *, generator: Generator | None = None) -> Callable[[], Simulate]:
-        """Clipped image by image, over the tensors that are simulated, and noised if there is a generator."""
-        std = self._sigma() * self.clip if generator is not None else 0.0
 
-        def made() -> Simulate:
-            simulate = make()
+class PrivateNoise(_ImageByImage, LearnedDefence):
+    """DP-SGD on the loss of a defence with noise on the latent and no decoder: isotropic, of a level learned without an opponent or by its capacity,
+    or in a bottleneck.
 
-            def private(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
-                def of_one(image: Tensor, label: Tensor) -> Tensors:
-                    return simulate(params, known, image[None], label[None], noise)
+    ε is DP-SGD's alone: whatever the latent's noise is, each image's part in a sum has norm C at most. A decoder is refused: it learns from the
+    images by steps that are neither clipped nor noised, and every later gradient of the client depends on it.
 
-                alone = len(images) == 1  # serves also where a model cannot be vectorised
-                each = {name: g[None] for name, g in of_one(images[0], labels[0]).items()} if alone else vmap(of_one)(images, labels)
-                total = clipped_sum(each, self.clip)
-                return {name: (g + _normal(g, std, generator)) / len(images) if std else g / len(images) for name, g in total.items()}
+    inner: the defence without DP-SGD; its model is taken over.  noise_multiplier: σ; None for a model that is only looked at.
+    Raises: InputError for a decoder, for terms that couple a batch, which only a decoder's have, and for a model with BatchNorm.
+    """
 
-            return private
+    def __init__(self, inner: Defence, *, clip: float, noise_multiplier: float | None) -> None:
+        if not isinstance(inner, LearnedDefence) or inner.decoder is not None:
+            raise InputError(f"DPSGD of images beside {type(inner).__name__}: it takes noise on the latent without a decoder. Leave one out, or set level=client.")
+        super().__init__(inner.model, None, inner.settings)
+        _refuse_batch_norm(inner.model)
+        self.clip, self.noise_multiplier = clip, noise_multiplier
 
-        return made
+    def player(self) -> NoisyPrivatePlayer:
+        return NoisyPrivatePlayer(
+            copy.deepcopy(self.model), self.settings, self.frozen_noise, clip=self.clip, noise_multiplier=self._sigma()
+        )  # fmt: skip
 
-    def _sigma(self) -> float:
-        if self.noise_multiplier is None:
-            raise ValueError("PrivateDefence without a noise multiplier cannot train or release: build it with a budget")
-        return self.noise_multiplier
+
+def _refuse_batch_norm(model: SplitModel) -> None:
+    if has_batch_statistics(model):
+        raise InputError("DPSGD clips each image's own gradient, and BatchNorm mixes the images of a batch: set model.norm=frozen or group.")
 
 
 @dataclass(frozen=True, slots=True)

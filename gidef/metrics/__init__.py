@@ -16,7 +16,7 @@ from gidef.metrics.classify import (
 )
 from gidef.metrics.features import feature_distance
 from gidef.metrics.identify import iip
-from gidef.metrics.images import mse, pairwise_mse, psnr_db, ssim
+from gidef.metrics.images import mse, nmse, pairwise_mse, psnr_db, ssim, variance
 from gidef.metrics.interval import bootstrap_change, bootstrap_interval, worst_decile
 from gidef.metrics.pairing import pair
 
@@ -33,10 +33,12 @@ __all__ = [
     "label_recovery",
     "macro_f1",
     "mse",
+    "nmse",
     "pair",
     "pairwise_mse",
     "per_class_accuracy",
     "psnr_db",
     "ssim",
+    "variance",
     "worst_decile",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gidef import similarity
@@ -34,6 +35,30 @@ def mse(x: Tensor, y: Tensor) -> Tensor:
     """
     x, y = clamped_pair(x, y)
     return (x - y).square().mean((1, 2, 3))
+
+
+def variance(images: Tensor) -> float:
+    """Of a data set about its mean image, averaged over channels and pixels: what the mean image has for an MSE on these images.
+
+    Args:    images: (N, C, H, W), floating, clamped to [0, 1] here; N ≥ 1.
+    Returns: in [0, 1/4].
+    """
+    return float(clamped(images).var(0, correction=0).double().mean())
+
+
+def nmse(x: Tensor, y: Tensor, *, variance: float) -> Tensor:
+    """Normalised mean squared error MSE / σ², comparable between data sets of unlike contrast: 0 is an exact copy, and about 1 what knowing no more
+    than the data set's mean image buys.
+
+    Args:    x, y: (B, C, H, W), floating, clamped to [0, 1] here.  variance: σ² of the data set the images are from (`variance`), ≥ 0.
+    Returns: (B,), ≥ 0; without variance infinite, and NaN for equal images.
+    Raises:  ValueError if shapes differ.
+    Source:  Weigend and Gershenfeld 1993 (the Santa Fe competition's NMSE, Σ (x − x̂)² / Σ (x − x̄)²).
+    Deviates: x̄ is an image, and σ² one number of a reference set (the public images), not of the images that are scored: a mean over images
+             is then the ratio of means, and no flat image dominates it. NMSE as ‖x − x̂‖² / ‖x‖² (fastMRI, arXiv:1811.08839) is another
+             measure, which falls with brightness.
+    """
+    return mse(x, y) / torch.tensor(variance, dtype=x.dtype)
 
 
 def psnr_db(x: Tensor, y: Tensor, *, cap: float = 100.0) -> Tensor:

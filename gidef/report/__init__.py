@@ -34,6 +34,7 @@
                   noise_multiplier: of these
                   victims: images attacked;  failed: of these, in all seeds together, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
+                  nmse: the MSE over the variance of the public images about their mean image (gidef.metrics.nmse)
                   above_class_mean_db: PSNR less that of the victim's class mean, paired
                   certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
                   all training images by these;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
@@ -48,7 +49,7 @@
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
-                  mse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
+                  mse, nmse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
     comparisons   [the learned perturbation beside another defence (`paired`): defences, attacks, attack_ids, client_accuracies: [ours, other];
                   under: "naive" | "strongest";  checkpoint;  share_policy;  adaptive: [whether other than naive attacks were run on each]
                   psnr_db, attacker_accuracy, mse: [ours, other]

@@ -30,7 +30,7 @@ _SIDE, _MOST_IMAGES = 64, 3000
 """Longest side in px of a victim's picture in the page (contact sheets are embedded whole), and how many such pictures a run may bring."""
 _MOST_DB = 50
 """Where the plots of single images end: 100 dB, the cap of an exact copy, would squeeze everything else."""
-_UNITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 2), "psnr_db": (1, 1), "ssim": (1, 2)}
+_UNITS = {"client_accuracy": (100, 1), "attacker_accuracy": (100, 1), "mse": (1000, 2), "nmse": (1, 2), "psnr_db": (1, 1), "ssim": (1, 2)}
 _HEADERS = {"client_accuracy": "client acc. %", "attacker_accuracy": "attacker acc. %", "mse": "MSE ×1000", "psnr_db": "PSNR dB", "ssim": "SSIM"}
 _TAGS = {ON_LATENT: "bound: is given the latent", MALICIOUS: "malicious server", ENSEMBLE: "worst case per image", "control": "shuffled control"}
 _SECTIONS = {
@@ -160,12 +160,14 @@ def _table(pages: Sequence[Page]) -> Html:
     oracle = any((row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None for row in rows)
     names = [*(["run"] if several else []), "defence", "attack", "checkpoint", *(["share policy"] if policies else []), *[*_HEADERS.values()][:-1]]
     certified, private = any(tables.asks(row) for row in rows), any(row.get("delta") is not None for row in rows)
+    normed = any(row.get("nmse") is not None for row in rows)
+    names += ["NMSE"] if normed else []
     names += ["worst image dB", _HEADERS["ssim"], *(["epsilon", "delta"] if private else []), *(["bits per release", "lifetime bits", "Fano %"] if certified else [])]
     names += [*(["oracle dB"] if oracle else []), "victims", "threat model", "note", "seconds"]
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
-        _table_row(page, entry, bound, several, policies, oracle, certified, private)
+        _table_row(page, entry, bound, several, policies, oracle, certified, private, normed)
         for page in pages
         for bound, entries in ((False, page.results["rows"]), (True, page.results["bounds"]))
         for entry in entries
@@ -185,12 +187,15 @@ def _table(pages: Sequence[Page]) -> Html:
     units = " or ".join(dict.fromkeys(row.get("privacy_unit", "image") for row in rows if row.get("delta") is not None))
     said += f"Epsilon and delta: of the presence of one {units}, over all rounds of the training. " if private else ""
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
+    said += "NMSE: the MSE over the variance of the public images, 1 for their mean image whatever the data set. " if normed else ""
     said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
     return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [part(page, several) for part in (_judges, _tuned) for page in pages])
 
 
-def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool) -> Html:
+def _table_row(
+    page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
+) -> Html:
     defence, attack, checkpoint = (entry["name"], "none", "") if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
@@ -201,7 +206,7 @@ def _table_row(page: Page, entry: dict[str, Any], bound: bool, several: bool, po
     cells = [tag("td", page.name, class_="run")] if several else []
     cells += [tag("th", defence, badge if bound else None, scope="row"), tag("td", attack, None if bound else badge), tag("td", checkpoint)]
     cells += [tag("td", entry.get("share_policy", ""))] if policies else []
-    cells += [_measure(entry.get(key), key) for key in MEASURED[:-1]]
+    cells += [_measure(entry.get(key), key) for key in (*MEASURED[:-1], *(["nmse"] if normed else []))]
     worst = entry["psnr_db"].get("worst") if isinstance(entry["psnr_db"], dict) else None
     cells += [_number(worst, 1, 1, "worst"), _measure(entry.get("ssim"), "ssim")]
     cells += _epsilon(entry) if private else []

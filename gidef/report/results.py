@@ -13,6 +13,8 @@ from gidef.report.files import plain, write_atomically
 FORMAT = 1
 BOUNDS = ("constant grey", "mean image", "class mean", "nearest public neighbour", "shuffled gradient")
 MEASURED = ("client_accuracy", "attacker_accuracy", "mse", "psnr_db", "ssim")
+EXPORTED = (*MEASURED, "nmse")
+"""Measured values that the CSV holds; tables have a column for each of MEASURED, the page for `nmse` as well, where it was measured."""
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}
 _TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list}
@@ -56,7 +58,7 @@ def validate(results: Any, where: str = "results") -> None:
             if not isinstance(entry, dict):
                 raise InputError(f"{place}: found {type(entry).__name__}, expected an object.")
             _check_keys(entry, needed, place)
-            for name in MEASURED:
+            for name in EXPORTED:
                 _check_measured(entry.get(name), f"{place}.{name}")
     unknown = {bound["name"] for bound in results["bounds"]} - set(BOUNDS)
     if unknown:

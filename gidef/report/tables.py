@@ -15,7 +15,7 @@ from rich.text import Text
 
 from gidef.report.claim import MATCHED
 from gidef.report.kinds import defences
-from gidef.report.results import MEASURED, interval_of, mean_of
+from gidef.report.results import EXPORTED, MEASURED, interval_of, mean_of
 from gidef.report.verdict import criteria
 
 _HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "bits per release", "lifetime bits", "Fano %", "oracle dB", "victims", "note")
@@ -181,11 +181,11 @@ def csv(results: dict[str, Any]) -> str:
     tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
-    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in MEASURED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
+    writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in EXPORTED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
     lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound["name"], **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
-        measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, MEASURED)]
+        measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, EXPORTED)]
         values = [value.get(part) for value in measured for part in _STATISTICS]
         head = [seeds if name == "seed" else row.get(name) for name in names]
         writer.writerow([kind, results["data"]["name"], results["data"]["synthetic"], *head, *values, *(row.get(name) for name in tail), _threat(row), *(mean_of(row.get("attacker_accuracy_by", {}).get(name)) for name in judges)])

@@ -1,6 +1,7 @@
 """A trained defence evaluated with weaker and stronger noise. Small synthetic cells, the small net, one round of training."""
 
 import copy
+import csv
 import dataclasses
 import json
 import math
@@ -16,9 +17,9 @@ from gidef.metrics import auc, psnr_db
 from gidef.report import kinds
 from gidef.rng import generator
 from gidef.training import Snapshot, Trained, train
-from tests.small_run import RECIPE, evaluated, one_thread, start, trained_once
+from tests.small_run import RECIPE, evaluated, few_cells, one_thread, start, trained_once
 
-ATTACKS = {"naive": NaiveMatching(iterations=12), "joint": JointMatching(iterations=12), "decoder": PostHocDecoder(steps=4)}
+ATTACKS = {"naive": NaiveMatching(iterations=8), "joint": JointMatching(iterations=8), "decoder": PostHocDecoder(steps=4)}
 LEARNED = LearnedPerturbation(ramp=0.0, strength=0.5, std_floor=0.2, dependence_weight=0.5)
 EVALUATION = dataclasses.replace(RECIPE.evaluation, batch_size=1, num_victims=2, judge_epochs=1, strengths=(0.0, 1.0, 4.0))
 SMALL = dataclasses.replace(
@@ -160,6 +161,20 @@ def test_at_strength_one_nothing_differs_from_a_run_that_asks_for_no_other(tmp_p
     mine = {(row["defence"], row["attack"]): told(row) for row in content["rows"]}
     for row in plain["rows"]:
         assert "strength" not in row["threat"] and told(row) == mine[row["defence"], row["attack"]]
+
+
+def test_a_run_has_an_mse_that_can_be_compared_between_data_sets(swept):
+    folder, content = swept
+    public = few_cells().val.images.numpy().astype(float) / 255
+    spread = ((public - public.mean(0)) ** 2).mean()
+    for row in (*content["rows"], *content["bounds"]):
+        for part in ("mean", "low", "high", "worst", "worst_decile"):
+            assert row["nmse"][part] == pytest.approx(row["mse"][part] / spread, rel=1e-4)
+    table = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    assert [float(line["nmse_mean"]) for line in table] == [row["nmse"]["mean"] for row in (*content["rows"], *content["bounds"])]
+    page = (folder / "report.html").read_text()
+    assert page.count('data-key="nmse"') == len(table) and ">NMSE<" in page
+    assert {json.loads(line)["nmse"] > 0 for line in (folder / "record.jsonl").read_text().splitlines() if json.loads(line)["kind"] == "attack"} == {True}
 
 
 def test_a_finished_run_is_attacked_at_other_strengths(swept, tmp_path):

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from gidef import similarity
-from gidef.metrics import feature_distance, mse, pairwise_mse, psnr_db, ssim
+from gidef.metrics import feature_distance, mse, nmse, pairwise_mse, psnr_db, ssim, variance
 from gidef.metrics.images import clamped
 
 
@@ -78,3 +79,32 @@ def test_feature_distance_is_one_minus_cosine_in_any_batching():
         torch.testing.assert_close(feature_distance(features, left, right, batch_size=batch_size), expected, atol=1e-6, rtol=0)
     black = torch.zeros(1, 1, 2, 4)
     assert feature_distance(features, black, black).item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_normalised_mse_is_numpys(dtype):
+    known = images(20, 3, 6, 5).to(dtype) * torch.linspace(0.2, 1.4, 3, dtype=dtype).view(3, 1, 1)  # some above 1
+    x, y = images(4, 3, 6, 5, seed=1).to(dtype), images(4, 3, 6, 5, seed=2).to(dtype) * 2 - 0.5
+    reference = np.clip(known.double().numpy(), 0, 1)
+    middle = reference.mean(0)
+    spread = sum(((image - middle) ** 2).mean() for image in reference) / len(reference)
+    assert variance(known) == pytest.approx(spread, rel=1e-5)
+    expected = [((a - np.clip(b, 0, 1)) ** 2).mean() / spread for a, b in zip(x.double().numpy(), y.double().numpy(), strict=True)]
+    found = nmse(x, y, variance=variance(known))
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
+
+
+def test_the_mean_image_scores_one_and_so_does_it_at_half_the_contrast():
+    known = images(30, 1, 4, 4)
+    for contrast in (1.0, 0.5, 0.01):
+        dim = 0.5 + contrast * (known - 0.5)
+        middle = dim.mean(0, keepdim=True).expand_as(dim)
+        assert nmse(middle, dim, variance=variance(dim)).mean().item() == pytest.approx(1, rel=1e-3)
+        assert nmse(dim, dim, variance=variance(dim)).tolist() == [0] * 30
+
+
+def test_without_variance_an_error_is_infinite_and_none_is_not_a_number():
+    flat = torch.full((3, 1, 2, 2), 0.5)
+    assert variance(flat) == 0 and variance(images(1, 1, 2, 2)) == 0
+    assert nmse(flat, torch.zeros_like(flat), variance=0.0).tolist() == [math.inf] * 3 and nmse(flat, flat, variance=0.0).isnan().all()
