@@ -61,6 +61,7 @@ from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores
 from gidef.parallel.sharded_server import Slices, own, sharded_step, whole
+from gidef.parallel.traffic import Traffic
 from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers
@@ -452,6 +453,16 @@ def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[
     else:
         parts = [[cohort[place] for place in part] for part in longest_first([setting.clients[k].num_examples for k in cohort], ranks // size)]
     return [parts[rank // size] for rank in range(ranks)]
+
+
+def traffic(recipe: config.Recipe, server: ServerState, template: Tensors) -> Traffic:
+    """What a round sends between ranks. server: after a step, with its slots.  template: of an update, as a rank sums it."""
+    rule, speed = robust_rule(recipe.rounds.aggregate), recipe.speed
+    return Traffic(
+        entries=sum(tensor.numel() for tensor in template.values()), cohort=recipe.rounds.cohort_size or recipe.data.num_clients,
+        entry_bytes=8 if speed.reduction == "fixed_point" else 4, robust=rule is not None, chosen=getattr(recipe.rounds.aggregate, "chosen", 0),
+        sharded_server=speed.sharded_server, slots=len(server.slots),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

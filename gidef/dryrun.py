@@ -27,7 +27,6 @@ from gidef.parallel import World, open_world, seated
 from gidef.releases import Releases
 from gidef.report import Console
 from gidef.types import Client, Tensors
-from gidef.updates import FixedPointSum
 
 MOST_RANKS = 10**6
 REPEATS = 3
@@ -54,7 +53,7 @@ class Cost:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Of one defence. seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up.  reduced_bytes:
-    what every rank puts into a round's one sum.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
+    of the all-reduce that moves as much as a round's collectives, see parallel.traffic.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
     something is trained for it first or it does not match gradients."""
 
     cost: Cost
@@ -174,6 +173,8 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
     slots = sum(_nbytes(slot) for slot in stepped.slots.values())
     private = _nbytes(participation.state(0))
     control = _nbytes(template) - shared
+    groups, sent = ranks // recipe.speed.shard_size, build.traffic(recipe, stepped, template)
+    sent = dataclasses.replace(sent, entries=-(-sent.entries // recipe.speed.shard_size))
     models = 3 * (2 * shared + slots) + 3 * shared + shared + (0 if whole else private * recipe.data.num_clients)  # checkpoints, snapshots, export
     states = recipe.data.num_clients * KEPT_STATES * (private + control)
     overlapped = build.overlaps_evaluation(recipe, world)
@@ -187,7 +188,7 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
         train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),
         evaluate_s=fronts * -(-chunks // ranks) / evaluators * cost.chunk_s if chunks > ranks * evaluators else fronts * cost.chunk_s,
         bytes_per_round=2 * _nbytes(template) * cohort,
-        reduced_bytes=FixedPointSum(template, metric_names=("loss",), max_terms=cohort, counters=2).buffer.nbytes,
+        reduced_bytes=round(sent.reduced(groups)),
         disk_bytes=models + states + images,
         rank_gib=cost.base_gib + workers * cost.step_gib + copied,
         attacks_s={}, overlapped=overlapped,
@@ -315,7 +316,7 @@ def _say(console: Console, key: str, one: Forecast, setting: build.Setting) -> N
     console.say(f"{key}: a step takes {1e3 * cost.step_s:.3g} ms, a client {1e3 * cost.client_s:.3g} ms beside its steps, {1e3 * cost.chunk_s:.3g} ms a chunk of predictions")
     beside = " beside the next round" * one.overlapped
     console.say(f"  round    {one.round_s:.3g} s: {one.train_s:.3g} s of training, {one.evaluate_s:.3g} s of evaluation{beside}")
-    console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sum")
+    console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sums")
     console.say(f"  memory   {one.rank_gib:.2f} GiB per rank: {cost.base_gib:.2f} GiB, and {cost.step_gib:.2f} GiB for a client's step on each worker{', and a copy of the model' * one.overlapped}")
 
 
