@@ -34,10 +34,10 @@ def shell(tmp_path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environ |= {"PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(ROOT)}
 
-    def run(line: str, **more: str) -> list[str]:
+    def run(line: str, status: int = 0, **more: str) -> list[str]:
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environ | more, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        assert done.returncode == status and not (status and done.stdout), done.stderr
+        return (done.stderr if status else done.stdout).splitlines()
 
     return run
 
@@ -69,6 +69,21 @@ def test_several_hosts_come_from_a_list_or_the_scheduler(environ, meet, count, s
     said = shell("bash launch/torchrun.sh x.py --seeds 1", **{name: text.replace("{folder}", str(tmp_path)) for name, text in environ.items()})
     assert f"--nnodes={count}" in said and f"--rdzv-endpoint={meet}" in said and "--standalone" not in said
     assert said[said.index("x.py") :][:3] == ["x.py", "--seeds", "1"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_that_is_told_nothing_says_how_it_is_used_and_starts_nothing(launcher, shell):
+    [said] = shell(f"bash launch/{launcher}.sh", status=2)
+    assert said.startswith(f"usage: bash launch/{launcher}.sh recipes/")
+
+
+def test_an_elastic_run_needs_a_place_to_meet_and_restarts_by_itself(shell):
+    for nodes in ("1:4", "2"):
+        [said] = shell("bash launch/torchrun.sh x.py", status=2, GIDEF_NODES=nodes)  # torchrun, which would have spoken, was not started
+        assert said.startswith(f"gidef: GIDEF_NODES={nodes} without a host to meet on") and "GIDEF_HOSTS=n2" in said
+    asked = {nodes: shell("bash launch/torchrun.sh x.py", GIDEF_HOSTS="n2", GIDEF_NODES=nodes) for nodes in ("1:4", "2")}
+    assert {"--max-restarts=10", "--nnodes=1:4", "--rdzv-endpoint=n2:29400"} <= set(asked["1:4"]) and "--max-restarts=0" in asked["2"]
+    assert "--max-restarts=0" in shell("bash launch/torchrun.sh x.py", GIDEF_HOSTS="n2", GIDEF_NODES="1:4", GIDEF_RESTARTS="0")
 
 
 @pytest.mark.parametrize(
