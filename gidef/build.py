@@ -553,7 +553,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     rule = robust_rule(recipe.rounds.aggregate)
     slices = Slices(world, participation.template()) if recipe.speed.sharded_server else None
     if sharded:
-        over_ranks = mean_over_mesh(world.mesh)
+        over_ranks = mean_over_mesh(world.mesh, costs=costs, learn=costs.learn)
     elif rule is not None:
         over_ranks = robust_over_world(world, rule, **dealt)
     else:
