@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import ROOT
+from tests.cluster.hosts import until
 
 FEW = "tests/cluster/few_cells.py"
 
@@ -184,6 +185,39 @@ def test_python_torchrun_and_deepspeed_end_with_the_same_bits_from_the_same_line
         found[name] = results["weights_sha256"]
         assert results["world_size"] == (1 if name == "python" else 2)
     assert found["python"] == found["torchrun"] == found["deepspeed"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_run_that_is_told_to_end_under_deepspeed_s_launcher_goes_on_to_the_same_bits(tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra deepspeed is not installed")
+    environ = os.environ | {"GIDEF_RANKS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIDEF_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+
+    def launched(*start: str, out: Path, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*start, "--out", str(out)], cwd=ROOT, env=environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def ends_well(process: subprocess.Popen[str]) -> None:
+        said = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, said
+
+    line, out = ("bash", "launch/deepspeed.sh", FEW), tmp_path / "run"
+    told = launched(*line, out=out, FEW_SLOW_S="0.5")  # seconds a round, so that it does not end before it is told
+    try:
+        until(lambda: list(out.glob("checkpoints/learned-0/round-000002.safetensors")) or told.poll() is not None, 300, "no second round")
+        told.terminate()
+        said = told.communicate(timeout=60)[0]
+    finally:
+        told.kill()
+    assert told.returncode != 0 and (out / "preempted").exists() and not (out / "results.json").exists(), said
+    ends_well(launched(*line, "--resume", out=out))
+    ends_well(launched(sys.executable, FEW, out=tmp_path / "alone"))
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "alone")]
+    assert [one["world_size"] for one in results] == [2, 1] and results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    lines = [json.loads(text) for text in (out / "record.jsonl").read_text().splitlines()]
+    assert [one["resumed"] for one in lines if one["kind"] == "start"] == [False, True]
+    assert [one["round"] for one in lines if one["kind"] == "round"] == list(range(1, 9))
 
 
 @pytest.mark.cluster
