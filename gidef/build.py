@@ -61,6 +61,7 @@ from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world
 from gidef.parallel.plan import longest_first
 from gidef.parallel.seats import allowed_cores
 from gidef.parallel.sharded_server import Slices, own, sharded_step, whole
+from gidef.parallel.traffic import Traffic
 from gidef.rng import stream_seed
 from gidef.rounds import robust
 from gidef.rounds import server as servers
@@ -473,6 +474,16 @@ def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[
     return [parts[rank // size] for rank in range(ranks)]
 
 
+def traffic(recipe: config.Recipe, server: ServerState, template: Tensors) -> Traffic:
+    """What a round sends between ranks. server: after a step, with its slots.  template: of an update, as a rank sums it."""
+    rule, speed = robust_rule(recipe.rounds.aggregate), recipe.speed
+    return Traffic(
+        entries=sum(tensor.numel() for tensor in template.values()), cohort=recipe.rounds.cohort_size or recipe.data.num_clients,
+        entry_bytes=8 if speed.reduction == "fixed_point" else 4, robust=rule is not None, chosen=getattr(recipe.rounds.aggregate, "chosen", 0),
+        sharded_server=speed.sharded_server, slots=len(server.slots),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """A client on the ranks of a group.
@@ -563,7 +574,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     rule = robust_rule(recipe.rounds.aggregate)
     slices = Slices(world, participation.template()) if recipe.speed.sharded_server else None
     if sharded:
-        over_ranks = mean_over_mesh(world.mesh)
+        over_ranks = mean_over_mesh(world.mesh, costs=costs, learn=costs.learn)
     elif rule is not None:
         over_ranks = robust_over_world(world, rule, **dealt)
     else:

@@ -21,8 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-REQUIRED = ("torch", "torchvision", "timm", "medmnist", "webdataset", "rich", "tyro", "torchmetrics", "scipy", "numpy", "safetensors", "matplotlib")
-OPTIONAL = {"deepspeed": "pip install 'gidef[deepspeed]'", "opacus": "pip install 'gidef[dp]' (DPSGD only)", "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'"}
+REQUIRED = ("torch", "torchvision", "timm", "medmnist", "webdataset", "rich", "tyro", "torchmetrics", "scipy", "numpy", "pillow", "safetensors", "matplotlib")
+OPTIONAL = {
+    "deepspeed": "pip install 'gidef[deepspeed]'", "opacus": "pip install 'gidef[dp]' (DPSGD only)",
+    "tensorboard": "pip install 'gidef[tensorboard]' (--log tensorboard only)", "wandb": "pip install 'gidef[wandb]' (--log wandb only)",
+    "breaching": "pip install 'gidef[bench]' (comparisons only)", "pfl": "pip install 'gidef[bench]' (comparisons only)",
+    "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'",
+}  # fmt: skip
 STALE_LOCK_S = 600.0
 ALIKE = ("torch", "torchvision", "timm", "numpy", "safetensors")
 """Packages whose versions decide results: the same on every rank."""
@@ -43,8 +48,12 @@ class Finding:
 
 def examine(out: str | None = None) -> list[Finding]:
     """All checks of this process, in the order in which a reader wants them. out: a run's folder, which is to be written to."""
-    found = [*_python(), *_packages(), *_torch_pair(), *_devices(), *_launch(), *_fabric(os.environ), *_locks(), *_data()]
-    return found + ([] if out is None else _folder(Path(out)))
+    return _examine(out) + ([] if out is None else _folder(Path(out)))
+
+
+def _examine(out: str | None) -> list[Finding]:
+    """All checks of this process but the folder's."""
+    return [*_python(), *_packages(), *_torch_pair(), *_devices(), *_launch(), *_fabric(os.environ), *_locks(Path(out or "runs")), *_data()]
 
 
 def examine_ranks(out: str | None = None) -> list[Finding]:
@@ -53,7 +62,7 @@ def examine_ranks(out: str | None = None) -> list[Finding]:
     from gidef.errors import InputError
     from gidef.parallel import open_world, seats
 
-    own = examine()
+    own = _examine(out)
     if lost := [finding for finding in own if finding.level == "problem" and "SOCKET_IFNAME" in finding.what]:
         return lost  # nobody can be met through an interface that is not there
     try:
@@ -302,14 +311,17 @@ def _comes(path: Path, text: str, *, wait_s: float = 5.0) -> bool:
     return False
 
 
-def _locks() -> list[Finding]:
-    """A process killed while it compiled an extension leaves a lock that makes every later start wait for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    if not root.is_dir():
-        return []
-    now = time.time()
-    stale = [path for path in root.rglob("lock") if path.is_file() and now - path.stat().st_mtime > STALE_LOCK_S]
-    return [Finding("problem", f"stale lock of a killed compilation: {path}", "delete it if nothing is compiling; DeepSpeed waits on it for ever.") for path in stale]
+def _locks(folder: Path) -> list[Finding]:
+    """A process killed while it compiled an extension leaves a lock that makes every later start wait for ever: of the user, or of a run that
+    launch/ranks.sh started in the folder or below it."""
+    own = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    now, stale = time.time(), set()
+    for root in (own, *folder.glob("extensions"), *folder.glob("*/extensions")):
+        for path in root.rglob("lock"):
+            with contextlib.suppress(OSError):  # a compilation ends meanwhile
+                if path.is_file() and now - path.stat().st_mtime > STALE_LOCK_S:
+                    stale.add(path)
+    return [Finding("problem", f"stale lock of a killed compilation: {path}", "delete it if nothing is compiling; DeepSpeed waits on it for ever.") for path in sorted(stale)]
 
 
 def _data() -> list[Finding]:

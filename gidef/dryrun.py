@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import shutil
 import statistics
@@ -14,21 +15,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gidef import attack as attacks
 from gidef import build, config, fits, methods, training
+from gidef.attack.ladder import is_lack_of_memory
 from gidef.cells import Cell, make_cells
 from gidef.clients.evaluate import num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
+from gidef.clients.sharded import units
 from gidef.errors import InputError
 from gidef.parallel import World, open_world, seated
 from gidef.releases import Releases
 from gidef.report import Console
 from gidef.strengths import levelled
 from gidef.types import Client, Tensors
-from gidef.updates import FixedPointSum
 
 MOST_RANKS = 10**6
 REPEATS = 3
@@ -54,11 +57,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of one defence. seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up.  reduced_bytes:
-    what every rank puts into a round's one sum.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
+    """Of one defence. cost: None for a network that no device holds whole: then all seconds are NaN.  rank_gib: of a rank at its peak; at least, without
+    a cost, and at most, where a client spans several ranks.  counted_gib: see `counted_gib`.  Seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up.  reduced_bytes:
+    of the all-reduce that moves as much as a round's collectives, see parallel.traffic.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
     something is trained for it first or it does not match gradients."""
 
-    cost: Cost
+    cost: Cost | None
     train_s: float
     evaluate_s: float
     bytes_per_round: int
@@ -67,6 +71,7 @@ class Forecast:
     rank_gib: float
     attacks_s: dict[str, float | None]
     overlapped: bool = False
+    counted_gib: float = 0.0
 
     @property
     def round_s(self) -> float:
@@ -76,11 +81,14 @@ class Forecast:
 def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast]:
     """Check a recipe for so many ranks, measure one client's steps on this device, and print what follows. Nothing is written into its folder.
 
+    A client on several ranks is measured on one, where that holds the network whole; of one that does not fit, only shapes are looked at.
+
     Assumed: every rank has this device, and this process's cores to itself; workers of a rank do not slow one another down; the sum over
     ranks costs nothing (`gidef plan` has networks). Of an attack, one iteration of one program is measured.
 
     Returns: by defence.
-    Raises:  InputError for bad data, a folder that holds a run already, what cannot be built, or too little disk or memory.
+    Raises:  InputError for bad data, a folder that holds a run already, what cannot be built, or too little disk; and where a rank needs more memory than
+             this device has, by what is counted beforehand, by what was measured, or because a measured step ran out of it.
     """
     if recipe.out is not None and Path(recipe.out, "recipe.json").exists() and not recipe.resume:
         raise InputError(f"{recipe.out} holds a run already: continue it with --resume, or choose another --out.")
@@ -100,8 +108,8 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
         console.heading(f"{name}: a dry run for {ranks} rank{'s' * (ranks > 1)}")
         if recipe.speed.shard_size > 1:
             console.notice(
-                f"a client spans {recipe.speed.shard_size} ranks, but is measured on one: weights, gradients and optimiser take about "
-                f"1/{recipe.speed.shard_size} of that memory on each, and seconds leave out what the ranks of a group tell each other."
+                f"a client spans {recipe.speed.shard_size} ranks: memory is counted for such a rank; seconds are of one device alone, which computes all of a "
+                "batch and tells no other anything."
             )
         shards = _shards(console, setting, ranks)
         found: dict[str, Forecast] = {}
@@ -112,11 +120,73 @@ def rehearse(recipe: config.Recipe, name: str, ranks: int) -> dict[str, Forecast
             for seed in recipe.seeds:
                 build.privacy_budget(setting, defence.at(defence.low) if trials else defence, seed=seed)
             chosen = defence.at(defence.low) if trials else defence
-            made = build.make_training(setting, chosen, seed=recipe.seeds[0], world=world, state_folder=Path(scratch, key))
-            found[key] = dataclasses.replace(_forecast(made, setting, world, ranks), attacks_s=_attacks_s(made, key, setting, world, ranks, Path(scratch)))
+            found[key] = _tried(chosen, key, setting, world, ranks, Path(scratch))
             _say(console, key, found[key], setting)
         _total(console, setting, found, ranks, shards)
     return found
+
+
+def _tried(chosen: Any, key: str, setting: build.Setting, world: World, ranks: int, scratch: Path) -> Forecast:
+    """One defence: counted without values first, so that a network which cannot fit is not tried."""
+    speed, has = setting.recipe.speed, _device_gib(world.device)
+    shapes = dataclasses.replace(world, device=torch.device("meta"))
+    made = build.make_training(setting, chosen, seed=setting.recipe.seeds[0], world=shapes, state_folder=scratch / key)
+    counted, whole = counted_gib(made, setting.recipe), counted_gib(made, setting.recipe, shard_size=1)
+    unmeasured = _forecast(made, setting, shapes, ranks, None, counted)
+    if counted > has:
+        raise InputError(_too_large(key, counted, world.device, has))
+    if whole > has:
+        return unmeasured
+    try:
+        made = build.make_training(setting, chosen, seed=setting.recipe.seeds[0], world=world, state_folder=scratch / key)
+        found = _forecast(made, setting, world, ranks, _measure(made, setting, world), counted)
+        found = dataclasses.replace(found, attacks_s=_attacks_s(made, key, setting, world, ranks, scratch))
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        if speed.shard_size > 1:
+            return unmeasured
+        raise InputError(_too_large(key, max(counted, has), world.device, has)) from error
+    if speed.shard_size == 1 and found.rank_gib > has:
+        raise InputError(_too_large(key, found.rank_gib, world.device, has))
+    return found
+
+
+def _too_large(key: str, needs: float, device: torch.device, has: float) -> str:
+    return (
+        f"{key}: a rank needs about {needs:.3g} GiB{' or more' * (needs == has)}, and the device ({device}) has {has:.3g}. "
+        "Raise speed.shard_size, lower clients.batch_size or speed.workers, or take a smaller model."
+    )
+
+
+def _device_gib(device: torch.device) -> float:
+    """All memory of a GPU, or of this host, as far as its group of processes may use it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 2**30
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no Linux, or "max"
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most / 2**30
+
+
+def counted_gib(made: build.Training, recipe: config.Recipe, *, shard_size: int | None = None) -> float:
+    """GiB that a rank holds at least while it takes a client's step: weights, gradients and the optimiser's state, as the backend cuts them; the largest
+    block gathered, with its gradients; the server's weights and the sum of updates; a decoder's own, whole. Images and activations come on top.
+
+    made: on any device, also one without values.  shard_size: in the place of the recipe's.
+    """
+    speed, settings = recipe.speed, build.local_settings(recipe.clients)
+    parts = shard_size or speed.shard_size
+    stage = speed.zero_stage if speed.shard_backend == "deepspeed" else 3
+    model, decoder = made.defence.model, made.defence.decoder
+    weights, trained = _nbytes(dict(model.named_parameters())), sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    beside = sum(p.nbytes for p in decoder.parameters()) if decoder is not None else 0
+    slots = 2 if settings.optimiser == "adam" else int(settings.momentum > 0)
+    state = 0 if speed.offload == "cpu" and parts > 1 else slots * trained
+    held = sum(amount / (parts if stage >= cut_from else 1) for amount, cut_from in ((state, 1), (trained, 2), (weights, 3)))
+    block = max((_nbytes(dict(unit.named_parameters())) for unit in units(model)), default=weights) if parts > 1 and stage == 3 else 0
+    server = _nbytes(made.participation.template()) * (3 if speed.reduction == "fixed_point" else 2) / parts
+    return (held + 2 * block + server + (2 + slots) * beside) / 2**30
 
 
 def _place(recipe: config.Recipe) -> Path:
@@ -158,12 +228,11 @@ def makespan(costs: list[list[float]], workers: int) -> float:
     return slowest
 
 
-def _forecast(made: build.Training, setting: build.Setting, world: World, ranks: int) -> Forecast:
-    recipe, participation = setting.recipe, made.participation
-    cost = _measure(made, setting, world)
-    workers = len(participation.players)
+def _forecast(made: build.Training, setting: build.Setting, world: World, ranks: int, cost: Cost | None, counted: float) -> Forecast:
+    recipe, participation, several = setting.recipe, made.participation, setting.recipe.speed.shard_size > 1
+    workers = 1 if several else len(participation.players)
     shards = build.shards(setting, ranks, seed=recipe.seeds[0], round=0)
-    cohort = sum(map(len, shards))
+    cohort = sum(map(len, shards)) // recipe.speed.shard_size
     whole = all(name in made.server.params for name in made.defence.initial_model())  # else every client has a front of its own
     fronts = 1 if whole else cohort
     chunks = num_chunks(setting.dataset.val.images)
@@ -175,23 +244,30 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
     slots = sum(_nbytes(slot) for slot in stepped.slots.values())
     private = _nbytes(participation.state(0))
     control = _nbytes(template) - shared
+    groups, sent = ranks // recipe.speed.shard_size, build.traffic(recipe, stepped, template)
+    sent = dataclasses.replace(sent, entries=-(-sent.entries // recipe.speed.shard_size))
     models = 3 * (2 * shared + slots) + 3 * shared + shared + (0 if whole else private * recipe.data.num_clients)  # checkpoints, snapshots, export
     states = recipe.data.num_clients * KEPT_STATES * (private + control)
-    overlapped = build.overlaps_evaluation(recipe, world)
+    overlapped = build.overlaps_evaluation(recipe, world) and not several
     evaluators = 1 if overlapped else workers
     copied = _nbytes(dict(participation.players[0].model.named_parameters())) / 2**30 if overlapped else 0.0
     evaluation, attacks = recipe.evaluation, recipe.attacks.values()
     starts = sum(getattr(attack, "restarts", 1) for attack in attacks)
     images = len(evaluation.checkpoints) * starts * len(setting.roles.victims) * 4 * setting.dataset.train.images[0].numel()
+    train_s = evaluate_s = math.nan
+    rank_gib = counted
+    if cost is not None:
+        train_s = makespan([_seconds(setting, clients, cost) for clients in shards], workers)
+        evaluate_s = fronts * -(-chunks // groups) / evaluators * cost.chunk_s if chunks > groups * evaluators else fronts * cost.chunk_s
+        rank_gib = cost.base_gib + workers * cost.step_gib + copied
+        if several:  # what is beside the network and the sum, such as images and activations, is not divided here
+            rank_gib = counted + max(0.0, rank_gib - counted_gib(made, recipe, shard_size=1))
     return Forecast(
-        cost=cost,
-        train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),
-        evaluate_s=fronts * -(-chunks // ranks) / evaluators * cost.chunk_s if chunks > ranks * evaluators else fronts * cost.chunk_s,
+        cost=cost, train_s=train_s, evaluate_s=evaluate_s,
         bytes_per_round=2 * _nbytes(template) * cohort,
-        reduced_bytes=FixedPointSum(template, metric_names=("loss",), max_terms=cohort, counters=2).buffer.nbytes,
+        reduced_bytes=round(sent.reduced(groups)),
         disk_bytes=models + states + images,
-        rank_gib=cost.base_gib + workers * cost.step_gib + copied,
-        attacks_s={}, overlapped=overlapped,
+        rank_gib=rank_gib, attacks_s={}, overlapped=overlapped, counted_gib=counted,
     )  # fmt: skip
 
 
@@ -312,23 +388,32 @@ def _resident() -> int:
 
 
 def _say(console: Console, key: str, one: Forecast, setting: build.Setting) -> None:
-    cost = one.cost
+    cost, several = one.cost, setting.recipe.speed.shard_size > 1
+    if cost is None:
+        console.say(f"{key}: no seconds, as this device does not hold the network whole")
+        console.say(f"  memory   {one.rank_gib:.2f} GiB per rank at least: weights, gradients, optimiser, and the sum of updates, without images and activations")
+        console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sums")
+        return
     console.say(f"{key}: a step takes {1e3 * cost.step_s:.3g} ms, a client {1e3 * cost.client_s:.3g} ms beside its steps, {1e3 * cost.chunk_s:.3g} ms a chunk of predictions")
     beside = " beside the next round" * one.overlapped
     console.say(f"  round    {one.round_s:.3g} s: {one.train_s:.3g} s of training, {one.evaluate_s:.3g} s of evaluation{beside}")
-    console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sum")
+    console.say(f"  bytes    {_bytes(one.bytes_per_round)} a round between clients and server; {_bytes(one.reduced_bytes)} per rank in the ranks' sums")
+    if several:
+        console.say(f"  memory   {one.rank_gib:.2f} GiB per rank at most: {one.counted_gib:.2f} GiB of weights, gradients, optimiser and the sum of updates, and what else a device alone took")
+        return
     console.say(f"  memory   {one.rank_gib:.2f} GiB per rank: {cost.base_gib:.2f} GiB, and {cost.step_gib:.2f} GiB for a client's step on each worker{', and a copy of the model' * one.overlapped}")
 
 
 def _total(console: Console, setting: build.Setting, found: dict[str, Forecast], ranks: int, shards: list[list[int]]) -> None:
     recipe, first = setting.recipe, next(iter(found.values()))
-    costs = [cost for clients in shards for cost in _seconds(setting, clients, first.cost)]
-    console.say(f"useful ranks  {useful_ranks(costs):.1f} in the first round (sum of the clients' seconds over the largest)")
+    if first.cost is not None:
+        costs = [cost for clients in shards for cost in _seconds(setting, clients, first.cost)]
+        console.say(f"useful ranks  {useful_ranks(costs):.1f} in the first round (sum of the clients' seconds over the largest)")
     trials = {key: one.trials if isinstance(one, config.Matched) else 1 for key, one in recipe.chosen.items()}
     trainings = {key: len(recipe.seeds) + trials[key] - 1 for key in found}
     seconds = sum(trainings[key] * setting.rounds * one.round_s for key, one in found.items())
     disk = sum(trainings[key] * one.disk_bytes for key, one in found.items())
-    console.say(f"training      {seconds:.0f} s for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s)")
+    console.say(f"training      {'unknown seconds' if math.isnan(seconds) else f'{seconds:.0f} s'} for {sum(trainings.values())} training(s) of {setting.rounds} rounds on {ranks} rank(s)")
     attacked = len(recipe.seeds) * sum(one_s or 0.0 for one in found.values() for one_s in one.attacks_s.values())
     left_out = sorted({name for one in found.values() for name, one_s in one.attacks_s.items() if one_s is None})
     unmeasured = f" without {', '.join(left_out)}: not measured" if left_out else ""

@@ -12,20 +12,21 @@ from typing import Any
 
 from gidef.errors import InputError
 from gidef.parallel.forecast import Evaluation, Forecast, Network, forecast
+from gidef.parallel.traffic import Traffic
 from gidef.report import Console, read
 from gidef.report.files import write_atomically
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What a run on one rank says: seconds of each client, their spread over rounds, seconds of evaluation, of saving and of the rest of a round, bytes of
-    the sum, cohort.
+    """What a run on one rank says: seconds of each client, their spread over rounds, seconds of evaluation, of saving and of the rest of a round, what
+    ranks send one another, cohort.
 
     The first trained defence of the record is taken. The rest is the round's median time minus what is known of it; of an evaluation beside the next
     round, that is what the round waited for it.
     Raises: InputError for a record without them, or of several ranks, whose rounds hold waiting time.
     """
     lines = read(folder / "record.jsonl")
-    trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds") and "evaluation" in line), None)
+    trained = next((line for line in lines if line["kind"] == "trained" and line.get("client_seconds") and {"evaluation", "traffic"} <= line.keys()), None)
     if trained is None:
         raise InputError(f"{folder / 'record.jsonl'} holds no client times: give the folder of a run that trained to its end with this version of gidef, or --times.")
     if any(line["world_size"] != 1 for line in lines if line["kind"] == "start"):
@@ -40,7 +41,7 @@ def measured(folder: Path) -> dict[str, Any]:
     evaluation, save, round_s = Evaluation(**trained["evaluation"]), trained["saving_seconds"], statistics.median(kept)
     evaluating = trained["waiting_seconds"] if evaluation.overlapped else evaluation.seconds
     return {
-        "times": times, "spread": statistics.median(spreads), "evaluation": evaluation, "save_s": save, "message": trained["reduced_bytes"], "cohort": cohort,
+        "times": times, "spread": statistics.median(spreads), "evaluation": evaluation, "save_s": save, "message": Traffic(**trained["traffic"]), "cohort": cohort,
         "rest_s": max(0.0, round_s - statistics.fmean(times) * cohort - evaluating - save), "round_s": round_s,
     }  # fmt: skip
 
@@ -61,12 +62,13 @@ def plan(arguments: argparse.Namespace) -> list[Forecast]:
     found["times"] = [time * arguments.scale for time in found["times"]]
     cohort = found.pop("cohort", None) or len(found["times"])
     evaluation = found.pop("evaluation", None)
-    rows = []
+    sent, rows, messages = found.pop("message"), [], []
     for ranks in arguments.ranks:
         size = cohort if arguments.clients_per_rank is None else arguments.clients_per_rank * ranks
-        rows.append(forecast(ranks=ranks, network=network, cohort=size, evaluation=evaluation and _of_cohort(evaluation, size), **found))
+        messages.append(dataclasses.replace(sent, cohort=size).reduced(ranks) if isinstance(sent, Traffic) else sent)
+        rows.append(forecast(ranks=ranks, network=network, cohort=size, evaluation=evaluation and _of_cohort(evaluation, size), message=messages[-1], **found))
     with Console() as console:
-        _show(console, rows, network, found)
+        _show(console, rows, network, found["times"], messages)
         if arguments.out:
             out = Path(arguments.out)
             write_atomically(out / "plan.csv", _csv(rows).encode())
@@ -100,13 +102,14 @@ def _of_cohort(one: Evaluation, size: int) -> Evaluation:
     return one if one.models == 1 else dataclasses.replace(one, models=size, seconds=one.seconds * size / one.models)
 
 
-def _show(console: Console, rows: list[Forecast], network: Network, found: dict[str, Any]) -> None:
+def _show(console: Console, rows: list[Forecast], network: Network, times: list[float], messages: list[float]) -> None:
+    megabytes = " to ".join(dict.fromkeys(f"{message / 1e6:.1f}" for message in (min(messages), max(messages))))
     console.heading("Forecast of a round")
     console.say(
         f"network   {network.gpus_per_node} GPUs a node, {network.intra_gbytes:g} GB/s and {network.intra_us:g} us inside, "
-        f"{network.inter_gbytes:g} GB/s and {network.inter_us:g} us between nodes, {network.algorithm} all-reduce of {found['message'] / 1e6:.1f} MB"
+        f"{network.inter_gbytes:g} GB/s and {network.inter_us:g} us between nodes, {network.algorithm} all-reduce of {megabytes} MB"
     )
-    console.say(f"clients   {len(found['times'])} times, {sum(found['times']) / len(found['times']):.3g} s on average; useful ranks at most {rows[0].useful:.1f} for {rows[0].cohort}")
+    console.say(f"clients   {len(times)} times, {sum(times) / len(times):.3g} s on average; useful ranks at most {rows[0].useful:.1f} for {rows[0].cohort}")
     console.say("ranks  clients    round s   busiest s   save s   reduce s   evaluate s   meet s   rest s   efficiency")
     for row in rows:
         console.say(

@@ -6,17 +6,17 @@ import argparse
 import csv
 import dataclasses
 import io
+import logging
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from gidef.config import Recipe
-from gidef.main import _arguments, _checked, _run, _sized, fail, parse, speaks
+from gidef.main import _arguments, _checked, _rehearsed, _run, _sized, ending, fail, parse, speaks
 
 MODES = ("strong", "weak")
 
@@ -29,15 +29,22 @@ def scale(recipe: Recipe, *, small: Recipe | None = None, ranks: tuple[int, ...]
     that launcher's number of ranks, and draws what is there so far: start it once for each number, with the same --ranks and --out.
 
     Into --out: scaling.csv, training.png and attacks.png, each with the ideal line and the bound Σt / max t of the strong run's own
-    times of clients or attack chunks, and a run's folder for each row. Rows that have ended are not run again.
+    times of clients or attack chunks, and a run's folder for each row. Rows that have ended are not run again. A run that fails ends everything,
+    with its own message and status. `--dry-run N` tells what the strong run would do on N ranks (default: the most).
     """
     caller = sys._getframe(1).f_globals
     if caller.get("__name__") != "__main__":
         return
-    name = Path(caller["__file__"]).stem
+    with ending():
+        _scale(recipe, small, ranks, caller["__file__"])
+
+
+def _scale(recipe: Recipe, small: Recipe | None, ranks: tuple[int, ...], script: str) -> None:
+    name = Path(script).stem
     recipe, args = _sized(recipe, small, _arguments(None))
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--ranks", type=int, nargs="+", default=list(ranks))
+    parser.add_argument("--dry-run", nargs="?", const="")
     own, rest = parser.parse_known_args(args)
     most, parsed = max(own.ranks), parse(recipe, rest, name)
     if min(own.ranks) < 1:
@@ -45,11 +52,14 @@ def scale(recipe: Recipe, *, small: Recipe | None = None, ranks: tuple[int, ...]
     cohort = parsed.rounds.cohort_size or parsed.data.num_clients
     if cohort % most or parsed.evaluation.num_victims % most:
         fail(f"a cohort of {cohort} and {parsed.evaluation.num_victims} victims do not divide by {most} ranks: change them, or --ranks.")
+    if own.dry_run is not None:
+        rehearsed, _ = _rehearsed(["--dry-run", own.dry_run or str(most)])
+        return _run(_checked(_sized_for(parsed, "strong", most, most)), f"{name} strong", rehearsed)
     out = Path(parsed.out or Path("runs") / name / (os.environ.get("SLURM_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
     size = _launched()
     if size is None:
         for count in own.ranks:
-            _torchrun(caller["__file__"], count, [*_arguments(None), *([] if parsed.out else ["--out", str(out)])])
+            _torchrun(script, count, [*_arguments(None), *([] if parsed.out else ["--out", str(out)])])
     elif parsed.out is None and "SLURM_JOB_ID" not in os.environ:
         fail("on ranks that a launcher started, give --out, the folder in which the numbers of ranks meet.")
     else:
@@ -72,10 +82,24 @@ def _launched() -> int | None:
 
 
 def _torchrun(script: str, count: int, args: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", script, *args]
-    done = subprocess.run(command, env={name: value for name, value in os.environ.items() if not name.startswith("SLURM_STEP")})
-    if done.returncode:
-        sys.exit(done.returncode)
+    """As torchrun does, but a failure ends this process with the failed rank's status and no word: the ranks have said what there is to say."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    for variable in [variable for variable in os.environ if variable.startswith("SLURM_STEP")]:
+        del os.environ[variable]  # else a single rank would take itself for one of the step's
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable(logging.ERROR)
+    try:
+        run(parse_args(["--standalone", f"--nproc-per-node={count}", script, *args]))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _sized_for(recipe: Recipe, mode: str, ranks: int, most: int) -> Recipe:

@@ -297,15 +297,15 @@ def _client_seconds(turns: dict[int, list[float]]) -> dict[str, dict[str, float]
 
 
 def _for_plan(
-    run: Run, training: build.Training, turns: dict[int, list[float]], evaluating: list[float], saving: list[float], beside: _EvaluationBeside | None
+    run: Run, training: build.Training, server: ServerState, turns: dict[int, list[float]], evaluating: list[float], saving: list[float], beside: _EvaluationBeside | None
 ) -> dict[str, Any]:
     """What `gidef plan` reads, of this life's rounds: seconds of clients, of a round's evaluations, which ranks share, and of saving, which rank 0 alone
-    does; bytes of the sums over ranks. Where evaluations ran beside the next round: their seconds on that thread, and those that were waited for."""
+    does; what ranks send one another. Where evaluations ran beside the next round: their seconds on that thread, and those that were waited for."""
     rows, classes = len(run.setting.dataset.val), run.setting.dataset.num_classes
     names = _names(training)
     template = training.participation.template()
     models = 1 if training.sharded or all(name in template for name in names) else run.recipe.rounds.cohort_size or run.recipe.data.num_clients
-    found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "reduced_bytes": 8 * sum(tensor.numel() for tensor in template.values())}  # int64, see FixedPointSum
+    found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "traffic": dataclasses.asdict(build.traffic(run.recipe, server, template))}
     overlapped = beside is not None and bool(beside.seconds)
     if overlapped or evaluating:
         seconds = statistics.median(beside.seconds if overlapped else evaluating)
@@ -426,7 +426,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     _save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
     summary = _summary(run, training, name, seed, best, progress, rounds_run)
     sha = final_hash(training, best, run.recipe.data.num_clients)
-    run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, turns, evaluating, saving, beside))  # before the export, whose presence tells a resumed run to keep this line
+    run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, server, turns, evaluating, saving, beside))  # before the export, whose presence tells a resumed run to keep this line
     exported = _gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
     if run.leads:
         meta = {"summary": summary, "sha256": sha, "defence": name, "as_trained": config.to_json(chosen), "seed": seed, "fingerprint": run.fingerprint}

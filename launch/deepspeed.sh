@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 . launch/ranks.sh
+gidef_wants "$@"
 gidef_activate deepspeed
 gidef_ranks "$@"
 ranks="$(gidef_ranks_per_host)" hostfile="${GIDEF_HOSTFILE:-}"

@@ -17,6 +17,13 @@ gidef_ranks() {
     export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 }
 
+# gidef_wants ARGS: ends the script with a line of usage if there are none.
+gidef_wants() {
+    [ $# -eq 0 ] || return 0
+    echo "usage: bash launch/${0##*/} recipes/RECIPE.py ARGS, e.g. bash launch/${0##*/} recipes/bloodmnist.py --small; or -m gidef COMMAND" >&2
+    exit 2
+}
+
 # gidef_out ARGS: the value of --out, or nothing.
 gidef_out() {
     while [ $# -gt 0 ]; do

@@ -87,7 +87,7 @@ def climb(
                 yield from run_chunk(chunk, observations, simulate, settings, mode=how, precision=way.precision, at_once=way.at_once, **options)
             )
         except (RuntimeError, MemoryError) as error:
-            if not _is_lack_of_memory(error) or number + 1 == len(ways):
+            if not is_lack_of_memory(error) or number + 1 == len(ways):
                 raise
             notice(f"memory ran out with {way.words()}: it goes on with {ways[number + 1].words()}.")
         gc.collect()  # outside the handler, whose traceback holds the tensors of the failed try
@@ -96,5 +96,6 @@ def climb(
     raise AssertionError("unreachable")
 
 
-def _is_lack_of_memory(error: BaseException) -> bool:
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no more."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error).lower() for word in _WORDS)

@@ -168,12 +168,15 @@ class _Whole(Mapping):
         return len(self._slices)
 
 
-def mean_over_mesh(mesh: Mesh, *, costs: Callable[[Client], float] | None = None) -> Callable[..., CohortMean]:
+def mean_over_mesh(
+    mesh: Mesh, *, costs: Callable[[Client], float] | None = None, learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None
+) -> Callable[..., CohortMean]:
     """`mean_over(shared_update, cohort, *, template, metric_names)` over the client axis: the twin of `mean_over_world` for groups of ranks.
 
     Each group trains its clients, longest first, and each of its ranks sums its slices of their updates with the same rank of the other groups:
     every client counts once, and nothing is gathered. The mean has the same bits for any number of groups.
 
+    Args:    costs, learn: as in `mean_over_world`; a client's seconds are those of its group's first rank.
     Raises:  (by the returned callable) InputError on every rank if a client raised one, which must be the same on all ranks of a group. Any
              other error leaves this rank at once: its group cannot go on, and the others see the connection close.
     """
@@ -207,6 +210,9 @@ def mean_over_mesh(mesh: Mesh, *, costs: Callable[[Client], float] | None = None
         mesh.clients.meet("the sum of a round")
         mesh.clients.all_reduce_sum_(total.buffer)
         spent, _ = part.settle(total.counters.tolist())
+        spent = mesh.shard.broadcast_json(spent)  # a group whose ranks planned by clocks of their own would part
+        if learn is not None:
+            learn(cohort, spent)
         return CohortMean(*total.mean(), count=total.count, seconds=tuple(spent))
 
     return over_cohort

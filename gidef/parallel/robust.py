@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from gidef.errors import InputError
+from gidef.parallel import traffic
 from gidef.parallel.cohort import Groups, take_part
 from gidef.parallel.work import Schedule
 from gidef.parallel.world import World
 from gidef.types import Client, Tensors, Update, check_same_names
 from gidef.updates import CohortMean, FixedPointSum
 
-BLOCK = 1 << 16
+BLOCK = traffic.BLOCK
 """Coordinates that travel, and are combined, at a time. Block b is rank b mod size's."""
 LIMBS, LIMB, LOWEST = 7, 32, -120
 """Of an exact sum of distances: seven times 32 bits from 2^-120 on."""

@@ -107,13 +107,13 @@ class Hosts:
         self.processes.append(process)
         return process
 
-    def torchrun(self, i: int, nodes: str, key: str, *script: str, restarts: int, log: Path) -> subprocess.Popen[bytes]:
+    def torchrun(self, i: int, nodes: str, key: str, *script: str, restarts: int, log: Path, **more: str) -> subprocess.Popen[bytes]:
         """One host's agent with one worker; host 1 holds the rendezvous."""
         port = 20000 + int.from_bytes(hashlib.sha256(f"{self.folder}{key}".encode()).digest()[:2], "big") % 20000
         return self.start(
             i, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1", f"--max-restarts={restarts}",
             "--rdzv-backend=c10d", f"--rdzv-endpoint={self.name(1)}:{port}", f"--rdzv-id={self.tag}{key}",
-            "--rdzv-conf=join_timeout=120,last_call_timeout=15", *script, log=log,
+            "--rdzv-conf=join_timeout=120,last_call_timeout=15", *script, log=log, **more,
         )  # fmt: skip
 
 

@@ -31,10 +31,20 @@ def expected(tmp_path_factory):
 class Case:
     """One run over some hosts, in a folder that all see."""
 
-    def __init__(self, hosts: Hosts, folder, key: str, nodes: str, on: tuple[int, ...], *, restarts: int = 2, more: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, hosts: Hosts, folder, key: str, nodes: str, on: tuple[int, ...],
+        *, restarts: int = 2, more: tuple[str, ...] = (), script: tuple[str, ...] | None = None, **environ: str,
+    ) -> None:  # fmt: skip
         self.hosts, self.folder, self.out, self.key = hosts, folder, folder / "run", key
-        script = (str(ROOT / "recipes" / "tiny.py"), *TINY, "--out", str(self.out), *more)
-        self.agents = {i: hosts.torchrun(i, nodes, key, *script, restarts=restarts, log=self.log(i)) for i in on}
+        self.script = (str(ROOT / "recipes" / "tiny.py"), *TINY, "--out", str(self.out), *more) if script is None else (*script, "--out", str(self.out))
+        self.nodes, self.restarts, self.environ = nodes, restarts, environ
+        self.agents = {}
+        for i in on:
+            self.start(i)
+
+    def start(self, i: int) -> None:
+        """An agent on another host."""
+        self.agents[i] = self.hosts.torchrun(i, self.nodes, self.key, *self.script, restarts=self.restarts, log=self.log(i), **self.environ)
 
     def log(self, i: int):
         return self.folder / f"{self.key}-host-{i}.log"
@@ -44,7 +54,7 @@ class Case:
 
     def saved(self) -> int:
         """Number of the newest checkpoint."""
-        found = sorted((self.out / "checkpoints" / "undefended-0").glob("round-*.safetensors"))
+        found = sorted((self.out / "checkpoints").glob("*-0/round-*.safetensors"))
         return int(found[-1].stem.removeprefix("round-")) if found else 0
 
     def until_round(self, number: int, world: int) -> None:
@@ -108,3 +118,16 @@ def test_a_lost_first_host_ends_the_run_with_its_name_and_a_requeued_job_goes_on
     again = Case(hosts, tmp_path, "e", "1", (1,), restarts=0, more=("--resume",))
     again.ends(1)
     assert results(again.out)["weights_sha256"] == expected
+
+
+def test_a_host_that_comes_later_is_taken_in(hosts, tmp_path):
+    few = str(ROOT / "tests" / "cluster" / "few_cells.py")
+    case = Case(hosts, tmp_path, "f", "1:2", (1,), script=(few,), FEW_SLOW_S="1")  # three clients of a second a round: time to come
+    case.until_round(2, world=1)
+    case.start(2)
+    case.until_round(3, world=2)
+    case.ends(1, 2)
+    assert case.worlds() == [1, 2]
+    assert [line["round"] for line in read(case.out / "record.jsonl") if line["kind"] == "round"] == list(range(1, 9))
+    run(1, few, "--out", str(tmp_path / "alone"), timeout=300)
+    assert results(case.out)["weights_sha256"] == results(tmp_path / "alone")["weights_sha256"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import ROOT
+from tests.cluster.hosts import until
 
 FEW = "tests/cluster/few_cells.py"
 
@@ -34,10 +35,10 @@ def shell(tmp_path):
     environ = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     environ |= {"PATH": os.pathsep.join([str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]), "PYTHONPATH": str(ROOT)}
 
-    def run(line: str, **more: str) -> list[str]:
+    def run(line: str, status: int = 0, **more: str) -> list[str]:
         done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environ | more, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        assert done.returncode == status and not (status and done.stdout), done.stderr
+        return (done.stderr if status else done.stdout).splitlines()
 
     return run
 
@@ -69,6 +70,21 @@ def test_several_hosts_come_from_a_list_or_the_scheduler(environ, meet, count, s
     said = shell("bash launch/torchrun.sh x.py --seeds 1", **{name: text.replace("{folder}", str(tmp_path)) for name, text in environ.items()})
     assert f"--nnodes={count}" in said and f"--rdzv-endpoint={meet}" in said and "--standalone" not in said
     assert said[said.index("x.py") :][:3] == ["x.py", "--seeds", "1"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_that_is_told_nothing_says_how_it_is_used_and_starts_nothing(launcher, shell):
+    [said] = shell(f"bash launch/{launcher}.sh", status=2)
+    assert said.startswith(f"usage: bash launch/{launcher}.sh recipes/")
+
+
+def test_an_elastic_run_needs_a_place_to_meet_and_restarts_by_itself(shell):
+    for nodes in ("1:4", "2"):
+        [said] = shell("bash launch/torchrun.sh x.py", status=2, GIDEF_NODES=nodes)  # torchrun, which would have spoken, was not started
+        assert said.startswith(f"gidef: GIDEF_NODES={nodes} without a host to meet on") and "GIDEF_HOSTS=n2" in said
+    asked = {nodes: shell("bash launch/torchrun.sh x.py", GIDEF_HOSTS="n2", GIDEF_NODES=nodes) for nodes in ("1:4", "2")}
+    assert {"--max-restarts=10", "--nnodes=1:4", "--rdzv-endpoint=n2:29400"} <= set(asked["1:4"]) and "--max-restarts=0" in asked["2"]
+    assert "--max-restarts=0" in shell("bash launch/torchrun.sh x.py", GIDEF_HOSTS="n2", GIDEF_NODES="1:4", GIDEF_RESTARTS="0")
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,39 @@ def test_python_torchrun_and_deepspeed_end_with_the_same_bits_from_the_same_line
         found[name] = results["weights_sha256"]
         assert results["world_size"] == (1 if name == "python" else 2)
     assert found["python"] == found["torchrun"] == found["deepspeed"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_a_run_that_is_told_to_end_under_deepspeed_s_launcher_goes_on_to_the_same_bits(tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("the extra deepspeed is not installed")
+    environ = os.environ | {"GIDEF_RANKS": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GIDEF_OFFLINE": "1", "MPLBACKEND": "Agg"}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+
+    def launched(*start: str, out: Path, **more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*start, "--out", str(out)], cwd=ROOT, env=environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def ends_well(process: subprocess.Popen[str]) -> None:
+        said = process.communicate(timeout=400)[0]
+        assert process.returncode == 0, said
+
+    line, out = ("bash", "launch/deepspeed.sh", FEW), tmp_path / "run"
+    told = launched(*line, out=out, FEW_SLOW_S="0.5")  # seconds a round, so that it does not end before it is told
+    try:
+        until(lambda: list(out.glob("checkpoints/learned-0/round-000002.safetensors")) or told.poll() is not None, 300, "no second round")
+        told.terminate()
+        said = told.communicate(timeout=60)[0]
+    finally:
+        told.kill()
+    assert told.returncode != 0 and (out / "preempted").exists() and not (out / "results.json").exists(), said
+    ends_well(launched(*line, "--resume", out=out))
+    ends_well(launched(sys.executable, FEW, out=tmp_path / "alone"))
+    results = [json.loads((folder / "results.json").read_text()) for folder in (out, tmp_path / "alone")]
+    assert [one["world_size"] for one in results] == [2, 1] and results[0]["weights_sha256"] == results[1]["weights_sha256"]
+    lines = [json.loads(text) for text in (out / "record.jsonl").read_text().splitlines()]
+    assert [one["resumed"] for one in lines if one["kind"] == "start"] == [False, True]
+    assert [one["round"] for one in lines if one["kind"] == "round"] == list(range(1, 9))
 
 
 @pytest.mark.cluster

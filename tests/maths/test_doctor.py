@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import socket
+import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from gidef import doctor
+from gidef.parallel import World
 
 HERE = [(1, "lo"), (2, "eth0"), (3, "ib0"), (4, "ib1")]
 
@@ -59,3 +66,38 @@ def test_a_run_folder_is_tried_and_left_as_it_was(tmp_path):
     assert fine.level == "ok" and sorted(tmp_path.iterdir()) == [tmp_path / "file"]
     (tmp_path / "kept").mkdir()
     assert doctor._folder(tmp_path / "kept")[0].level == "ok" and list((tmp_path / "kept").iterdir()) == []
+
+
+def test_a_stale_lock_is_found_where_the_launchers_compile_and_a_fresh_one_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+    old = time.time() - 2 * doctor.STALE_LOCK_S
+    places = [tmp_path / "own" / "py311", tmp_path / "runs" / "host-17" / "extensions" / "shm", tmp_path / "a" / "extensions" / "shm"]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "lock").touch()
+    assert doctor._locks(Path("runs")) == []
+    for place in places:
+        os.utime(place / "lock", (old, old))
+
+    def found(*looked: doctor.Finding) -> list[str]:
+        return [finding.what.rpartition(": ")[2] for finding in looked if "stale lock" in finding.what]
+
+    own, run, named = (str(place / "lock") for place in places)
+    monkeypatch.setattr(doctor, "_torch_pair", list)
+    assert found(*doctor.examine()) == [own, os.path.relpath(run, tmp_path)]
+    assert found(*doctor.examine(str(tmp_path / "a"))) == [named, own] and found(*doctor.examine(str(tmp_path))) == [named, own]
+    monkeypatch.setattr("gidef.parallel.open_world", lambda *_: contextlib.nullcontext(World()))
+    assert found(*doctor.examine_ranks(str(tmp_path / "a"))) == [named, own]
+
+
+def test_all_that_the_package_wants_is_looked_for():
+    project = tomllib.loads((Path(doctor.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = [_name(text) for text in project["dependencies"]]
+    assert sorted(wanted) == sorted(doctor.REQUIRED)
+    extras = {_name(text) for name in ("deepspeed", "dp", "tensorboard", "wandb", "bench") for text in project["optional-dependencies"][name]}
+    assert extras < set(doctor.OPTIONAL)
+
+
+def _name(text: str) -> str:
+    return re.match(r"[\w-]+", text)[0].lower()

@@ -35,7 +35,7 @@ def main(folder: Path, rank: int) -> None:
         now, version = time.time, importlib.metadata.version
         time.time = lambda: now() - 100
         importlib.metadata.version = lambda name: "1.0" if name == "numpy" else version(name)
-        doctor._locks = lambda: [doctor.Finding("problem", "stale lock of a killed compilation: here", "delete it")]
+        doctor._locks = lambda folder: [doctor.Finding("problem", "stale lock of a killed compilation: here", "delete it")]
     apart = look(folder, rank, "apart", folder / f"own-{rank}")
     print(json.dumps([[(finding.level, finding.what) for finding in found] for found in (alike, apart)]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from gidef import dryrun
+from gidef.clients.sharded import units
 from gidef.config import (
     Data,
     Evaluation,
@@ -30,6 +32,7 @@ from gidef.config import (
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.main import main, sweep
+from gidef.parallel import World
 
 RECIPE = Recipe(
     data=Data(name=f"{__file__}:few_cells", num_clients=5, partition=QuantitySkew(alpha=1.0), min_examples=4), model=Model(cut="blocks.0"),
@@ -105,6 +108,65 @@ def test_an_evaluation_beside_the_next_round_takes_a_copy_of_the_model_and_count
     assert beside.round_s == max(beside.train_s, beside.evaluate_s) and in_line.round_s == in_line.train_s + in_line.evaluate_s
     assert beside.evaluate_s == pytest.approx(4 * beside.cost.chunk_s)  # a front for each of four clients, one chunk, on one thread
     assert beside.rank_gib > beside.cost.base_gib + 2 * beside.cost.step_gib
+
+
+def test_a_network_that_no_device_holds_is_counted_for_a_group_and_refused_where_a_rank_cannot_hold_its_part(monkeypatch, capsys):
+    recipe = dataclasses.replace(RECIPE, defences={"learned": LearnedPerturbation(ramp=0.0)}, share_policy="full", attacks={"naive": NaiveMatching(iterations=2)})
+    several = dataclasses.replace(recipe, speed=Speed(device="cpu", shard_size=2))
+    measured = dryrun.rehearse(several, "small", 4)["learned"]
+    assert "GiB per rank at most" in capsys.readouterr().out and measured.cost is not None and measured.attacks_s["naive"] > 0
+    assert dryrun.rehearse(recipe, "small", 2)["learned"].bytes_per_round == measured.bytes_per_round  # a client counts once, on however many ranks
+
+    world = World(device=torch.device("meta"))
+    setting = dryrun.build.load_setting(recipe, world=World(), notice=print)
+    made = dryrun.build.make_training(setting, recipe.defences["learned"], seed=0, world=world, state_folder=Path("none"))
+    model, decoder = made.defence.model, sum(p.numel() for p in made.defence.decoder.parameters())
+    numel, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (False, True))
+    block = max(sum(p.numel() for p in module.parameters()) for module in units(model))
+
+    def gib(values: float) -> float:
+        return pytest.approx(4 * values / 2**30)
+
+    whole, part = numel + 3 * trained + 3 * numel, (numel + 3 * trained + 3 * numel) / 2
+    assert dryrun.counted_gib(made, recipe) == gib(whole + 4 * decoder) and dryrun.counted_gib(made, several) == gib(part + 2 * block + 4 * decoder)
+    for stage, held in {0: numel + 3 * trained, 1: numel + 2 * trained, 2: numel + trained + trained / 2, 3: (numel + 3 * trained) / 2}.items():
+        zero = dataclasses.replace(several, speed=Speed(shard_size=2, shard_backend="deepspeed", zero_stage=stage))
+        assert dryrun.counted_gib(made, zero) == gib(held + 3 * numel / 2 + (2 * block if stage == 3 else 0) + 4 * decoder)
+    offloaded = dataclasses.replace(several, speed=Speed(shard_size=2, shard_backend="deepspeed", zero_stage=2, offload="cpu"))
+    assert dryrun.counted_gib(made, offloaded) == gib(numel + trained / 2 + 3 * numel / 2 + 4 * decoder)
+
+    low, high = sorted((dryrun.counted_gib(made, several), dryrun.counted_gib(made, recipe)))
+    capsys.readouterr()
+    monkeypatch.setattr(dryrun, "_device_gib", lambda device: (low + high) / 2)  # a part fits, the whole does not
+    counted = dryrun.rehearse(several, "small", 4)["learned"]
+    said = capsys.readouterr().out
+    assert counted.cost is None and counted.rank_gib == low and math.isnan(counted.round_s) and counted.bytes_per_round == measured.bytes_per_round
+    assert (counted.reduced_bytes, counted.disk_bytes) == (measured.reduced_bytes, measured.disk_bytes)
+    assert "no seconds" in said and "unknown seconds" in said and "GiB per rank at least" in said
+    with pytest.raises(InputError, match=rf"about {high:.3g} GiB, and the device \(cpu\) has {(low + high) / 2:.3g}\. Raise speed.shard_size"):
+        dryrun.rehearse(recipe, "small", 1)
+    monkeypatch.setattr(dryrun, "_device_gib", lambda device: low / 2)
+    with pytest.raises(InputError, match=f"about {low:.3g} GiB"):
+        dryrun.rehearse(several, "small", 2)
+
+
+def test_a_step_that_takes_all_memory_is_one_message_or_goes_uncounted_in_a_group(monkeypatch):
+    recipe = dataclasses.replace(RECIPE, defences={"undefended": Undefended()}, share_policy="full")
+
+    def greedy(*_: object) -> dryrun.Cost:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dryrun, "_device_gib", lambda device: 64.0)
+    monkeypatch.setattr(dryrun, "_measure", greedy)
+    with pytest.raises(InputError, match=r"undefended: a rank needs about 64 GiB or more, and the device \(cpu\) has 64\."):
+        dryrun.rehearse(recipe, "small", 1)
+    assert dryrun.rehearse(dataclasses.replace(recipe, speed=Speed(shard_size=2)), "small", 2)["undefended"].cost is None
+    monkeypatch.setattr(dryrun, "_measure", lambda *_: dryrun.Cost(0.1, 0.1, 0.1, 1.0, 40.0))
+    with pytest.raises(InputError, match="about 81 GiB, and the device"):  # two workers
+        dryrun.rehearse(recipe, "small", 1)
+    monkeypatch.setattr(dryrun, "_measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dryrun.rehearse(recipe, "small", 1)
 
 
 def test_the_slowest_rank_decides_and_more_ranks_than_useful_do_not_help():
