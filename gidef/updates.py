@@ -320,13 +320,14 @@ class Float32Sum:
 @dataclass(frozen=True, slots=True)
 class CohortMean:
     """Σ n_k Δ_k / Σ n_k over a cohort: delta with the template's dtypes, Σ n_k, metrics weighted alike, and the clients counted.
-    seconds: that each client took, in the cohort's order, where they were measured."""
+    seconds: that each client took, in the cohort's order, where they were measured.  sum_seconds: of the sum over ranks, once all had come."""
 
     delta: Tensors
     num_examples: int
     metrics: dict[str, float]
     count: int
     seconds: tuple[float, ...] = ()
+    sum_seconds: float = 0.0
 
 
 def mean_over(shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()) -> CohortMean:
