@@ -30,7 +30,7 @@ from gidef.clients.sharded import predict_part
 from gidef.data import Dataset, Images
 from gidef.errors import InputError
 from gidef.models import moving_statistics
-from gidef.parallel import Beside, SlicedCheckpoints, World, checkpoints
+from gidef.parallel import OVERLAP_ABOVE, Beside, SlicedCheckpoints, World, checkpoints
 from gidef.report import Console, Record
 from gidef.rng import generator
 from gidef.rounds.algorithm import federate
@@ -355,8 +355,9 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         _save_snapshot(run, training, key, Snapshot("untrained", 0, 0.0, server.params))
     val, total = run.setting.dataset.val, run.setting.rounds
     turns: dict[int, list[float]] = defaultdict(list)
-    evaluating, saving = [], []
-    started = time.perf_counter() - progress.seconds
+    evaluating, saving, summing = [], [], []
+    life = time.perf_counter()
+    started = life - progress.seconds
     early = early_round(total)
     beside = _EvaluationBeside(run, training, seed=seed) if not world.any(not build.overlaps_evaluation(recipe, world)) else None
     with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind, beside or contextlib.nullcontext():
@@ -376,6 +377,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 "round", defence=name, seed=seed, round=after, loss=mean.metrics["loss"], val_accuracy=accuracy,
                 val_accuracy_worst=min(values), cohort=len(done.cohort), examples=mean.num_examples, seconds=progress.seconds,
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(done.cohort, mean.seconds, strict=True)},
+                sum_seconds=round(mean.sum_seconds, 6),
             )  # fmt: skip
             began = time.perf_counter()
             kept.append(done.versions)
@@ -404,6 +406,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
             participation.versions |= dict.fromkeys(cohort, number)
             for client, seconds in zip(cohort, mean.seconds, strict=True):
                 turns[client].append(seconds)
+            summing.append(mean.sum_seconds)
             done = _Computed(number, server, cohort, mean, dict(participation.versions), training.costs.state())
             # while even a worse accuracy could not end the training here, no evaluation can
             if beside is not None and number + 1 < total and not _patience_over(recipe, number + 1, progress):
@@ -419,6 +422,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 break
     if saver is not None:
         saver.close()
+    if told := _costly_sums(sum(summing), time.perf_counter() - life):
+        run.console.say(f"{name}, seed {seed}: {told}")
     rounds_run = server.round
     if rounds_run < early:  # patience ended training before a tenth of it
         _save_snapshot(run, training, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
@@ -436,6 +441,14 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     if sharded is not None and recipe.attacks:
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
     return Trained(training, _snapshots(run, key, training), summary, sha)
+
+
+def _costly_sums(summing: float, seconds: float) -> str | None:
+    """What to say of sums over ranks that took so much of a training's seconds; None where that is little."""
+    if summing <= OVERLAP_ABOVE * seconds:
+        return None
+    ways = "more local steps or larger clients make them rarer, and speed.reduction=float32 halves their bytes"
+    return f"the sums over ranks took {summing / seconds:.0%} of the training, once all ranks had come: {ways}."
 
 
 def _clients_at_once(run: Run, name: str, training: build.Training, server: ServerState) -> int:

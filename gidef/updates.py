@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,9 +100,24 @@ class FixedPointSum:
         self._max_terms = max_terms
         self._limit = 2**62 // max_terms
         self._one = 2.0**fraction_bits
-        self._lock = threading.Lock()
-        self.buffer = torch.zeros(end + len(self._metric_names) + 2 + counters, dtype=torch.int64, device=device)
-        self._settle()
+        self._lock = threading.RLock()
+        self._terms = 0  # that this object has added, whatever was merged into the buffer
+        self._pending = [0] * (len(self._metric_names) + 2)  # of the tail, on their way to the buffer: each copy waits for a GPU
+        self._in_parts = device.type == "cuda"  # peaks by part, where a launch costs more than reading a part
+        self._written: torch.cuda.Event | None = None
+        self._buffer = torch.zeros(end + len(self._metric_names) + 2 + counters, dtype=torch.int64, device=device)
+        self._mark_written()
+
+    @property
+    def buffer(self) -> Tensor:
+        """All of the sum, see above; to be read, or changed in place."""
+        with self._lock:
+            self._await_written()
+            if any(self._pending):
+                self._buffer[self._tail : self._tail + len(self._pending)].add_(torch.tensor(self._pending, device=self._buffer.device))
+                self._pending = [0] * len(self._pending)
+                self._mark_written()
+            return self._buffer
 
     @property
     def counters(self) -> Tensor:
@@ -126,10 +141,10 @@ class FixedPointSum:
             raise ValueError(f"client {client}: metrics {sorted(metrics)} instead of {list(self._metric_names)}")
         tail = self._checked(delta, weight, metrics, client)
         with self._lock:
-            if self._numbers()[-1] >= self._max_terms:
+            if self._terms >= self._max_terms:
                 raise ValueError(f"client {client}: the sum already holds max_terms={self._max_terms} updates")
-            self.buffer[self._tail : self._tail + len(tail)] += torch.tensor(tail, device=self.buffer.device)
-            self._settle()
+            self._terms += 1
+            self._pending = [left + right for left, right in zip(self._pending, tail, strict=True)]
         self._add_terms(delta, weight)
 
     @property
@@ -183,22 +198,35 @@ class FixedPointSum:
                 raise ValueError(f"client {client}: {name!r} has shape {tuple(delta[name].shape)} instead of {wanted}")
         factor = weight * self._one
         names = [name for name in self._spans if delta[name].numel()]
-        ends = [end.to(self.buffer.device) for name in names for end in torch.aminmax(delta[name].detach())]  # NaN where there is one
-        # rounding keeps order, so the largest term is the largest entry's; the only wait for the device
-        peaks = (torch.stack(ends).double() * factor).round().abs().view(-1, 2).amax(1).tolist() if ends else []
         tail = [float(metrics[name]) * factor for name in self._metric_names]
-        names += [*(f"metric {name}" for name in self._metric_names), "weight"]
-        for name, peak in zip(names, [*peaks, *map(abs, tail), weight], strict=True):
+        peaks: list[tuple[str, float]] = []
+        if not self._in_parts or not all(peak <= self._limit for peak in self._peaks(self._joined(delta), factor)):  # else which one is asked only now
+            peaks = list(zip(names, self._peaks((delta[name].detach() for name in names), factor), strict=True))
+        peaks += [(f"metric {name}", abs(value)) for name, value in zip(self._metric_names, tail, strict=True)]
+        for name, peak in [*peaks, ("weight", weight)]:
             if not peak <= self._limit:  # NaN fails every comparison
                 self._refuse(name, peak, weight, client)
         return [*map(round, tail), weight, 1]
 
+    def _joined(self, delta: Tensors) -> Iterator[Tensor]:
+        """The entries of each part, on the buffer's device."""
+        flat = {name: delta[name].detach().to(self._buffer.device).flatten() for name in self._spans}
+        return (torch.cat([flat[name][piece] for name, piece in pieces]) for _, pieces in self._parts)
+
+    def _peaks(self, tensors: Iterable[Tensor], factor: float) -> list[float]:
+        """The largest term of each, rounded; NaN where there is one. Waits for the device once.
+
+        Rounding keeps order, so the largest term is the largest entry's.
+        """
+        ends = [end.to(self._buffer.device) for tensor in tensors for end in torch.aminmax(tensor)]
+        return (torch.stack(ends).cpu().double() * factor).round().abs().view(-1, 2).amax(1).tolist() if ends else []
+
     @torch.no_grad()
     def _encode(self, delta: Tensors, weight: int, metrics: Mapping[str, float], client: int | str) -> Tensor:
         """One update's terms, checked: int64, laid out as the buffer without the counters."""
-        tail = torch.tensor(self._checked(delta, weight, metrics, client), device=self.buffer.device)
+        tail = torch.tensor(self._checked(delta, weight, metrics, client), device=self._buffer.device)
         factor = weight * self._one
-        terms = [delta[name].detach().to(self.buffer.device, torch.float64).mul(factor).round_().flatten().to(torch.int64) for name in self._spans]
+        terms = [delta[name].detach().to(self._buffer.device, torch.float64).mul(factor).round_().flatten().to(torch.int64) for name in self._spans]
         return torch.cat([*terms, tail])
 
     @torch.no_grad()
@@ -206,7 +234,7 @@ class FixedPointSum:
         """round(2^f · n_k · Δ_k), part by part."""
         if not self._parts:
             return
-        device, factor = self.buffer.device, weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
+        device, factor = self._buffer.device, weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
         flat = {name: delta[name].detach().to(device).flatten() for name in self._spans}
         most = max(span.stop - span.start for span, _ in self._parts)
         values, terms = (torch.empty(most, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
@@ -215,8 +243,9 @@ class FixedPointSum:
             value = torch.cat([flat[name][piece] for name, piece in pieces], out=values[:size])
             term = terms[:size].copy_(value.mul_(factor).round_())
             with self._lock:
-                self.buffer[span] += term
-                self._settle()
+                self._await_written()
+                self._buffer[span].add_(term)  # `+=` on a slice would copy it once more
+                self._mark_written()
 
     def _refuse(self, name: str, peak: float, weight: int, client: int | str) -> None:
         """Say which entry cannot be summed and why."""
@@ -227,10 +256,15 @@ class FixedPointSum:
             what = f"reaches {peak / self._one / max(weight, 1):.3g}, where weight {weight} allows {most:.3g}"
         raise InputError(f"client {client}: {name} {what}; training diverged: lower the learning rate or clip gradients")
 
-    def _settle(self) -> None:
-        """Threads may work on different CUDA streams: the lock orders their launches, only this their writes."""
-        if self.buffer.is_cuda:
-            torch.cuda.current_stream(self.buffer.device).synchronize()
+    def _mark_written(self) -> None:
+        """Threads may work on different CUDA streams: the lock orders their launches, and these two their writes, without a wait of the host's."""
+        if self._buffer.is_cuda:
+            self._written = torch.cuda.current_stream(self._buffer.device).record_event()
+
+    def _await_written(self) -> None:
+        """What this thread's stream does next to the buffer comes after all that was written so far."""
+        if self._written is not None:
+            torch.cuda.current_stream(self._buffer.device).wait_event(self._written)
 
 
 class Float32Sum:
@@ -286,13 +320,14 @@ class Float32Sum:
 @dataclass(frozen=True, slots=True)
 class CohortMean:
     """Σ n_k Δ_k / Σ n_k over a cohort: delta with the template's dtypes, Σ n_k, metrics weighted alike, and the clients counted.
-    seconds: that each client took, in the cohort's order, where they were measured."""
+    seconds: that each client took, in the cohort's order, where they were measured.  sum_seconds: of the sum over ranks, once all had come."""
 
     delta: Tensors
     num_examples: int
     metrics: dict[str, float]
     count: int
     seconds: tuple[float, ...] = ()
+    sum_seconds: float = 0.0
 
 
 def mean_over(shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()) -> CohortMean:

@@ -232,8 +232,8 @@ class MaskedSum(FixedPointSum):
     def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int) -> None:
         terms = self._secure.clients[self._places[client]].masked(self._encode(delta, weight, metrics, client))
         with self._lock:
-            self.buffer[: terms.numel()] += terms
-            self._settle()
+            self.buffer[: terms.numel()].add_(terms)
+            self._mark_written()
 
     def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
         if self._masked:

@@ -19,6 +19,9 @@ from gidef.rng import stream_seed
 from gidef.types import Client, Tensors, Update
 from gidef.updates import CohortMean, FixedPointSum, Float32Sum
 
+OVERLAP_ABOVE = 0.05
+"""Share of a round's seconds above which the sum over ranks is worth a word."""
+
 Groups = Callable[[Sequence[Client]], list[list[int]]]
 
 
@@ -42,6 +45,12 @@ def mean_over_world(
              takes a group's clients in the place of one, and returns their updates in order.
              reduction: "float32" halves the bytes, and lets the last bits depend on ranks, workers and schedule.
              slices: the mean's delta is this rank's slice alone; a reduce-scatter and a small all-reduce take the all-reduce's place.
+    Deviates: nothing of the all-reduce is hidden behind training, also where it takes more than `OVERLAP_ABOVE` of a round. A part of the sum that goes
+             out early, while clients train, would have to be entered by every rank within the collective's time limit, whereas ranks come to
+             any common point minutes apart, between two clients; with a limit as long as the longest client, a rank that stops inside would hold the
+             others as long, unnoticed by the watch's meeting, and the group could not be closed before. What the sum takes is measured
+             once all have come (`CohortMean.sum_seconds`), and a training that spends more than that share on it says what halves it.
+             Measured on two ranks of one machine, shares of a round: 0.05 to 0.2 % with 1.6 M parameters and 50 clients of five steps.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
@@ -62,18 +71,21 @@ def mean_over_world(
         part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
         total.counters.copy_(part.counters())
         own = None
-        if reduction == "fixed_point" and slices is None:
-            world.all_reduce_sum_(total.buffer)
-        else:
-            world.all_reduce_sum_(total.tail)
-        seconds, _ = part.settle(total.counters.tolist())
+        world.meet("the sum of a round")  # so that what follows is the sum's time, and no waiting for a rank that still trains
+        began = time.perf_counter()
+        world.all_reduce_sum_(total.buffer if reduction == "fixed_point" and slices is None else total.tail, met=True)
+        counters = total.counters.tolist()  # waits for the device
+        summing = time.perf_counter() - began
+        seconds, _ = part.settle(counters)
+        began = time.perf_counter()
         if slices is not None:
             own = slices.cut(slices.reduce(total.body))
         elif reduction == "float32":
             world.all_reduce_sum_(total.body)
+        summing += time.perf_counter() - began
         if learn is not None:
             learn(cohort, seconds)
-        return CohortMean(*total.mean(own), count=total.count, seconds=tuple(seconds))
+        return CohortMean(*total.mean(own), count=total.count, seconds=tuple(seconds), sum_seconds=summing if world.size > 1 else 0.0)
 
     return over_cohort
 

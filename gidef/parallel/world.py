@@ -54,9 +54,9 @@ class World:
             self.watch.meet(label)
 
     @contextlib.contextmanager
-    def _together(self, label: str) -> Iterator[None]:
+    def _together(self, label: str, *, met: bool = False) -> Iterator[None]:
         """All are there before a collective begins; one that breaks says who is lost. An axis' ranks do not wait for the others of the run."""
-        if self.group is None:
+        if self.group is None and not met:
             self.meet(label)
         try:
             yield
@@ -80,16 +80,16 @@ class World:
                 raise
             raise lost from error
 
-    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
+    def all_reduce_sum_(self, tensor: Tensor, *, met: bool = False) -> Tensor:
+        """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers. met: the caller has just called `meet`."""
         if self.size == 1:
             return tensor
         if tensor.is_cuda and self.nccl is None:  # ranks that share a GPU: NCCL refuses them
             host = tensor.cpu()
-            with self._together("all_reduce_sum_"):
+            with self._together("all_reduce_sum_", met=met):
                 dist.all_reduce(host, group=self.group)
             return tensor.copy_(host)
-        with self._together("all_reduce_sum_"):
+        with self._together("all_reduce_sum_", met=met):
             dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else self.group)
         return tensor
 

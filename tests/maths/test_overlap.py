@@ -224,6 +224,23 @@ def test_as_many_checkpoints_stay_as_were_asked_for_each_good_to_resume_from_als
     assert go_on(kept=5, resume=True) and names() == sorted([*damaged, "round-000004.safetensors"])
 
 
+def test_sums_over_ranks_that_take_more_than_a_twentieth_of_the_training_are_told(tmp_path, monkeypatch):
+    assert training._costly_sums(5.0, 100.0) is None and training._costly_sums(0.0, 0.0) is None
+    assert "took 6% of the training" in training._costly_sums(6.0, 100.0)
+    said, rounds = [], training.federate
+
+    def slow(*args, **options):
+        for done in rounds(*args, **options):
+            yield done._replace(mean=dataclasses.replace(done.mean, sum_seconds=1e6))
+
+    monkeypatch.setattr(Console, "say", lambda self, text: said.append(text))
+    start(tmp_path / "quick", count=1)
+    assert not any("sums over ranks" in text for text in said)
+    monkeypatch.setattr(training, "federate", slow)
+    lines, _ = start(tmp_path / "slow", count=1)
+    assert sum("sums over ranks" in text for text in said) == 1 and lines[0]["sum_seconds"] == 1e6
+
+
 def beside_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("beside")]
 

@@ -7,10 +7,14 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from gidef import updates as updates_module
 from gidef.errors import InputError
 from gidef.types import Client, Update
 from gidef.updates import FixedPointSum, add, mean_over, norm, scale, subtract
+from tests.stand_in import DEVICE, watched
 
 SHAPES = {"scalar": (), "empty": (0, 3), "bias": (7,), "weight": (4, 3, 2)}
 
@@ -75,7 +79,7 @@ def test_every_order_and_every_split_into_partial_sums_gives_the_same_bits_where
     for index in range(4):
         parts[index % 2].add(updates[index], weights[index], {})
     for part in parts[1:]:
-        parts[0].buffer += part.buffer
+        parts[0].buffer.add_(part.buffer)
     assert all(same_bits(mean, seen[0]) for mean in [*seen, parts[0].mean()[0]])
     assert len(naive) > 1, "the case does not show what the fixed point is for"
 
@@ -107,6 +111,86 @@ def test_what_cannot_be_summed_is_refused_by_name_and_leaves_the_sum_alone(bad: 
     with pytest.raises(InputError, match=f"client 7: {'weight' if where == 'weight' else 'metric loss'} .*diverged"):
         total.add(update, 8, {"loss": bad if where == "metric" else 0.5}, client=7)
     assert torch.equal(total.buffer, before)
+
+
+@pytest.mark.parametrize("most", [2**24, 5], ids=["one part", "parts that cut tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_peaks_by_part_as_on_a_gpu_let_pass_and_refuse_what_peaks_by_tensor_do(most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(updates_module.AT_ONCE, "cpu", most)
+    template = {**draw(0), "none": torch.zeros(0), "metric loss": torch.zeros(2)}
+    good = {name: tensor.to(dtype) if name != "bias" else tensor.double() for name, tensor in {**draw(1), "none": torch.zeros(0), "metric loss": torch.ones(2)}.items()}
+    by_tensor, by_part = (FixedPointSum(template, metric_names=["loss"], max_terms=10) for _ in range(2))
+    by_part._in_parts = True
+    for total in (by_tensor, by_part):
+        total.add(good, 8, {"loss": 0.5})
+    assert torch.equal(by_part.buffer, by_tensor.buffer)
+    limit = 2.0**62 / 10 / 2.0**32 / 8
+    for name, value, metric in (
+        ("weight", math.nan, 0.5), ("bias", -math.inf, 0.5), ("bias", limit * 1.001, 0.5), ("metric loss", math.nan, 0.5), ("metric loss", 1.0, math.inf),
+    ):  # fmt: skip
+        bad = {key: tensor.clone() for key, tensor in good.items()}
+        bad[name].flatten()[-1] = value  # a view
+        told = []
+        for total in (by_tensor, by_part):
+            with pytest.raises(InputError, match=f"client 3: {name} ") as caught:
+                total.add(bad, 8, {"loss": metric}, client=3)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+    just = {**good, "bias": torch.full_like(good["bias"], limit * (1 - 1e-9))}
+    for total in (by_tensor, by_part):
+        total.add(just, 8, {"loss": 0.5})
+    assert torch.equal(by_part.buffer, by_tensor.buffer) and by_part.count == 2
+
+
+def test_an_update_on_a_device_takes_few_launches_and_one_wait_however_many_tensors_it_has() -> None:
+    """On the stand-in for a GPU; views launch nothing."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+            out = (kwargs or {}).get("device")
+            if any(one.device == DEVICE for one in tensors) or out is not None and torch.device(out) == DEVICE:
+                if out is not None and torch.device(out).type == "cpu" or function is torch.ops.aten._local_scalar_dense.default:
+                    waits.append(function)
+                elif out is not None and tensors and not any(one.device == DEVICE for one in tensors):
+                    waits.append(function)  # a copy to the device
+                elif not function.is_view:
+                    launches.append(function)
+            return function(*args, **(kwargs or {}))
+
+    spent = []
+    for count in (1, 60):
+        update = {f"layer{index}": torch.zeros(3, 4, device=DEVICE) for index in range(count)}
+        total, launches, waits = FixedPointSum(update, metric_names=["loss"], max_terms=9), [], []
+        total._in_parts = True
+        with watched(), Counted():
+            for _ in range(3):
+                total.add(update, 5, {"loss": 1.0})
+        spent.append((len(launches), len(waits)))
+        assert len(waits) == 3 and len(launches) <= 3 * 10, (launches, waits)
+    assert spent[0] == spent[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_streams_that_add_at_once_on_a_gpu_give_the_bits_of_the_cpu() -> None:
+    updates = [{name: tensor.repeat(50_000, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor for name, tensor in draw(seed).items()} for seed in range(12)]
+    there = [{name: tensor.cuda() for name, tensor in update.items()} for update in updates]
+    torch.cuda.synchronize()
+    serial, shared = (FixedPointSum(of[0], metric_names=["loss"], max_terms=12) for of in (updates, there))
+
+    def work(start: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for update in there[start::4]:
+                shared.add(update, 5, {"loss": 1.5})
+
+    for update in updates:
+        serial.add(update, 5, {"loss": 1.5})
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(serial.buffer, shared.buffer.cpu()) and shared.count == 12
 
 
 def test_the_largest_terms_allowed_do_not_overflow_and_a_little_more_is_refused() -> None:
@@ -143,7 +227,7 @@ def test_defects_of_the_caller_are_value_errors() -> None:
         total.add(draw(0), 2, {"loss": 0.0})
     total.counters.add_(5)
     assert total.buffer[-2:].tolist() == [5, 5] and total.mean()[1] == 2
-    total.buffer *= 2  # two ranks with one term each
+    total.buffer.mul_(2)  # two ranks with one term each
     with pytest.raises(ValueError, match="2 updates"):
         total.mean()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -78,6 +79,16 @@ def collectives(world: World, folder: Path) -> None:
             mean = mean_over_world(world, workers=workers)(shared_update, clients(), template=TEMPLATE, metric_names=names)
             assert same(mean, serial)
     assert all_reduce.call_count == (2 if world.size > 1 else 0), "one all-reduce a round"
+
+    def slowly(tensor: torch.Tensor, reduce: object = dist.all_reduce, **options: object) -> object:
+        time.sleep(0.1)
+        return reduce(tensor, **options)
+
+    meets = mock.patch.object(type(world.watch), "meet", autospec=True, side_effect=type(world.watch).meet) if world.size > 1 else contextlib.nullcontext()
+    with mock.patch.object(dist, "all_reduce", slowly), meets as met:
+        mean = mean_over_world(world)(shared_update, clients(), template=TEMPLATE, metric_names=names)
+        assert same(mean, serial) and (mean.sum_seconds >= 0.1 if world.size > 1 else mean.sum_seconds == 0)
+    assert met is None or [call.args[1] for call in met.call_args_list] == ["the sum of a round", "all_gather_json"], "no meeting within the time of the sum"
     for schedule in ("longest_first", "static", "dynamic"):
         costs, took = Costs(), []
         run = mean_over_world(world, schedule=schedule, costs=costs, learn=lambda cohort, seconds, took=took: took.append(seconds))

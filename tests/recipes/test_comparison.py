@@ -14,7 +14,7 @@ from gidef.data import synthetic_blood_cells
 from tests.ranks.launch import ROOT, results, run
 
 MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
-SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities")
+SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities", "robust")
 
 
 def declared(name, monkeypatch):
