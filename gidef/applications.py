@@ -108,32 +108,45 @@ def _analytic(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Rec
     return found
 
 
+class _Behind(nn.Module):
+    """A client's model behind the imprint block that a malicious server put before it: parameters under the names of both, the block's first."""
+
+    def __init__(self, block: Imprinted, model: nn.Module) -> None:
+        super().__init__()
+        self.imprint, self._parts = block.imprint, (block, model)
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    def forward(self, images: Tensor, *inputs: Tensor | None) -> Tensor:
+        block, model = self._parts
+        return model(block(images), *inputs)
+
+
 def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
-    """A11: the clients compute their gradient with the imprint block before their model."""
-    dataset, bins = run.setting.dataset, cell.attack.bins
+    """A11: the clients compute their gradient with the imprint block before their model; all of it goes through the defence, and no label is granted."""
+    dataset, bins, defence = run.setting.dataset, cell.attack.bins, cell.trained.training.defence
     block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
     public = dataset.val.images.to(torch.float32) / 255
     sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
-    simulate, defence = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")(), cell.trained.training.defence
+    of_model = [name for name in observe.ordered(cell.trained, cell.snapshot) if not name.startswith(DECODER)]  # the classifier's last, for the labels
+    weights = {**sent, **{name: cell.snapshot.params[name] for name in of_model}}
+    simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")()
+    behind = _Behind(block, copy.deepcopy(defence.model))
+
+    def loss(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None) -> Tensor:
+        return simulate.loss({name: own[name] for name in of_model}, known, functional_call(block, {name: own[name] for name in sent}, (x,)), y, e)
+
     victims, found = cell.victims, []
     for images, labels, owner, noise, private in zip(victims.images, victims.labels, victims.owners, victims.noise, victims.private, strict=True):
         report(100.0 / len(victims.updates))
         images, targets = observe.trained_on(
             run, cell.trained, cell.snapshot, images, labels, owner=owner, private=private, batch=len(found), seed=cell.seed
         )  # fmt: skip
-        params = {name: tensor for name, tensor in cell.snapshot.params.items() if not name.startswith(DECODER)}
         known = {**private, **cell.snapshot.params}
-
-        def loss(own: dict[str, Tensor], x: Tensor = images, y: Tensor = targets, e: Tensor | None = noise, params=params, known=known) -> Tensor:
-            return simulate.loss(params, known, functional_call(block, own, (x,)), y, e)
-
-        def imprinted(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None, loss=loss) -> dict[str, Tensor]:
-            return grad(loss)(own, x, y, e)
-
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
-        update = defence.stepped(lambda own=imprinted: own, generator=drawn)()(sent, {}, images, targets, noise)
-        if defence.budget is not None:
-            update = defence.share(update, generator=drawn)
-        observation = Observation(sent, update, len(labels), labels=labels.cpu())
+        update = defence.stepped(lambda: grad(loss), generator=drawn)()(weights, known, images, targets, noise)
+        own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
+        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)
+        observation = Observation(weights, update, len(labels))
         found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
     return found

@@ -134,7 +134,7 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
             parts = partition.shards(labels, shards_per_client=per_client, **shared)
         case config.QuantitySkew(alpha=alpha):
             parts = partition.quantity_skew(labels, alpha=alpha, **shared)
-    roles = split_roles(dataset, num_victims=recipe.evaluation.num_victims, num_tuning=recipe.evaluation.num_tuning, seed=data.split_seed)
+    roles = _roles(recipe, dataset)
     train = dataset.train.to(_home(dataset.train.images, device, notice))
     clients = [Client(k, train.images[part.to(train.images.device)], train.labels[part.to(train.images.device)]) for k, part in enumerate(parts)]
     _check_batches(recipe, clients)
@@ -143,7 +143,7 @@ def load_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str],
 
 def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[str], None], folder: Path | None) -> Setting:
     """The same where clients stream their images. See streams.load_streamed."""
-    data, evaluation = recipe.data, recipe.evaluation
+    data = recipe.data
     found = load_streamed(
         places_of_clients(data.path, data.client_shards, data.num_clients), name=data.name, size=data.size, keep=data.stream_sample, seed=data.split_seed,
         buffer=data.stream_buffer, decoders=recipe.speed.decoders, world=world, notice=notice, folder=folder,
@@ -152,8 +152,14 @@ def _streamed_setting(recipe: config.Recipe, *, world: World, notice: Callable[[
     if small:
         raise InputError(f"clients {small[:5]} train on fewer than data.min_examples={data.min_examples} images: lower it, or give them more.")
     _check_batches(recipe, found.clients)
-    roles = split_roles(found.dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=data.split_seed)
-    return Setting(recipe, found.dataset, found.parts, found.counts, roles, found.clients, found.positions)
+    return Setting(recipe, found.dataset, found.parts, found.counts, _roles(recipe, found.dataset), found.clients, found.positions)
+
+
+def _roles(recipe: config.Recipe, dataset: Dataset) -> Roles:
+    """Who is attacked: the victims, or where the recipe chooses among its defences the images kept for tuning in their place."""
+    evaluation = recipe.evaluation
+    roles = split_roles(dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=recipe.data.split_seed)
+    return roles if recipe.choose is None else dataclasses.replace(roles, victims=roles.tuning, tuning=roles.tuning[:0])
 
 
 def _check_batches(recipe: config.Recipe, clients: list[Client]) -> None:
@@ -307,7 +313,7 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
             level = {"mode": "fixed", "law": chosen.law, "std_init": chosen.std, "std_floor": 0.0}
             return isotropic_noise(build_model(cut=chosen.cut, perturbation=level), frozen=chosen.frozen)
         case config.BiDO():
-            return BiDODefence(build_model(), BiDOSettings(chosen.measure, chosen.x_weight, chosen.y_weight, chosen.norm))
+            return BiDODefence(build_model(), BiDOSettings(chosen.measure, chosen.x_weight, chosen.label_weight, chosen.norm))
         case config.Precode():
             make = functools.partial(LinearBottleneck, width=chosen.width, seed=stream_seed(seed, "bottleneck") % 2**31)
             return variational_bottleneck(build_model(cut=chosen.cut or "before:classifier", perturbation=make), kl_weight=chosen.kl_weight)
@@ -524,9 +530,11 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     settings = dataclasses.replace(local_settings(recipe.clients), fused=recipe.speed.fused_optimisers, channels_last=recipe.speed.channels_last)
     if lacks_tf32(recipe, world):
         settings = dataclasses.replace(settings, precision="float32")
-    if recipe.speed.channels_last:
-        for player in players:
+    for player in players:
+        if recipe.speed.channels_last:
             player.model.to(memory_format=torch.channels_last)
+        if recipe.speed.fused_optimisers:
+            getattr(player, "fuse", lambda: None)()  # what it optimises by itself
     participation = Participation(
         [sharded.player] if sharded else players, initial, shared, settings,
         SlicedStore(store, sharded.layout, world.mesh.shard) if sharded else store,

@@ -147,6 +147,18 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     return ""
 
 
+def beyond(run: Run, one: Trained, attack: Any) -> list[str]:
+    """What an attack is handed that the run's adversary does not have, in words; an attack with any is a bound on attackers."""
+    if isinstance(attack, config.PostHocDecoder):
+        return ["is given the latent"]
+    said, joint = [], isinstance(attack, config.JointMatching)
+    if run.recipe.share_policy == "head" and (joint or getattr(attack, "front", "") == "known"):
+        said.append("knows the private front")
+    if joint and keeps_decoder(run, one) and attack.decoder == "known":
+        said.append("knows the private decoder")
+    return said
+
+
 def note_of(run: Run, one: Trained, attack: Any) -> str:
     """What sets an attack apart, above all what it is granted beyond the threat model."""
     said = []
@@ -168,6 +180,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
     if isinstance(attack, config.ImprintServer):
         said.append(f"the server changes the model: {attack.bins} bins before its first layer")
+        if one.training.defence.transforms or one.training.defence.budget is not None:
+            said.append("what leaves is defended, bins and all, and the attack reads it as if it were not")
     if isinstance(attack, config.ZeroedLevel):
         floor = getattr(one.training.defence.model.perturbation, "std_floor", None)
         said.append("the server sends a noise level of nought; " + ("the client has no floor" if floor is None else "the client's floor holds"))

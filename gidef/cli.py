@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--checkpoint", nargs="+", default=None, choices=("untrained", "early", "final"))
     attack.add_argument("--victims", type=int, default=None)
     attack.add_argument("--batch-size", type=int, default=None)
+    attack.add_argument("--strength", type=float, nargs="+", default=None, metavar="S", help="of the noise on the latent, times the trained one: 0 is none")
     attack.add_argument("--iterations", type=int, default=None)
     attack.add_argument("--restarts", type=int, default=None)
     attack.add_argument("--steps", type=int, default=None, help="at most so many training steps of what an attack trains on public images")

@@ -26,6 +26,7 @@ from gidef.errors import InputError
 from gidef.parallel import World, open_world, seated
 from gidef.releases import Releases
 from gidef.report import Console
+from gidef.strengths import levelled
 from gidef.types import Client, Tensors
 from gidef.updates import FixedPointSum
 
@@ -181,7 +182,7 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
     copied = _nbytes(dict(participation.players[0].model.named_parameters())) / 2**30 if overlapped else 0.0
     evaluation, attacks = recipe.evaluation, recipe.attacks.values()
     starts = sum(getattr(attack, "restarts", 1) for attack in attacks)
-    images = len(evaluation.checkpoints) * starts * evaluation.num_victims * 4 * setting.dataset.train.images[0].numel()
+    images = len(evaluation.checkpoints) * starts * len(setting.roles.victims) * 4 * setting.dataset.train.images[0].numel()
     return Forecast(
         cost=cost,
         train_s=makespan([_seconds(setting, clients, cost) for clients in shards], workers),
@@ -204,7 +205,7 @@ def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: Wo
     for cell in make_cells(run, {(key, seed): one}, scratch / "attacks"):
         if cell.checkpoint == checkpoints[0] and cell.twin is None:
             one_s = _attack_s(run, cell, releases, ranks) if cell.matches else None
-            found[cell.name] = None if one_s is None else one_s * len(checkpoints)
+            found[cell.name] = None if one_s is None else one_s * len(checkpoints) * (len(recipe.evaluation.strengths) if levelled(made.defence) else 1)
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gidef import build, config, metrics, observe
-from gidef.cells import CONTROL, Cell
+from gidef.cells import CONTROL, Cell, beyond
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
 from gidef.errors import InputError
@@ -21,6 +21,7 @@ from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
 from gidef.scores import ABOVE, JUDGED, MEASURES, Scorer, by_judge, measured
+from gidef.strengths import levelled
 from gidef.training import Run
 
 Scored = dict[int, dict[str, Tensor]]
@@ -47,7 +48,7 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     evaluation = run.recipe.evaluation
     malicious = isinstance(cell.attack, (config.ImprintServer, config.ZeroedLevel))
     server = "malicious" if malicious else "honest but curious"
-    granted = getattr(cell.attack, "labels", "not needed")
+    granted = getattr(cell.attack, "labels", "not needed")  # A11 grants none either, and recovers them
     knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels"}
     knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
     seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
@@ -55,15 +56,19 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
     norms, of_norms = _norms(run, cell)
     said = f"{server} server, {seen}, {knows}, {norms}"
+    strength = cell.trained.strength
+    said += "" if strength == 1 else f", knows that the noise is {strength:g} times as strong as in training"
+    swept = tuple(evaluation.strengths) != (1.0,) and levelled(cell.trained.training.defence)
     return {
         "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
         "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
+        **({"strength": strength} if swept else {}),
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
     }  # fmt: skip
 
 
 def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
-    """One row per (defence, attack, checkpoint), and one per ensemble: seeds are pooled by averaging each victim's values, so that intervals
+    """One row per (defence, attack, checkpoint), and one or two per ensemble: seeds are pooled by averaging each victim's values, so that intervals
     are over victims."""
     found = []
     for defence, checkpoint in dict.fromkeys((cell.defence, cell.checkpoint) for cell in cells):
@@ -72,7 +77,7 @@ def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
             group = [cell for cell in here if cell.name == name]
             found.append(_row(run, group, _pooled([scored[id(cell)] for cell in group], _keys(scored))))
         for ensemble in dict.fromkeys(cell.ensemble for cell in here if cell.ensemble):
-            found.append(_worst_row(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble))
+            found += _worst_rows(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble)
     return found
 
 
@@ -134,7 +139,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     """
     defence, policy = group[0].trained.training.defence, run.recipe.share_policy
     noise, settings = defence.model.perturbation, getattr(defence, "settings", None)
-    if not isinstance(noise, Perturbation) or (policy != "head" and not _asks(run.recipe.chosen[group[0].defence])):
+    if not isinstance(noise, Perturbation) or (policy != "head" and not _asks(run.recipe.chosen[group[0].trained.summary.get("trained_as", group[0].defence)])):
         return {}, ""
     noise, zeros = copy.deepcopy(noise).cpu(), torch.zeros(1, *noise.latent_shape)
     stds = []
@@ -143,7 +148,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             own = {name.removeprefix("perturbation."): tensor.cpu() for name, tensor in private.items() if name.startswith("perturbation.")}
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
     frozen, front_frozen = bool(getattr(settings, "frozen", False)), bool(getattr(settings, "front_frozen", False))
-    once = frozen and front_frozen
+    once, strength = frozen and front_frozen, group[0].trained.strength
     images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
     try:
         found = certify(stds, level=noise.mode, law=noise.law, policy=policy, frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
@@ -151,12 +156,16 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
+        if once and strength != 1:
+            raise InputError("the training released each image once, with the same draw of noise at another strength: two such releases give the latent away.")
     except InputError as error:
         return {"certified_bits": None, "uncertified": str(error)}, f"no certificate: {error}"
     told = {"certified_bits": found.bits, "releases": found.releases, "fano": found.fano, "lifetime_bits": None}
     what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
     said = f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
     try:
+        if strength != 1:
+            raise InputError(f"the training released at another strength than this one, {strength:g} times its own.")
         count = lifetime_releases(
             policy=policy, frozen_noise=frozen, front_frozen=front_frozen, level_still=noise.mode == "fixed" or settings.level_still,
             encoded=bool(defence.encoders), draws=_draws(run, group),
@@ -184,27 +193,48 @@ def _draws(run: Run, group: list[Cell]) -> int:
     return most * build.local_settings(run.recipe.clients).epochs
 
 
+def _worst_rows(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> list[dict[str, Any]]:
+    """An ensemble's rows, the last one over all of its members; where some are bounds on attackers, one without these comes before."""
+    bounds = {cell.name.removeprefix(f"{ensemble} - "): beyond(run, cell.trained, cell.attack) for cell in members}
+    bounds = {name: said for name, said in bounds.items() if said}
+    fair = [cell for cell in members if cell.name.removeprefix(f"{ensemble} - ") not in bounds]
+    rows = [_worst_row(run, members, scored, ensemble)]
+    if bounds:
+        told = "; ".join(f"{name} {' and '.join(said)}" for name, said in bounds.items())
+        rows[0]["threat"] |= {"name": f"{rows[0]['threat']['name']}; bounds beyond that: {told}", "beyond": bounds}
+        rows[0]["note"] += f"; bounds among them: {told}"
+    if bounds and fair:
+        row = _worst_row(run, fair, scored, ensemble)
+        rows.insert(0, row | {"attack": f"{ensemble} without bounds", "without": list(bounds), "note": f"{row['note']}; left out are the bounds {', '.join(bounds)}"})
+    return rows
+
+
 def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> dict[str, Any]:
-    """The ensemble: for every victim and seed its worst case, the member's reconstruction of the highest PSNR."""
+    """The ensemble: for every victim and seed its worst case, the member's reconstruction of the highest PSNR, of those that did not fail if there are any."""
     seeds = dict.fromkeys(cell.seed for cell in members)
-    per_seed, winners = [], []
+    per_seed, winners, lost = [], [], 0
+    size = members[0].victims.rows.shape[1]
     for seed in seeds:
         here = [cell for cell in members if cell.seed == seed]
-        best = torch.stack([scored[id(cell)]["psnr_db"] for cell in here]).argmax(0)
-        winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best.tolist()]
+        failed = torch.tensor([[found.status == "failed" for found in cell.reconstructions] for cell in here]).repeat_interleave(size, dim=1)
+        values = torch.stack([scored[id(cell)]["psnr_db"] for cell in here])
+        best = values.masked_fill(failed & ~failed.all(0), -torch.inf).argmax(0)
+        lost += int(failed.all(0).sum())
+        winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best[~failed.all(0)].tolist()]
         per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
-    first = next(cell for cell in members if cell.seed == next(iter(seeds)))
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
     row = _row(run, group, _pooled(per_seed, _keys(scored)))
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
-    per_victim = torch.stack([torch.tensor([found.status == "failed" for found in cell.reconstructions]) for cell in members])
     for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
         row.pop(key, None)
+    told = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])] + ([f"none {lost}, where all failed"] if lost else [])
+    several = max((getattr(cell.attack, "rounds", 1) for cell in members), default=1)
+    threat = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
     return row | {
-        "attack": ensemble, "attack_id": "standard", "version": version, "failed": int(per_victim.all(0).sum()) * first.victims.rows.shape[1],
+        "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": threat,
         "seconds": sum(cell.seconds for cell in members), "members": len({cell.name for cell in members}), "worst_by": counts,
-        "note": "worst case per victim of its members: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])),
+        "note": "worst case per victim of its members: " + ", ".join(told),
     }  # fmt: skip
 
 

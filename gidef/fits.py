@@ -31,8 +31,6 @@ from gidef.rng import generator, stream_seed
 from gidef.training import Run, fronts
 from gidef.types import Observation, Reconstruction, Tensors
 
-SURROGATE_STEPS = 600
-
 
 def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit: Callable[[Callable[[float], None]], Tensors]) -> Task:
     """A task that keeps what fit(report) returns under a mark, or why there is nothing: attacks that need it are failed rows then, and the others go on."""
@@ -184,25 +182,25 @@ def collect_decoded(run: Run, cell: Cell) -> None:
 
 
 def surrogate_path(run: Run, cell: Cell) -> Path:
-    """Shared by all attacks on one defence, seed and checkpoint."""
-    return cell.folder.parent / "surrogate.safetensors"
+    """Shared by all attacks on one defence, seed and checkpoint whose guess is trained as long."""
+    return cell.folder.parent / f"surrogate-{cell.attack.surrogate_steps}.safetensors"
 
 
 def _surrogate_mark(run: Run, cell: Cell) -> str:
-    named = f"{run.fingerprint}|{cell.defence}|{cell.seed}|{cell.checkpoint}|{SURROGATE_STEPS}"
+    named = f"{run.fingerprint}|{cell.defence}|{cell.seed}|{cell.checkpoint}|{cell.attack.surrogate_steps}"
     return hashlib.sha256(named.encode()).hexdigest()
 
 
 def surrogate_task(run: Run, cell: Cell) -> Task:
     """The attacker's own decoder of the in-loop kind, fitted on public images."""
-    latents, path = _public_latents(run, cell), surrogate_path(run, cell)
+    latents, path, steps = _public_latents(run, cell), surrogate_path(run, cell), cell.attack.surrogate_steps
 
     def fit(report: Callable[[float], None]) -> Tensors:
         decoder = copy.deepcopy(cell.trained.training.defence.decoder)
-        _follow(fit_decoder(decoder, latents, run.setting.dataset.val, steps=SURROGATE_STEPS, seed=stream_seed(cell.seed, "surrogate") % 2**31), report)
+        _follow(fit_decoder(decoder, latents, run.setting.dataset.val, steps=steps, seed=stream_seed(cell.seed, "surrogate") % 2**31), report)
         return {DECODER + name: p for name, p in decoder.named_parameters()}
 
-    return _task(run, f"{cell.label}: surrogate", "the surrogate decoder", SURROGATE_STEPS, path, _surrogate_mark(run, cell), fit)
+    return _task(run, f"{cell.label}: surrogate", "the surrogate decoder", steps, path, _surrogate_mark(run, cell), fit)
 
 
 def surrogate(run: Run, cell: Cell) -> Tensors:

@@ -55,7 +55,7 @@ def matching_tasks(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dic
             run.console.notice(f"{cell.label}: the attack failed: {cell.failure}")
             continue
         if cell.control:
-            plan = methods.Plan(methods.shuffled(plan.observations, seed=cell.seed), plan.make_simulate, plan.matching, plan.refine)
+            plan = dataclasses.replace(plan, observations=methods.shuffled(plan.observations, seed=cell.seed))
         tasks += _tasks_of(run, cell, plan, folder)
     return tasks
 
@@ -74,7 +74,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
 
     def task(chunk: attacks.Chunk) -> Task:
         path = cell.folder / f"attacks-{chunk[0][0]:05d}-{chunk[0][1]:03d}-{len(chunk):04d}.safetensors"
-        stages = [plan.matching] if plan.refine is None else [plan.matching, plan.refine]
+        stages = plan.stages
         total = sum(stage.iterations for stage in stages) * len(chunk)
 
         def do(worker: int, report: Callable[[float], None]) -> None:
@@ -87,9 +87,9 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                 reported = max(reported, now)
 
             def attacked(some: attacks.Chunk) -> Tensors:
-                result, over = {}, 0.0
+                results, over = [], 0.0
                 for number, stage in enumerate(stages):
-                    settings = stage if number == 0 else methods.refined(plan, result)
+                    settings = stage if number == 0 else methods.refined(plan, results[-1])
                     recorded = programs if number == 0 else attacks.Programs()
                     running = climb(
                         some, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
@@ -99,12 +99,12 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                         try:
                             advance(over + next(running).done)
                         except StopIteration as end:
-                            result = end.value
+                            results.append(end.value)
                             break
                     over += stage.iterations * len(some)
                     for text in recorded.notices:
                         _notice(run, cell, programs, text)
-                return result
+                return results[0] if len(results) == 1 else attacks.joined(results, [stage.iterations for stage in stages])
 
             def tried(some: attacks.Chunk) -> Tensors | str:
                 try:
@@ -122,7 +122,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                     errors |= {f"{o},{s}": text for o, s in some}
             for text in dict.fromkeys(errors.values()):
                 run.console.notice(f"{cell.label}: {sum(one == text for one in errors.values())} attacks failed: {text}")
-            found = [attacks.broken(some, plan.observations, stages[-1]) if isinstance(one, str) else one for some, one in parts]
+            found = [attacks.broken(some, plan.observations, plan.whole) if isinstance(one, str) else one for some, one in parts]
             result = found[0] if len(found) == 1 else {name: torch.cat([one[name] for one in found]) for name in found[0] if all(name in one for one in found)}
             advance(float(total))
             meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": errors, "mode": mode, "at_once": at_once}

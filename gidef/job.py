@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 import gidef
-from gidef import audit, build, cells, config, findings, importing, restart, tuning
+from gidef import audit, build, cells, config, findings, importing, restart, strengths, tuning
 from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
 from gidef.parallel import World, open_world, seated, seats, with_mesh
-from gidef.report import Console, Record, html, joined, learning_curves, partition_bars, read, results, tables, tradeoff, verdict
+from gidef.report import Console, Record, choice, html, joined, learning_curves, partition_bars, read, results, tables, tradeoff, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
 from gidef.report.verdict import compare
@@ -33,9 +33,10 @@ from gidef.training import Run, Trained, fingerprint, reload, run_key
 RECIPE = restart.RECIPE
 
 
-def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
+def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None = None) -> dict[str, Any]:
     """Train each defence and seed, attack it, report. Every rank calls this; returns results.json's content (on rank 0, else {}).
 
+    part: (I, N), only the I-th of N `tuning.shares`, which is not empty; gidef.parts joins them.
     Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
     """
     began = time.perf_counter()
@@ -47,7 +48,6 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
     ):
         world = seated(world)
         world = with_mesh(world, recipe.speed.shard_size, timeout_s=recipe.speed.stall_s)
-        settle_threads(recipe)
         said: list[str] = []  # shown once there is a console with a log
         folder, again = _choose_folder(recipe, name, world)
         leave_on_sigterm(folder, clear=world.rank == 0)
@@ -55,10 +55,11 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             recipe = dataclasses.replace(recipe, out=str(folder), resume=True)
             said.append(f"{again} was started again, so its run in {folder} goes on.")
         recipe = _continued(recipe, folder, world)
+        settle_threads(recipe)
         setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
-        for defence in recipe.chosen.values():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
+        for key, defence in recipe.chosen.items():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
-                build.make_defence(one, recipe, setting.dataset, seed=0)
+                strengths.check(build.make_defence(one, recipe, setting.dataset, seed=0), recipe.evaluation.strengths, key)
                 for seed in recipe.seeds:
                     build.privacy_budget(setting, one, seed=seed)
         for judge in recipe.evaluation.judges:
@@ -71,7 +72,7 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
             stack.enter_context(held(folder))
             if (folder / RECIPE).exists() and not recipe.resume:  # by now
                 raise InputError(f"{folder} holds a run already: continue it with --resume, or choose another --out.")
-            _write_recipe(recipe, name, folder)
+            write_recipe(recipe, name, folder)
         world.barrier()
         damaged: list[str] = []
         record = Record.open(folder / "record.jsonl", keep=_keeper(recipe, folder, damaged.append)) if world.rank == 0 else None
@@ -84,9 +85,12 @@ def run_recipe(recipe: config.Recipe, name: str) -> dict[str, Any]:
                 console.notice(text)
             if record is not None:
                 record.feed(follow.consumers(recipe.log, folder, name))
-            trained, tuned = tuning.train_all(run)
-            found = audit.audit(run, trained, folder=folder / "attacks")
-            content = _results(run, name, trained, found, tuned, seconds=time.perf_counter() - began)
+            if part is not None:
+                console.notice(f"this is part {part[0]} of {part[1]} of {name}: its rows alone, which a page over all parts joins.")
+            trained, tuned = tuning.train_all(run, tuning.shares(recipe, part[1])[part[0]] if part is not None else None)
+            attacked = strengths.evaluated(run, trained)
+            found = audit.audit(run, attacked, folder=folder / "attacks")
+            content = describe(run, name, trained | attacked, found, tuned, seconds=time.perf_counter() - began, part=part)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
@@ -176,7 +180,8 @@ def _continued(recipe: config.Recipe, folder: Path, world: World) -> config.Reci
     if saved["speed"].get("shard_size", 1) != recipe.speed.shard_size and world.rank == 0:
         print("gidef: the run began with another speed.shard_size, so its end agrees with an uninterrupted one but for rounding.", file=sys.stderr)
     recipe = dataclasses.replace(recipe, speed=dataclasses.replace(recipe.speed, **kept))
-    torch.set_num_threads(recipe.speed.threads)
+    if changed and (found := config.problems(recipe)):
+        raise InputError(f"{folder} goes on as it began, with {', '.join(changed)}, which does not go with the rest: {' '.join(found)}")
     return recipe
 
 
@@ -195,7 +200,7 @@ def _make_folder(folder: Path) -> None:
         raise InputError(f"cannot make the run's folder {folder}: {error.strerror}. Choose another --out.") from error
 
 
-def _write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
+def write_recipe(recipe: config.Recipe, name: str, folder: Path) -> None:
     content = {"name": name, "gidef": gidef.__version__, "job": restart.job(), "recipe": config.to_json(recipe)}
     write_atomically(folder / RECIPE, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -244,7 +249,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
     )
     console.say(f"defences  {', '.join(recipe.chosen)}; seeds {', '.join(map(str, recipe.seeds))}; model {recipe.model.name}")
     attacks = ", ".join(f"{key} ({cells.effort(attack)})" for key, attack in recipe.attacks.items())
-    console.say(f"attacks   {attacks or 'none'} on {recipe.evaluation.num_victims} training images, at: {', '.join(recipe.evaluation.checkpoints)}")
+    console.say(f"attacks   {attacks or 'none'} on {len(run.setting.roles.victims)} training images{' kept for tuning' * (recipe.choose is not None)}, at: {', '.join(recipe.evaluation.checkpoints)}")
     world = run.world
     console.say(f"machine   {_device_name(world.device)}, {world.size} rank(s){_groups(recipe)}, {build.num_workers(recipe, world)} worker(s) each; run folder {run.folder}")
     ranks, about = _ranks(run), ", about, from a common queue" if recipe.speed.clients_schedule == "dynamic" else ""
@@ -291,13 +296,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
 
 
-def _results(
-    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float
+def describe(
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], *, seconds: float,
+    part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
+    own = {place: one for place, one in trained.items() if one.strength == 1}
     content = {
-        "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe),
+        "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe), **({"part": list(part)} if part is not None else {}),
         "data": {
             "name": dataset.name, "title": dataset.title, "source": dataset.source, "md5": dataset.md5, "synthetic": dataset.synthetic,
             "counts": {
@@ -308,14 +315,15 @@ def _results(
         "versions": versions(), "hardware": {"device": _device_name(run.world.device), "cores": os.cpu_count(), "platform": platform.platform()},
         "seeds": list(recipe.seeds), "world_size": run.world.size, "threads": recipe.speed.threads,
         "seconds": {
-            "total": seconds, "train": {f"{key}/{seed}": one.summary["seconds"] for (key, seed), one in trained.items()}, "attack": found.seconds,
+            "total": seconds, "train": {f"{key}/{seed}": one.summary["seconds"] for (key, seed), one in own.items()}, "attack": found.seconds,
         },
-        "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in trained.items()},
+        "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in own.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
-        "pictures": found.pictures, "verdict": [],
+        "tuned": tuned, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
+        "pictures": found.pictures, "verdict": [], "choice": None,
     }  # fmt: skip
     content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
+    content["choice"] = choice(content)
     content["verdict"] = verdict(content)
     return content
 
@@ -447,8 +455,9 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
                 console.notice(note)
             defences, tuned = tuning.resolved(run)
             trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
-            findings = audit.audit(run, trained, folder=out / "attacks", pictures=out / "pictures")
-            content = _results(run, name, trained, findings, tuned, seconds=time.perf_counter() - began)
+            attacked = strengths.evaluated(run, trained)
+            findings = audit.audit(run, attacked, folder=out / "attacks", pictures=out / "pictures")
+            content = describe(run, name, trained | attacked, findings, tuned, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()
@@ -461,10 +470,13 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     offered = {**config.PRESETS, **recipe.attacks}  # the recipe's own settings win over a preset of the same name
     if unknown := [name for name in arguments.attack or () if name not in offered]:
         raise InputError(f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}.")
+    if recipe.choose is not None and arguments.victims is not None:
+        raise InputError(f"--victims {arguments.victims}: the run chooses among its defences and attacks the images kept for tuning. Leave it out.")
     attacks = {name: _asked(name, offered[name], arguments) for name in arguments.attack or recipe.attacks}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
         "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
+        "strengths": tuple(arguments.strength) if arguments.strength else None,
     }  # fmt: skip
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})
     chosen = (
@@ -493,7 +505,7 @@ def _asked(name: str, attack: Any, arguments: argparse.Namespace) -> Any:
     return dataclasses.replace(attack, **fitting)
 
 
-TRAINING = ("steps", "fit_steps", "shadow_steps", "gradients")
+TRAINING = ("steps", "fit_steps", "shadow_steps", "surrogate_steps", "gradients")
 """Fields of attacks that say how long something is trained on public images."""
 
 

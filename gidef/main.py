@@ -23,6 +23,9 @@ ERROR = 2
 def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None, args: list[str] | None = None) -> None:
     """Run a recipe, with overrides from the command line; exits with status 2 and one message on bad input.
 
+    --part I/N runs the I-th of N shares of its defences and seeds, I from 0, which an array job gives each of its tasks: parts share --out, each has a
+    folder of its own there, and the last one to end joins them to the run that one job would have made (see gidef.parts).
+
     Args:
         recipe: the declarations.  small: what the flag --small runs instead: all of it, in minutes on two cores.
         name:   of the run's folder and title; the recipe's file name by default.
@@ -37,7 +40,14 @@ def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None
     with ending():
         recipe, args = _sized(recipe, small, _arguments(args))
         ranks, args = _rehearsed(args)
-        _run(_checked(parse(recipe, args, name)), name, ranks)
+        part, args = _parted(args)
+        recipe = parse(recipe, args, name)
+        if part is None:
+            _run(_checked(recipe), name, ranks)
+        elif ranks:
+            fail("--dry-run forecasts the whole recipe: leave out --part, or name some defences with --only.")
+        else:
+            _run_part(recipe, name, part)
 
 
 def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
@@ -63,13 +73,13 @@ def _sweep(recipes: Mapping[str, Recipe], small: Mapping[str, Recipe] | None, na
     rows, part, args = _which(dict(recipes), args)
     ranks, args = _rehearsed(args)
     parsed = {row: parse(recipe, args, name) for row, recipe in recipes.items()}
-    base = Path(next(iter(parsed.values())).out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
+    base = _shared(next(iter(parsed.values())).out, name)
     if ranks:
         for row in rows:
             _run(_checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True), f"{name} {row}", ranks)
         return
-    if next(iter(parsed.values())).out is None and "SLURM_ARRAY_JOB_ID" not in os.environ and (part is not None or launched()):
-        fail("a sweep in parts or on several ranks needs --out, the folder that they share, e.g. --out runs/a.")
+    if next(iter(parsed.values())).out is None and (part is not None or launched()):
+        _need_shared("a sweep in parts or on several ranks")
     wanted = {row: _checked(dataclasses.replace(parsed[row], out=str(base / row)), resuming=True) for row in rows}
     for row, recipe in wanted.items():
         if (base / row / "results.json").exists():
@@ -83,6 +93,26 @@ def _sweep(recipes: Mapping[str, Recipe], small: Mapping[str, Recipe] | None, na
 
         page, *others = joined.write(ended, into=base)
         print(f"page     {page}, over {len(ended)} of {len(recipes)} rows; {', '.join(path.name for path in others)} beside it", flush=True)
+
+
+def _run_part(recipe: Recipe, name: str, part: tuple[int, int]) -> None:
+    if recipe.out is None:
+        _need_shared("a run in parts")
+    recipe, out = _checked(recipe, resuming=True), _shared(recipe.out, name)
+    leave_on_sigterm(None)  # before the seconds that the imports take
+    from gidef.parts import run_part
+
+    run_part(recipe, name, out, part, leads=speaks())
+
+
+def _shared(out: str | None, name: str) -> Path:
+    """The folder of several runs, or of a run's parts."""
+    return Path(out or Path("runs") / name / (os.environ.get("SLURM_ARRAY_JOB_ID") or time.strftime("%Y-%m-%d-%H%M%S")))
+
+
+def _need_shared(what: str) -> None:
+    if "SLURM_ARRAY_JOB_ID" not in os.environ:
+        fail(f"{what} needs --out, the folder that they share, e.g. --out runs/a.")
 
 
 def _arguments(args: list[str] | None) -> list[str]:
@@ -121,15 +151,20 @@ def _which(recipes: dict[str, Recipe], args: list[str]) -> tuple[list[str], tupl
     """Rows to run, the part of how many, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--rows", nargs="*", default=list(recipes))
-    parser.add_argument("--part", nargs="?", const="")
     own, rest = parser.parse_known_args(args)
+    part, rest = _parted(rest)
     unknown = [row for row in own.rows if row not in recipes]
     if unknown or not own.rows:
         fail(f"--rows {' '.join(unknown)}: choose of {', '.join(recipes)}.")
-    if own.part is None:
-        return own.rows, None, rest
-    number, of = share(own.part)
-    return own.rows[number::of], (number, of), rest
+    return own.rows if part is None else own.rows[part[0] :: part[1]], part, rest
+
+
+def _parted(args: list[str]) -> tuple[tuple[int, int] | None, list[str]]:
+    """The part of how many, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--part", nargs="?", const="")
+    own, rest = parser.parse_known_args(args)
+    return None if own.part is None else share(own.part), rest
 
 
 def share(part: str) -> tuple[int, int]:

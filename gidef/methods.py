@@ -43,6 +43,16 @@ class Plan:
     matching: Matching
     refine: Matching | None = None
 
+    @property
+    def stages(self) -> list[Matching]:
+        return [self.matching] if self.refine is None else [self.matching, self.refine]
+
+    @property
+    def whole(self) -> Matching:
+        """Settings with the iterations and snapshots of all stages."""
+        iterations, snapshots = (sum(getattr(stage, name) for stage in self.stages) for name in ("iterations", "snapshots"))
+        return dataclasses.replace(self.stages[-1], iterations=iterations, snapshots=snapshots)
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -121,7 +131,19 @@ def make_case(
 
 
 def plan(case: Case) -> Plan:
-    """The plan of an attack that matches gradients."""
+    """The plan of an attack that matches gradients. Candidates on the way are kept in both stages by their shares of the iterations."""
+    made = _planned(case)
+    if made.refine is None or made.refine.snapshots != made.matching.snapshots or made.matching.snapshots < 2:
+        return made
+    total = made.matching.snapshots
+    first = round(total * made.matching.iterations / max(1, made.whole.iterations))
+    first = min(max(first, 1), total - 1)
+    return dataclasses.replace(
+        made, matching=dataclasses.replace(made.matching, snapshots=first), refine=dataclasses.replace(made.refine, snapshots=total - first)
+    )
+
+
+def _planned(case: Case) -> Plan:
     attack = case.attack
     if callable(getattr(attack, "plan", None)):
         return attack.plan(case)

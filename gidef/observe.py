@@ -144,7 +144,7 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
         inputs, targets = trained_on(run, trained, snapshot, images, labels, owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
         update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
-        own = _at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
+        own = at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
         changed = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=draw, own=own)
         return noise, private, changed, _moved_statistics(run, trained, snapshot, private, inputs, targets, noise)
 
@@ -260,7 +260,7 @@ def trained_on(
     return defence.encode(images, targets, client=run.setting.clients[owner], generator=draw, model=copy.deepcopy(defence.model), params=held)
 
 
-def _at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:
+def at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:
     """What a client looks at when it changes the update of these images."""
     evaluation, weights = run.recipe.evaluation, {name: tensor for name, tensor in tensors.items() if not name.startswith(DECODER)}
     return Own(model, weights, images, labels, lr=evaluation.local_lr if evaluation.release == "gradient" else None)
@@ -281,7 +281,7 @@ def changed(run: Run, trained: Trained, simulate: Simulate, *, seed: int) -> Sim
     def released(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
         held = {name: tensor for name, tensor in {**known, **params}.items() if not name.startswith(DECODER)}
         images, labels = defence.encode(images, labels, client=pool, generator=mixes, model=model, params=held)
-        own = _at_hand(run, model, held, images, labels.argmax(1))
+        own = at_hand(run, model, held, images, labels.argmax(1))
         return defence.share(simulate(params, known, images, labels, noise), generator=draws, own=own)
 
     return released
@@ -318,7 +318,7 @@ def observations(
     initial = training.defence.initial()
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
-    others = [name for name in _ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
+    others = [name for name in ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
     told = isinstance(attack, config.GradInversion) and statistics_known(run, trained, snapshot, attack) == "batch"
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
@@ -360,7 +360,7 @@ def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | No
 
 def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str]:
     """Released tensors that an attack matches, the classifier's last, where label recovery looks for them."""
-    defence, names = trained.training.defence, _ordered(trained, snapshot)
+    defence, names = trained.training.defence, ordered(trained, snapshot)
     match attack:
         case config.JointMatching(decoder="unused"):
             return [name for name in names if name in set(defence.model.parts["predictor"])]
@@ -375,7 +375,7 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
     return [name for name in names if not name.startswith((*noise, DECODER))]
 
 
-def _ordered(trained: Trained, snapshot: Snapshot) -> list[str]:
+def ordered(trained: Trained, snapshot: Snapshot) -> list[str]:
     """Released tensors in the model's order, what is no backbone's first."""
     order = {name: place for place, name in enumerate(trained.training.defence.initial())}
     return sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))

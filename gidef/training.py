@@ -12,7 +12,7 @@ import math
 import socket
 import statistics
 import time
-from collections import ChainMap, defaultdict
+from collections import ChainMap, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gidef import at_once, build, config, metrics
+from gidef import at_once, build, config, memory, metrics
 from gidef.checkpoint import Behind, export_model, load_export, load_file, load_latest, save_checkpoint, save_file, weights_sha256
 from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
@@ -90,6 +90,8 @@ class Trained:
     snapshots: dict[str, Snapshot]
     summary: dict[str, Any]
     sha256: str
+    strength: float = 1.0
+    """Of the evaluation, times the trained one (see `strengths`)."""
 
 
 def fingerprint(recipe: config.Recipe | dict[str, Any], dataset: Dataset) -> str:
@@ -176,9 +178,10 @@ def _logits_of_shards(run: Run, training: build.Training, tensors: Tensors, imag
     model.eval()
     result = torch.zeros(len(images), run.setting.dataset.num_classes)
     noise = _noise_of_predictions(run, training, seed=seed, split=split)
-    for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
-        for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
-            result[rows] = found
+    with mesh.shard.explained():
+        for chunk in range(mesh.clients.rank, num_chunks(images.images), mesh.clients.size):
+            for rows, found in predict_part(model, images.images, chunk, noise, mesh.shard, device=world.device):
+                result[rows] = found
     model.train()
     world.all_reduce_sum_(result)
     return result
@@ -276,13 +279,12 @@ class _Progress:
 @dataclass(frozen=True, slots=True)
 class _Computed:
     """A round that is computed, and neither in the record nor on disk, for want of its evaluation; all as it stood then. seconds: since the training
-    began.  before, versions: client → its last round, before this one and after it.  costs: what the next round is planned by."""
+    began.  versions: client → its last round, after this one.  costs: what the next round is planned by."""
 
     number: int
     server: ServerState
     cohort: list[int]
     mean: CohortMean
-    before: dict[int, int]
     versions: dict[int, int]
     costs: dict[str, Any]
     seconds: float = 0.0
@@ -328,6 +330,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: training had ended.")
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
+    memory.forget_peak(world.device)
     training = _made(run, chosen, seed, key, world)
     if build.lacks_tf32(recipe, world):
         run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
@@ -335,7 +338,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         build.compile_steps(training, recipe, notice=run.console.notice)
     participation, best, progress = training.participation, dict(training.server.params), _Progress()
     sharded, server = training.sharded, training.server
-    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout) if sharded else None
+    saver = SlicedCheckpoints(_checkpoints(run, key), world, sharded.layout, keep=recipe.speed.checkpoints_kept) if sharded else None
     state = _load_checkpoint(run, key, training)
     if state is not None:
         server, best, progress = _unpack(*state, participation, world.device)
@@ -343,6 +346,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: continues after round {server.round}.")
     elif recipe.resume:
         run.console.say(f"{name}, seed {seed}: no checkpoint, starts from the beginning.")
+    # versions of the checkpoints that stay, the newest last: two at least, as a checkpoint is on disk only later than its round is settled
+    kept = deque([*(map(_numbers, state[1].get("kept_versions", [])) if state else []), dict(participation.versions)], maxlen=max(recipe.speed.checkpoints_kept, 2))
     participation.at_once = _clients_at_once(run, name, training, server) if state is None else state[1].get("clients_at_once", 1)
     _compare_states(world, key, server.round, _state_hash(training, server, best, participation.versions, progress))
     server = training.taken_up(server)
@@ -373,7 +378,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 client_seconds={str(client): round(seconds, 6) for client, seconds in zip(done.cohort, mean.seconds, strict=True)},
             )  # fmt: skip
             began = time.perf_counter()
-            at_hand = {"costs": done.costs, "clients_at_once": participation.at_once}
+            kept.append(done.versions)
+            at_hand = {"kept_versions": list(kept)[:-1], "costs": done.costs, "clients_at_once": participation.at_once}
             held = _state(run, training.to_save(server), best, done.versions, progress, at_hand)
             # after its line in the record: a resumed run drops lines beyond the checkpoint, but could not write one again
             if saver is not None:
@@ -383,8 +389,8 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
                 tensors = {one: tensor.detach().cpu() for one, tensor in tensors.items()}
                 behind.call(_save_checkpoint, run, key, server.round, (tensors, meta))  # while the next round is computed
             if run.leads:
-                # what the two kept checkpoints, the best round and the early snapshot refer to
-                referred = (done.before, done.versions, progress.best_versions, progress.early_versions)
+                # what the kept checkpoints, the best round and the early snapshot refer to
+                referred = (*kept, progress.best_versions, progress.early_versions)
                 training.store.prune({pair for versions in referred for pair in versions.items()})
             saving.append(time.perf_counter() - began)
             bar.update(after, loss=mean.metrics["loss"], acc=accuracy)
@@ -395,11 +401,10 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         for number, server, cohort, mean in () if stop else rounds:
             if waiting is not None:
                 settle(waiting, beside.accuracies())
-            before = dict(participation.versions)
             participation.versions |= dict.fromkeys(cohort, number)
             for client, seconds in zip(cohort, mean.seconds, strict=True):
                 turns[client].append(seconds)
-            done = _Computed(number, server, cohort, mean, before, dict(participation.versions), training.costs.state())
+            done = _Computed(number, server, cohort, mean, dict(participation.versions), training.costs.state())
             # while even a worse accuracy could not end the training here, no evaluation can
             if beside is not None and number + 1 < total and not _patience_over(recipe, number + 1, progress):
                 beside.begin(server.params, cohort, done.versions)
@@ -449,25 +454,36 @@ def _clients_at_once(run: Run, name: str, training: build.Training, server: Serv
 
 
 def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: _Progress, rounds_run: int) -> dict[str, Any]:
-    """Test results of the final model; per client: the test accuracy under the client's own mix of classes."""
+    """Costs and test results of the final model; peaks of memory are each the largest of any rank, in the life of the run that ends the training."""
+    scores = scores_on_test(run, training, best, seed=seed)
+    told = run.world.all_gather_json(memory.peaks(run.world.device))
+    everyone = list(range(run.recipe.data.num_clients))
+    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
+    spent = training.defence.budget
+    return {
+        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
+        **scores,
+        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
+        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
+        **{name: max(one[name] for one in told) for name in told[0]},
+    }  # fmt: skip
+
+
+def scores_on_test(run: Run, training: build.Training, params: Tensors, *, seed: int) -> dict[str, Any]:
+    """Of a model on the test split; per client: the accuracy under the client's own mix of classes. Every rank calls this together."""
     dataset, counts = run.setting.dataset, run.setting.counts.double()
     everyone = list(range(run.recipe.data.num_clients))
-    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, best, everyone)]
+    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, params, everyone)]
     labels = dataset.test.labels.cpu()
     scores = [metrics.accuracy(output, labels) for output in outputs]
     mixes = counts / counts.sum(1, keepdim=True)
     per_class = [torch.tensor(metrics.per_class_accuracy(output, labels), dtype=torch.float64) for output in outputs]
     per_client = [_expected(mixes[k], per_class[k % len(per_class)]) for k in everyone]
-    shared_bytes = sum(_numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
-    spent = training.defence.budget
     return {
-        "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         "test_accuracy": sum(scores) / len(scores), "test_accuracy_worst_front": min(scores),
         "macro_f1": sum(metrics.macro_f1(o, labels) for o in outputs) / len(outputs),
         "auc": sum(metrics.auc(o, labels) for o in outputs) / len(outputs),
         "client_accuracy_mean": sum(per_client) / len(per_client), "client_accuracy_worst": min(per_client), "client_accuracies": per_client,
-        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
-        "parameters_shared": _numel(training, best), "clients_at_once": training.participation.at_once,
     }  # fmt: skip
 
 
@@ -542,8 +558,9 @@ def _checkpoints(run: Run, key: str) -> Path:
 
 @span("checkpoint")
 def _save_checkpoint(run: Run, key: str, number: int, held: tuple[Tensors, dict[str, Any]]) -> None:
-    save_checkpoint(_checkpoints(run, key), number, *held, keep=2)
-    checkpoints.prune(_checkpoints(run, key), before=number - 1)  # in slices, from before a resumption
+    keep = run.recipe.speed.checkpoints_kept
+    save_checkpoint(_checkpoints(run, key), number, *held, keep=keep)
+    checkpoints.prune(_checkpoints(run, key), before=number - keep + 1)  # in slices, from before a resumption
 
 
 def _state(

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, Literal
 
 from gidef import config
 from gidef.errors import InputError
+from gidef.report.claim import MATCHED
 from gidef.report.files import write_atomically
 from gidef.training import Run, Trained, train
 
 FILE = "tuning.json"
+CLOSE = 0.002
+"""Accuracy this near to the target ends the search."""
 
 
 def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int) -> list[tuple[float, float]]:
-    """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target; measure falls where the value rises.
+    """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target, whether measure falls or rises with the value.
 
     Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.
-    Returns: (value, measured) in the order tried; whoever calls takes the closest. The first two are high and then, if that falls
-             short of the target, low; it stops early where an end is already on the near side of the target, or something is within 0.002 of it.
+    Returns: (value, measured) in the order tried. The first two are high and low, whose accuracies tell the direction; one alone where high is on the
+             target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is not
+             looked at), else as soon as something is within 0.002 of it. Where measure is not monotone, one of its crossings is closed in on.
     """
     tried: list[tuple[float, float]] = []
 
@@ -28,30 +33,127 @@ def search(measure: Callable[[float], float], *, low: float, high: float, target
         tried.append((value, measure(value)))
         return tried[-1][1]
 
-    if at(high) >= target or trials == 1 or at(low) <= target:
+    top = at(high)
+    if trials == 1 or 0 <= top - target <= CLOSE:
         return tried
-    while len(tried) < trials and min(abs(found - target) for _, found in tried) > 0.002:
-        middle = float(f"{math.sqrt(low * high):.4g}")
-        low, high = (middle, high) if at(middle) > target else (low, middle)
+    bottom = at(low)
+    if not (bottom > target > top or top > target > bottom):
+        return tried
+    above, below = (low, high) if bottom > target else (high, low)
+    while len(tried) < trials and min(abs(found - target) for _, found in tried) > CLOSE:
+        middle = float(f"{math.sqrt(above * below):.4g}")
+        above, below = (middle, below) if at(middle) > target else (above, middle)
     return tried
 
 
-def closest(tried: list[tuple[float, float]], target: float) -> float:
-    """The value whose accuracy is closest to the target; of equals, the strongest."""
-    return min(tried, key=lambda one: (abs(one[1] - target), -one[0]))[0]
+def closest(tried: list[tuple[float, float]], target: float, *, private: Literal["low", "high"] | None = "high") -> float:
+    """The value to take of those tried: with the accuracy closest to the target; of equals, the strongest.
+
+    private: the end of the range at which the defence protects most, None where that is not known. Where accuracy is above the target at both ends, the
+    defence costs too little everywhere, and this end is taken, whichever is nearer: the two may differ by chance.
+    """
+    far = -1 if private == "low" else 1
+    if private and min(found for _, found in tried) > target + CLOSE:
+        return max(tried, key=lambda one: far * one[0])[0]
+    return min(tried, key=lambda one: (abs(one[1] - target), -far * one[0]))[0]
 
 
-def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]:
-    """Train every defence and seed of the recipe, those without `Matched` first.
+def outcome(tried: list[tuple[float, float]], value: float, *, low: float, high: float, target: float) -> dict[str, Any]:
+    """How a search ended.
+
+    Returns: accuracy: at the value that was taken.  reached: whether it is within a point (`claim.MATCHED`) of the target.  end: "low" or "high" where the
+             value is that end of the range, else None.  direction: of accuracy from low to high, "falling", "rising" or "flat"; None after one trial.
+             monotone: whether no trial goes against it by more than 0.002.
+    """
+    accuracy, ordered = dict(tried)[value], [found for _, found in sorted(tried)]
+    change = ordered[-1] - ordered[0]
+    steps = [later - earlier for earlier, later in itertools.pairwise(ordered)]
+    return {
+        "accuracy": accuracy, "reached": abs(accuracy - target) <= MATCHED + 1e-9, "end": {low: "low", high: "high"}.get(value),
+        "direction": None if len(tried) == 1 else "flat" if change == 0 else "falling" if change < 0 else "rising",
+        "monotone": max(steps, default=0.0) <= CLOSE or min(steps, default=0.0) >= -CLOSE,
+    }  # fmt: skip
+
+
+def missed(one: dict[str, Any]) -> str:
+    """What a row says of a defence whose target was not reached, "" of one that reached it. one: an entry of `tuned` (an older one says nothing)."""
+    if one.get("reached", True):
+        return ""
+    said = f"target not reached: nearest is {one['field']} = {one['value']:g} at {100 * one['accuracy']:.1f} % validation accuracy, {100 * one['target']:.1f} % wanted"
+    return said + (f", at the {ENDS[one['end']]} end of the range" if one["end"] else "")
+
+
+def noted(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, those of defences that missed their target with a note that says so."""
+    said = {key: missed(one) for key, one in tuned.items()}
+    return [row | {"note": "; ".join(filter(None, (row.get("note"), said[row["defence"]])))} if said.get(row["defence"]) else row for row in rows]
+
+
+ENDS = {"low": "lower", "high": "upper"}
+
+
+def _tell(run: Run, key: str, one: dict[str, Any], trials: int) -> None:
+    """What a search found, on the console."""
+    run.console.say(f"{key}: {one['field']} = {one['value']:g}")
+    found = [accuracy for _, accuracy in one["tried"]]
+    if not one["reached"]:
+        if min(found) > one["target"]:
+            why = "whatever was tried costs less than wanted: accuracies are not matched. Look further out, or take it as a defence that costs nothing"
+        elif max(found) < one["target"]:
+            why = "whatever was tried costs more than wanted: accuracies are not matched. Look further out, or take it as a defence that always costs"
+        else:
+            why = f"{len(found)} of {trials} trials lie on both sides of it: accuracies are not matched. More trials may come nearer, unless accuracy jumps there"
+        run.console.notice(f"{key}: {missed(one)}; {why}.")
+    elif not one["monotone"]:
+        run.console.notice(f"{key}: accuracy does not go one way with {one['field']}, so that other values may reach the target as well.")
+
+
+Place = tuple[str, int]
+"""A defence and a seed."""
+
+
+def shares(recipe: config.Recipe, count: int) -> list[list[Place]]:
+    """The recipe's defences and seeds cut into so many shares of about the same work, in the recipe's order; some are empty where there are more than defences.
+
+    A search is one piece with all its seeds, as they take the strength that it finds; anything else is cut by seeds as well. Work is counted in
+    trainings, each with as much again for its attacks, and what is left of it with most goes where there is least: the same in every process.
+    """
+    pieces = []
+    for key, one in recipe.chosen.items():
+        places = [(key, seed) for seed in recipe.seeds]
+        pieces += [(places, 2 * len(places) + one.trials)] if isinstance(one, config.Matched) else [([place], 2) for place in places]
+    found: list[list[Place]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for places, work in sorted(pieces, key=lambda piece: -piece[1]):
+        least = loads.index(min(loads))
+        found[least] += places
+        loads[least] += work
+    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
+    return [sorted(share, key=order.index) for share in found]
+
+
+def _to_train(recipe: config.Recipe, wanted: Collection[Place]) -> list[Place]:
+    """Of the defences that need no search: those wanted, and the undefended net that a wanted search measures itself by."""
+    searched = [one for key, one in recipe.chosen.items() if isinstance(one, config.Matched) and one.accuracy is None and (key, recipe.seeds[0]) in wanted]
+    reference = [(key, recipe.seeds[0]) for key, one in recipe.chosen.items() if searched and isinstance(one, config.Undefended)][:1]
+    plain = [(key, seed) for key, one in recipe.chosen.items() if not isinstance(one, config.Matched) for seed in recipe.seeds]
+    return [place for place in plain if place in wanted or place in reference]
+
+
+def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[Place, Trained], dict[str, Any]]:
+    """Train every defence and seed of the recipe, or those wanted, one of `shares`; those without `Matched` first.
+
+    An undefended net that a search measures itself by is trained too, though not returned where nobody wants it.
 
     Returns: what was trained, and what was tuned (see `resolved`). Every rank calls this together; a resumed run finds its trials again.
     """
     recipe = run.recipe
-    plain = {key: one for key, one in recipe.chosen.items() if not isinstance(one, config.Matched)}
-    trained = {(key, seed): train(run, key, one, seed) for key, one in plain.items() for seed in recipe.seeds}
+    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
+    wanted = order if wanted is None else wanted
+    trained = {(key, seed): train(run, key, recipe.chosen[key], seed) for key, seed in _to_train(recipe, wanted)}
     told: dict[str, Any] = {}
     for key, matched in recipe.chosen.items():
-        if not isinstance(matched, config.Matched):
+        if not isinstance(matched, config.Matched) or (key, recipe.seeds[0]) not in wanted:
             continue
         target = _target(run, key, matched, trained)
         run.console.say(f"{key}: looking for {matched.field} in [{matched.low:g}, {matched.high:g}] at {100 * target:.1f} % validation accuracy")
@@ -61,20 +163,22 @@ def train_all(run: Run) -> tuple[dict[tuple[str, int], Trained], dict[str, Any]]
             return float(one.summary["val_accuracy"])
 
         tried = search(measure, low=matched.low, high=matched.high, target=target, trials=matched.trials)
-        value = closest(tried, target)
-        told[key] = {"field": matched.field, "value": value, "target": target, "tried": [[one, found] for one, found in tried]}
+        value = closest(tried, target, private=matched.private_end)
+        told[key] = {
+            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=matched.low, high=matched.high, target=target),
+            "trials": len(tried), "tried": [[one, found] for one, found in tried],
+        }  # fmt: skip
         run.append("tuned", defence=key, **told[key])
         if run.leads:
             write_atomically(run.folder / FILE, (json.dumps(told, indent=1) + "\n").encode())
-        run.console.say(f"{key}: {matched.field} = {value:g}")
+        _tell(run, key, told[key], matched.trials)
         for seed in recipe.seeds:
             trained[key, seed] = train(run, key, matched.at(value), seed)
     run.world.barrier()
-    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
-    return {place: trained[place] for place in order}, told
+    return {place: trained[place] for place in order if place in wanted}, told
 
 
-def _target(run: Run, key: str, matched: config.Matched, trained: dict[tuple[str, int], Trained]) -> float:
+def _target(run: Run, key: str, matched: config.Matched, trained: dict[Place, Trained]) -> float:
     """The wanted validation accuracy: as given, or so many points below the undefended net of the same seed."""
     if matched.accuracy is not None:
         return matched.accuracy

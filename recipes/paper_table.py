@@ -39,7 +39,7 @@ RECIPE = Recipe(
         "undefended": Undefended(),
         "DP-SGD epsilon 8": DPSGD(target_epsilon=8.0),
         "DP-SGD": Matched(defence=DPSGD(noise_multiplier=1.0, target_epsilon=None), field="noise_multiplier", low=0.01, high=2.0, points=POINTS),
-        "BiDO": Matched(defence=BiDO(x_weight=0.05, y_weight=0.5), field="x_weight", low=0.005, high=5.0, points=POINTS),
+        "BiDO": Matched(defence=BiDO(y_ratio=10.0), field="x_weight", low=0.005, high=5.0, points=POINTS),
         "CVB": Matched(defence=CVB(), field="kl_weight", low=1e-5, high=1.0, points=POINTS),
         "isotropic": Matched(defence=IsotropicNoise(), field="std", low=0.1, high=10.0, points=POINTS),
         "learned": Matched(defence=LearnedPerturbation(), field="dependence_weight", low=0.001, high=20.0, points=POINTS),

@@ -2,7 +2,7 @@
 
 from gidef.attack.batch import REASONS, Chunk
 from gidef.attack.calibrate import Calibration, calibrate
-from gidef.attack.engine import Progress, broken, drain, invert, plan, run, run_chunk, select
+from gidef.attack.engine import Progress, broken, drain, invert, joined, plan, run, run_chunk, select
 from gidef.attack.joint import joint
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.labels import classifier_names, recover_labels
@@ -44,6 +44,7 @@ __all__ = [
     "improved_deep_leakage",
     "inverting_gradients",
     "invert",
+    "joined",
     "joint",
     "local_adam",
     "local_sgd",

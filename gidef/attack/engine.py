@@ -293,6 +293,28 @@ def broken(chunk: Chunk, observations: Sequence[Observation], matching: Matching
     return result
 
 
+def joined(results: Sequence[Tensors], iterations: Sequence[int]) -> Tensors:
+    """Stages of the same attacks, each of which began where the one before ended, as one result in the layout of `run_chunk`'s.
+
+    What was found and its fit are the last stage's, `first_fit` the first one's, `iterations` those of all, snapshots the stages' one after another, and
+    the curve has at most CURVE_POINTS points, evenly over all iterations; stages may have objectives of their own. A failure's iteration counts from the start.
+
+    Args: results: of the stages, with equal `attacks`.  iterations: of each stage.
+    """
+    before = sum(iterations[:-1])
+    starts = [sum(iterations[:place]) for place in range(len(iterations))]
+    at = torch.tensor([start + point for start, count in zip(starts, iterations, strict=True) for point in _points(count)])
+    nearest = (torch.tensor(_points(sum(iterations)))[:, None] - at).abs().argmin(1)
+    found = dict(results[-1])
+    found |= {
+        "first_fit": results[0]["first_fit"], "iterations": torch.stack([one["iterations"] for one in results]).sum(0),
+        "losses": torch.cat([one["losses"] for one in results], dim=1)[:, nearest], "failed_at": torch.where(found["failure"] == LOST, found["failed_at"] + before, found["failed_at"]),
+    }  # fmt: skip
+    if all("snapshots" in one for one in results):
+        found["snapshots"] = torch.cat([one["snapshots"] for one in results], dim=1)
+    return found
+
+
 def _rendered(matching: Matching, codes: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.stack([matching.render(code) for code in codes])

@@ -301,6 +301,9 @@ class Evaluation:
     batch_size: int = 1
     """Images in one observed batch."""
     checkpoints: tuple[Literal["untrained", "early", "final"], ...] = ("untrained",)
+    strengths: tuple[float, ...] = (1.0,)
+    """kappa of the evaluation: times the level of the noise on the latent that a defence was trained with, its floor included, in what the victims
+    release and in the accuracy of the row; 0 is no noise. Attackers know it. Defences without such noise are evaluated once."""
     release: Literal["gradient", "delta"] = "gradient"
     """What the server observes of the victim: one gradient (FedSGD), or the delta of local sgd steps (FedAvg). In a delta only
     the shared tensors move: a private front and the decoder stand still during the victim's steps."""
@@ -314,12 +317,28 @@ class Evaluation:
     """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as
     NAME or NAME@EPOCHS, e.g. ("judge@2", "resnet18@4"); without epochs those of `judge_epochs`."""
 
+    def named(self, defence: str, strength: float) -> str:
+        """Of a defence at one of `strengths`."""
+        return defence if strength == 1 else f"{defence} at strength {strength:g}"
+
     def judge_named(self, text: str) -> tuple[str, int]:
         """(network, epochs) of one of `judges`.  Raises: ValueError for epochs that are no positive whole number."""
         name, at, epochs = text.partition("@")
         if not name or (at and not (epochs.isdecimal() and int(epochs) > 0)):
             raise ValueError(f"evaluation.judges holds {text!r}: expected NAME or NAME@EPOCHS, e.g. resnet18@4.")
         return name, int(epochs) if at else self.judge_epochs
+
+
+@_config
+class Choose:
+    """Which defence of a recipe's grid to take: of those within `points` of the undefended net the one whose strongest attack gets least.
+
+    Validation accuracy is looked at, and attacks on the images kept for tuning (`evaluation.num_tuning`): they stand in the victims' place, which
+    are left alone for the comparison to come, as long as that has no more victims.
+    """
+
+    points: float = 2.0
+    """Of validation accuracy, in hundredths."""
 
 
 @_config
@@ -351,7 +370,7 @@ class Speed:
     """How clients are dealt out to ranks for training: by the seconds that they took in earlier rounds (at first, by their examples), in turn,
     or from a common queue as ranks become free. The model's bits are the same."""
     fused_optimisers: bool = False
-    """Clients' optimisers as one kernel each; other last bits than the default's."""
+    """Clients' optimisers as one kernel each, a decoder's too (with schedule="simultaneous" it always is one); other last bits than the default's."""
     channels_last: bool = False
     """Images and convolutions with the channels last in memory; other last bits."""
     compile_training: bool = False
@@ -366,6 +385,9 @@ class Speed:
     copy of the model, and a chunk's activations beside a client's, and a kill costs one round more. Evaluated in line all the same: clients on several
     ranks (shard_size), whose network is one and whose passes are collectives; compile_training; TF32 on a GPU, whose switch is the process'; rounds
     after which patience may end the training."""
+    checkpoints_kept: int = 2
+    """Newest checkpoints of a training that stay on disk, at least 1, with the clients' states that they refer to: one is written after every round, and
+    a resumed run takes the newest that is not damaged. Another number may be given when a run is resumed."""
     deterministic: bool = False
     """No kernel on a GPU but deterministic ones, and an error where there is none; convolutions have no others in any case."""
     timeout_s: float = 180.0
@@ -406,6 +428,8 @@ class Recipe:
     """Which modules leave the client: all of the classifier, the predictor only, or the decoder as well."""
     attacks: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
+    choose: Choose | None = None
+    """Attack the images kept for tuning instead of the victims, and say which defence to take."""
     speed: Speed = Speed()
     seeds: tuple[int, ...] = (0,)
     only: tuple[str, ...] = ()
@@ -489,7 +513,7 @@ def _from_json(value: Any, load: Callable[[str], Any] | None) -> Any:
     return value
 
 
-LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training")
+LAST_BITS = ("threads", "clients_at_once", "fused_optimisers", "channels_last", "compile_training", "reduction", "deterministic")
 """Fields of `speed` that a resumed run takes over, as they decide the last bits."""
 NOT_SCIENCE = ("speed", "out", "resume", "log")
 """Fields of a recipe that may differ between a run and its resumption."""

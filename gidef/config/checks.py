@@ -19,11 +19,13 @@ from gidef.config import (
     GradInversion,
     ImprintServer,
     InstaHide,
+    IsotropicNoise,
     Krum,
     LearnedPerturbation,
     LocalTraining,
     Matched,
     Mean,
+    Precode,
     Recipe,
     Scaffold,
     SecureAggregation,
@@ -40,19 +42,19 @@ _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclas
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
     "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
-    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "code_share": 0, "rounds": 1,
+    "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "surrogate_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "statistics_weight": 0, "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
-    "std": 0, "x_weight": 0, "y_weight": 0, "width": 1, "kernel": 1,
+    "std": 0, "x_weight": 0, "y_weight": 0, "y_ratio": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
-    "shard_size": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
+    "shard_size": 1, "checkpoints_kept": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
 _LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
 _LESS_THAN |= {"delta": 1, "dropouts": 1}
-_AT_LEAST |= {"dropouts": 0}
+_AT_LEAST |= {"dropouts": 0, "strengths": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
@@ -163,8 +165,59 @@ def problems(recipe: Recipe) -> list[str]:
         found.append(f"evaluation.judges={recipe.evaluation.judges} repeats one. Remove the repetition.")
     if len(set(recipe.evaluation.checkpoints)) != len(recipe.evaluation.checkpoints):
         found.append(f"evaluation.checkpoints={recipe.evaluation.checkpoints} repeats one. Remove the repetition.")
+    found.extend(_choice_problems(recipe))
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
+    return found + _strength_problems(recipe)
+
+
+def _strength_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of evaluating defences at other strengths than they are trained at."""
+    evaluation = recipe.evaluation
+    strengths, found = tuple(evaluation.strengths), []
+    if not strengths:
+        found.append("evaluation.strengths is empty: give at least one; 1 is the trained strength.")
+    if len({evaluation.named("", strength) for strength in strengths}) != len(strengths):
+        found.append(f"evaluation.strengths={strengths} repeats one, in the six digits by which rows are named. Remove the repetition.")
+    if strengths == (1.0,) or found:
+        return found
+    levels, foreign = False, False
+    for name, defence in recipe.chosen.items():
+        defence = defence.defence if isinstance(defence, Matched) else defence
+        for part in defence if isinstance(defence, tuple) else (defence,):
+            levels |= isinstance(part, (LearnedPerturbation, IsotropicNoise, CapacityNoise))
+            foreign |= not ours(type(part))
+            if isinstance(part, (Precode, CVB)):
+                found.append(
+                    f"defences.{name}: evaluation.strengths={strengths} multiply a level against a latent of unit RMS, and {type(part).__name__}'s code has the scale "
+                    "that its net gives it: leave them at 1, or the defence out (only)."
+                )
+            if 0 in strengths and isinstance(part, CapacityNoise):
+                found.append(f"defences.{name}: without noise, at evaluation.strengths=0, CapacityNoise has no capacity that is finite, nor a loss: leave 0 out, or take IsotropicNoise.")
+            if 0 in strengths and isinstance(part, LearnedPerturbation) and part.kl_weight and evaluation.released_loss == "client":
+                found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at evaluation.strengths=0: leave 0 out, or set evaluation.released_loss=utility.")
+        found += [
+            f"defences.{evaluation.named(name, strength)} has the name of {name!r} at strength {strength:g} (evaluation.strengths): rename it."
+            for strength in strengths if strength != 1 and evaluation.named(name, strength) in recipe.chosen
+        ]  # fmt: skip
+    if not levels and not foreign:
+        found.append(f"evaluation.strengths={strengths}, but no defence here has noise on the latent to multiply: leave them at 1, or add LearnedPerturbation().")
+    return found
+
+
+def _choice_problems(recipe: Recipe) -> list[str]:
+    """What stands in the way of a choice among the recipe's defences."""
+    evaluation, found = recipe.evaluation, []
+    if recipe.choose is None:
+        return found
+    if not evaluation.num_tuning or evaluation.num_tuning % evaluation.batch_size:
+        found.append(
+            f"evaluation.num_tuning={evaluation.num_tuning}: a recipe with choose attacks these images, in full batches of evaluation.batch_size={evaluation.batch_size}. "
+            "Give a multiple of it."
+        )
+    plain = [isinstance(one, Undefended) for one in recipe.chosen.values()]
+    if not any(plain) or all(plain) or not recipe.attacks:
+        found.append("choose needs Undefended(), another defence to take, and an attack: add what is missing, or leave choose out.")
     return found
 
 

@@ -83,9 +83,16 @@ class BiDO:
     x_weight: float = 0.05
     """lambda_x, against cross-entropy in nats; published with y_weight: hsic (0.05, 0.5) and (0.1, 2), coco (1, 50)."""
     y_weight: float = 0.5
-    """lambda_y."""
+    """lambda_y, unless y_ratio is given."""
+    y_ratio: float | None = None
+    """lambda_y / lambda_x, so that a search over x_weight keeps it; published: 10 and 20 (hsic), 50 (coco)."""
     norm: Literal["spectral", "frobenius"] = "spectral"
     """Of coco: the paper's, or the one of its authors' code."""
+
+    @property
+    def label_weight(self) -> float:
+        """lambda_y."""
+        return self.y_weight if self.y_ratio is None else self.y_ratio * self.x_weight
 
 
 @_config
@@ -360,7 +367,8 @@ def trains(part: Any) -> bool:
 class Matched:
     """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
 
-    Validation accuracy alone is looked at. Accuracy must fall where the field rises.
+    Validation accuracy alone is looked at. It may fall or rise with the field: both ends of the range are tried first. A target that no trial comes
+    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest.
     """
 
     defence: Any = LearnedPerturbation()
@@ -376,6 +384,13 @@ class Matched:
     """Of accuracy, in hundredths, that the defence may cost."""
     trials: int = 6
     """Trainings of the search, at most."""
+
+    @property
+    def private_end(self) -> Literal["low", "high"] | None:
+        """The end of the range at which the defence protects most; None for a defence that is not of this page."""
+        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
+        owner = next((part for part in parts if self.field in _fields(part)), None)
+        return None if not isinstance(owner, DEFENCES) else "low" if self.field in WEAKENS else "high"
 
     def at(self, value: float) -> Any:
         """The defence with the field at a value."""
@@ -407,3 +422,5 @@ def _fields(part: Any) -> set[str]:
 
 DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)
 DEFENCES += (MixUp, InstaHide, ATS, DCS, SecureAggregation)
+WEAKENS = ("target_epsilon", "delta", "bound", "bits", "largest")
+"""Fields of theirs that protect less where they rise."""

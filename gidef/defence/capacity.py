@@ -79,7 +79,7 @@ def certify(
              level, law: of the perturbation.  policy: of sharing.  frozen_noise: one draw per image for ever.  front_frozen: the encoder
              and, under frozen noise, the level stood still (two releases of m + σ ε at two levels would give m away).  draws: noisy releases of one image with fresh noise (epochs × rounds in
              which its client took part, at most); None if they were not counted.  candidates: N of Fano's bound.
-    Raises:  InputError, with the assumption that fails: σ depends on the image, the noise is not Gaussian, the encoder is shared, the front
+    Raises:  InputError, with the assumption that fails: σ depends on the image, the noise is not Gaussian or nought somewhere, the encoder is shared, the front
              trains under frozen noise, or releases were not counted.
     """
     if level not in ("global", "fixed"):
@@ -94,6 +94,8 @@ def certify(
         raise InputError("noise frozen per image under a front that trains: releases differ by the latent alone, which cancels the noise. Freeze the front.")
     if not frozen_noise and draws is None:
         raise InputError("fresh noise adds up over the releases of an image, and they were not counted: give draws.")
+    if any((std <= 0).any() for std in stds):
+        raise InputError("an entry of the latent has no noise (sigma is 0), so that its capacity is infinite. Raise the level.")
     bits = max(float(capacity_bits(std.double())) for std in stds)
     releases = 1 if frozen_noise else draws
     return Certificate(bits, releases, bits * releases, candidates, fano_bound(bits * releases, candidates))

@@ -136,7 +136,7 @@ class EncodedPlayer:
         return self._player.loss(images, labels, rows=rows, epoch=epoch)
 
     def __getattr__(self, name: str) -> Any:
-        """`backward` and `compile`, where the player has them; what else it has would see the images as they are."""
-        if name in ("backward", "compile"):
+        """`backward`, `compile` and `fuse`, where the player has them; what else it has would see the images as they are."""
+        if name in ("backward", "compile", "fuse"):
             return getattr(self._player, name)
         raise AttributeError(name)

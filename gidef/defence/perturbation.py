@@ -16,7 +16,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,8 @@ class MinimaxPlayer:
     reads from the model. Kept between rounds: the decoder's weights; its Adam state starts afresh in every round, like the client's.
     """
 
-    _kind: ClassVar[dict[str, bool]] = {"foreach": True}
+    _fused: bool = False
+    """Whether the decoder's Adam is one kernel."""
 
     def __init__(self, model: SplitModel, decoder: nn.Module | None, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
         self.model, self.kept, self._settings, self._frozen_noise = model, decoder, settings, frozen_noise
@@ -123,7 +124,7 @@ class MinimaxPlayer:
         table = self._frozen_noise(client, seed=seed)
         self._table = table.to(device) if table is not None else None
         if self.kept is not None:
-            self._decoder_step = torch.optim.Adam(self.kept.parameters(), lr=self._settings.decoder_lr, **self._kind)
+            self._decoder_step = torch.optim.Adam(self.kept.parameters(), lr=self._settings.decoder_lr, **{"fused" if self._fused else "foreach": True})
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
         outputs = self._run(images, rows)
@@ -138,6 +139,10 @@ class MinimaxPlayer:
     def _client_loss(self, outputs: Outputs, images: Tensor, labels: Tensor, weight: float, reconstruct: Callable[[Tensor], Tensor]) -> Tensor:
         kl = self.model.perturbation.kl
         return client_loss(outputs, images, labels, settings=self._settings, weight=weight, reconstruct=reconstruct, kl=kl)
+
+    def fuse(self) -> None:
+        """The decoder's optimiser as one kernel from the next round on; other last bits."""
+        self._fused = True
 
     def compile(self, **options: Any) -> None:
         """Encoder and predictor as a program, see `Compiled`; the decoder's steps run as they are."""
@@ -180,7 +185,7 @@ class SimultaneousPlayer(MinimaxPlayer):
     with the gradient of z̃ reversed on its way out of the decoder (Ganin & Lempitsky 2015). The decoder's other k − 1 steps follow, on z̃ detached.
     """
 
-    _kind: ClassVar[dict[str, bool]] = {"fused": True}
+    _fused = True
     _program: Compiled | None = None
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:

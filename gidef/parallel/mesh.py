@@ -40,6 +40,8 @@ class Mesh:
 def with_mesh(world: World, shard_size: int, *, timeout_s: float = 600) -> World:
     """The world, with a mesh of groups of `shard_size` ranks; as it is for groups of one. All ranks call this together.
 
+    A rank that is lost breaks the groups, whose collectives wait up to `timeout_s` for one that lives.
+
     Raises: InputError where the ranks do not fill whole groups, or where ranks share a GPU.
     """
     world.agree("the shard size", str(shard_size))
@@ -66,6 +68,7 @@ def with_mesh(world: World, shard_size: int, *, timeout_s: float = 600) -> World
         device_mesh=DeviceMesh.from_group(fast, world.device.type, mesh=grid, mesh_dim_names=tuple(axes)),
         saving=saving,
     )
+    world.watch.guard([*made.values(), *(group for group in nccl.values() if group is not None), saving])
     return replace(world, mesh=mesh)
 
 
@@ -186,7 +189,8 @@ def mean_over_mesh(mesh: Mesh, *, costs: Callable[[Client], float] | None = None
         for position in mine:
             client, began = cohort[position], time.perf_counter()
             try:
-                update = shared_update(client, worker=0)
+                with mesh.shard.explained():
+                    update = shared_update(client, worker=0)
                 refused = None
                 try:
                     total.add(update.delta, update.num_examples, update.metrics, client=client.id)

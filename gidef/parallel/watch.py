@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Watch:
     and the others read it. All of it runs on three threads beside the calling one, which stays open to signals. A rank that lives but does
     not come is waited for, up to `stall_s`: it may have the longest attack.
 
+    Collectives of groups that `guard` was given meet nobody beforehand, and wait inside: a fourth thread breaks these groups once a rank is lost.
+
     Args:    store: any c10d store.  timeout_s: above 0.  stall_s: longest wait for a rank that gives signs of life.
              store_host: where the store is, in words, for messages.
     """
@@ -51,6 +53,7 @@ class Watch:
         self._count, self._where, self._beats, self._leaving = 0, "", 0, threading.Event()
         self._failure: dict[str, Any] | None = None
         self._broken = ""
+        self._guarded: list[Any] = []
         self._main = threading.main_thread().ident
         self._threads = [threading.Thread(target=target, daemon=True, name=f"watch-{target.__name__}") for target in (self._serve, self._beat, self._listen)]
         self._canary = dist.irecv(torch.zeros(1), src=self._neighbour, tag=_CANARY)
@@ -90,13 +93,23 @@ class Watch:
         """Add one to a common number and return it; from any thread. A rank that is gone does not matter here, only the store does."""
         return self._ask(lambda store: store.add(name, 1), name, alone=True)
 
+    def guard(self, groups: Sequence[Any]) -> None:
+        """From now on the end of any rank ends the waiting collectives of these groups of torch's, gloo or NCCL, with an error. Those of one rank are left out."""
+        if not self._guarded:
+            self._threads.append(threading.Thread(target=self._guard, daemon=True, name="watch-_guard"))
+            self._threads[-1].start()
+        self._guarded += [group for group in groups if group.size() > 1]
+
     def explain(self, error: Exception, label: str) -> RankFailure:
         """The failure to raise in place of torch's, after a collective broke: by then somebody knows who is gone."""
+        return self.blamed() or RankFailure(f"{label} broke off on rank {self.rank}: {error}", ranks=(), lines=())
+
+    def blamed(self) -> RankFailure | None:
+        """The first failure of another rank, for which this waits some seconds; None where no rank is lost."""
         deadline = time.monotonic() + max(3.0, 6 * self._beat_s)
         while self._failure is None and not self._broken and time.monotonic() < deadline:
             time.sleep(0.05)
-        known = self._known()
-        return known or RankFailure(f"{label} broke off on rank {self.rank}: {error}", ranks=(), lines=())
+        return self._known()
 
     def fail(self, error: BaseException) -> None:
         """Tell the others why this rank leaves; the first to tell is the one that they name. Takes seconds at the most."""
@@ -106,7 +119,9 @@ class Watch:
         # a receive that times out closes every connection of the group, which ends the thread that listens
         with contextlib.suppress(RuntimeError):
             dist.irecv(torch.zeros(1), src=self._neighbour, tag=_ABORT).wait(timedelta(milliseconds=1))
-        self._threads[2].join(2.0)
+        self._cut()
+        for thread in self._threads[2:]:
+            thread.join(2.0)
 
     def leave(self) -> None:
         """Leave together: returns when all are here."""
@@ -131,10 +146,7 @@ class Watch:
                 raise self._known()
             silent, beats = 0 if self._beats != beats else silent + 1, self._beats
             if silent * self._tick_s > self._timeout_s + self._beat_s:
-                raise RankFailure(
-                    f"{self._store_host}, where the ranks meet, has not answered rank {self.rank} on {self.host} for {self._timeout_s:g} s: "
-                    "it was stopped, or one of the two was cut off", ranks=(0,), lines=(),
-                )  # fmt: skip
+                raise RankFailure(self._unanswered(), ranks=(0,), lines=())
             waited = time.monotonic() - began
             if not alone and self.rank == 0 and waited > self._timeout_s and not told:
                 told = True
@@ -154,6 +166,12 @@ class Watch:
             text = f"{self._store_host}, where the ranks meet, is gone: rank {self.rank} on {self.host} has lost it ({self._broken})"
             return RankFailure(text, ranks=(0,), lines=())
         return None
+
+    def _unanswered(self) -> str:
+        return (
+            f"{self._store_host}, where the ranks meet, has not answered rank {self.rank} on {self.host} for {self._timeout_s:g} s: "
+            "it was stopped, or one of the two was cut off"
+        )
 
     def _absent(self) -> str:
         """Ranks that have not come yet, and where they are, from their heartbeats; "" where the store does not say."""
@@ -247,6 +265,28 @@ class Watch:
         except RuntimeError as error:
             if not self._leaving.is_set():
                 self._break(error)
+
+    def _guard(self) -> None:
+        """Break the guarded groups once somebody is lost; the calling thread, inside one of their collectives, would not look."""
+        silent, beats = 0, self._beats
+        while not self._leaving.wait(self._tick_s):
+            silent, beats = 0 if self._beats != beats else silent + 1, self._beats
+            if self._failure is None and silent * self._tick_s > self._timeout_s + self._beat_s:  # the store cannot be told
+                self._failure = {"kind": "missing", "ranks": [0], "text": self._unanswered(), "lines": []}
+            if self._failure is not None or self._broken:
+                if self._failure is not None and self._failure["kind"] == "signal":
+                    time.sleep(1.0)  # as in `_ask`
+                return self._cut()
+
+    def _cut(self) -> None:
+        groups, self._guarded = self._guarded, []
+        for group in groups:
+            if dist.get_backend(group) == "nccl":
+                group.abort()
+                continue
+            other = next(rank for rank in dist.get_process_group_ranks(group) if rank != self.rank)
+            with contextlib.suppress(RuntimeError):  # see `fail`
+                dist.irecv(torch.zeros(1), src=other, group=group, tag=_ABORT).wait(timedelta(milliseconds=1))
 
     def _give_up_silent(self) -> None:
         """The neighbour has stopped beating: see who else has, and tell."""

@@ -65,6 +65,21 @@ class World:
                 raise
             raise self.watch.explain(error, label) from error
 
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Around work that calls torch's own collectives: an error that follows from another rank's end is raised as a RankFailure that names it.
+
+        Any other error is raised as it is, a RuntimeError some seconds later: whether a rank is lost is not known at once.
+        """
+        try:
+            yield
+        except RankFailure:
+            raise
+        except RuntimeError as error:
+            if self.watch is None or (lost := self.watch.blamed()) is None:
+                raise
+            raise lost from error
+
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place: any shape, CPU or CUDA. Exact, and equal on all ranks, for integers."""
         if self.size == 1:

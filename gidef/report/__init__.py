@@ -5,14 +5,19 @@
 
     format        1
     recipe        the resolved recipe;  recipe_name: str
+    part          [I, N] of a run in parts: rows and trainings are those of the I-th share alone; not there in a whole run
     data          name, source, md5 (or null), synthetic: bool, counts: {train, val, test, victims, tuning, judge, ...}
     versions      {python, torch, timm, gidef, ...: str};  hardware: {...}
     seeds         [int];  world_size: int;  threads: int
     seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
     training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
-                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round]
-    tuned         {"<defence>": field, value, target, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round, process_peak_gib: resident memory of the process since it
+                  began, largest of any rank, gpu_peak_gib: of PyTorch's tensors in this training, likewise; and, without costs, one per evaluation.strengths but 1, of the same training: defence: the row's name,
+                  trained_as: the recipe's, strength, seed and the test results]
+    tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
+                  is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
+                  trials: int, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
     rows          [one per defence, attack and checkpoint:
                   defence, attack: names in the recipe;  attack_id: "A0" naive … "A12" decoder on the given latent (gidef.config.attacks), "standard" the worst
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
@@ -20,10 +25,11 @@
                   share_policy: "full" | "head" | "all"
                   threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
                   batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
+                  strength: of the noise, times the trained one, where evaluation.strengths has others than 1 and there is noise on the latent;
                   batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
-                  victims: images attacked;  failed: of these, without a reconstruction (scored as mid-grey)
+                  victims: images attacked;  failed: of these, in all seeds together, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   above_class_mean_db: PSNR less that of the victim's class mean, paired
                   certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
@@ -32,7 +38,9 @@
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
                   label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
-                  ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
+                  ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row, which counts failed
+                  attempts on a victim only where all failed;  without: of its row without bounds, the members that were left out;  threat.beyond: {member:
+                  what it is handed beyond the threat model} of the row with them
                   calibration: how many attacks ran as one program, how, and what else was tried
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
@@ -44,6 +52,8 @@
                   psnr_db_difference, attacker_accuracy_difference: ours - other;  attacker_accuracy_change, mse_change: ours / other - 1; all four
                   {mean, low, high}, of the same victims, paired;  victims: of these intervals, 0 where there are none]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
+    choice        null, or of a recipe with `choose`: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
+                  attack or null, within: of the points}]}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 
@@ -53,6 +63,7 @@ JSON has no NaN and no infinity: both become null, so a metric that can be infin
 """
 
 from gidef.report import html, joined, results, tables, tradeoff
+from gidef.report.choice import choice
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
 from gidef.report.record import Record, read
@@ -62,6 +73,7 @@ __all__ = [
     "Console",
     "Record",
     "attack_curves",
+    "choice",
     "grid",
     "html",
     "joined",

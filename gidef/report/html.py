@@ -423,7 +423,7 @@ _COSTS = (
 
 def _cost(page: Page, several: bool) -> Html | None:
     """Training: seconds, bytes, and whatever peak of memory was recorded; attacks: seconds each."""
-    training, seconds = page.results["training"], page.results.get("seconds") or {}
+    training, seconds = [run for run in page.results["training"] if not run.get("trained_as")], page.results.get("seconds") or {}
     peaks = list(dict.fromkeys(key for run in training for key, value in run.items() if "peak" in key and isinstance(value, (int, float))))
     costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)] + [(key, key.replace("_", " "), 1, 2) for key in peaks]
     parts = [tag("p", f"{seconds['total']:.1f} s in all.")] if seconds.get("total") is not None else []

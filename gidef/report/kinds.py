@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gidef.report.results import recipe_name
+
 STRENGTHS = (
     "strength", "dependence_weight", "kl_weight", "bits_weight", "std", "std_init", "std_floor", "x_weight", "y_weight", "share", "bound", "bits", "clip",
     "noise_multiplier", "target_epsilon", "noisy", "mixing", "mixed", "largest", "concealed", "blend",
@@ -31,19 +33,24 @@ def defences(results: dict[str, Any]) -> dict[str, Any]:
 
 def family(results: dict[str, Any], defence: str) -> str:
     """The type of a defence, of a combination all types; its name where the recipe does not tell."""
-    return " + ".join(kinds(defences(results).get(defence))) or defence
+    name = recipe_name(results, defence)
+    return " + ".join(kinds(defences(results).get(name))) or name
 
 
 def settings(results: dict[str, Any], defence: str) -> Settings:
-    """A defence as it was trained: one that was searched has the value that was found, None where the results do not say."""
-    spec, found = defences(results).get(defence), None
+    """A defence as it was trained, and how strong its noise was when it was evaluated: one that was searched has the value that was found, None where
+    the results do not say."""
+    name, found = recipe_name(results, defence), None
+    spec = defences(results).get(name)
     if isinstance(spec, dict) and spec.get("type") == "Matched":
-        found = {spec.get("field"): ((results.get("tuned") or {}).get(defence) or {}).get("value")}
+        found = {spec.get("field"): ((results.get("tuned") or {}).get(name) or {}).get("value")}
         spec = spec.get("defence")
     values: Settings = {}
     for number, part in enumerate(spec if isinstance(spec, list) else [spec]):
         if isinstance(part, dict):
             _flatten(part | {key: value for key, value in (found or {}).items() if key in part}, (str(number), str(part.get("type"))), values)
+    if spec is not None:
+        values["", "evaluation", "strength"] = next((run["strength"] for run in results.get("training") or [] if run["defence"] == defence and "strength" in run), 1.0)
     return values
 
 

@@ -15,7 +15,7 @@ BOUNDS = ("constant grey", "mean image", "class mean", "nearest public neighbour
 MEASURED = ("client_accuracy", "attacker_accuracy", "mse", "psnr_db", "ssim")
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}
-_TOP_OPTIONAL = {"hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list}
+_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list}
 _ROW = {"defence": str, "attack": str, "attack_id": str, "checkpoint": str, "share_policy": str, "victims": int, "psnr_db": object}
 
 
@@ -78,6 +78,11 @@ def interval_of(value: Any) -> tuple[float, float] | None:
 def bound_named(results: dict[str, Any], name: str) -> dict[str, Any]:
     """The bound of that name, or an empty one."""
     return next((bound for bound in results["bounds"] if bound["name"] == name), {})
+
+
+def recipe_name(results: dict[str, Any], defence: str) -> str:
+    """The recipe's name of a defence: of one that was evaluated at another strength, the one that it was trained as."""
+    return next((run["trained_as"] for run in results.get("training") or [] if run["defence"] == defence and run.get("trained_as")), defence)
 
 
 def _check_keys(entry: dict[str, Any], needed: dict[str, type], place: str, *, missing: bool = True) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gidef.report.certificate import certificates
+from gidef.report.choice import chosen
 from gidef.report.claim import claim
 from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
@@ -47,6 +48,8 @@ def verdict(results: dict[str, Any]) -> list[str]:
     said = []
     if results["data"]["synthetic"]:
         said.append("SYNTHETIC DATA: the images are made up, so no number here says anything about patients.")
+    if part := results.get("part"):
+        said.append(f"Part {part[0]} of {part[1]} of a run: what follows is about its own rows, and what it misses may stand in another part. Read the page that joins them.")
     if not results["rows"]:
         return [*said, "No attack was run, so this run says nothing about privacy.", *_accuracy_cost(results)]
     said += [_scope(results), *_demonstration(results)]
@@ -69,9 +72,10 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def criteria(results: dict[str, Any]) -> list[str]:
-    """What is judged: the paper's claim, the learned perturbation beside its controls, and the criterion of noise with a certificate."""
+    """The defence to take, of a recipe that chooses; and what is judged: the paper's claim, the learned perturbation beside its controls, and the criterion of
+    noise with a certificate."""
     compared = results["comparisons"] if "comparisons" in results else compare(results, ())
-    return claim(results, compared) + controls(results, compared) + certificates(results, is_undefended=is_undefended)
+    return chosen(results) + claim(results, compared) + controls(results, compared) + certificates(results, is_undefended=is_undefended)
 
 
 def compare(results: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -193,7 +197,7 @@ def _on_latent(results: dict[str, Any], row: Row) -> str:
 def _ensemble(results: dict[str, Any], row: Row) -> str:
     limit, worst = _limit(results), _worst(row["psnr_db"])
     text = f"{_called(results, row, start=True)} {_at(results, row)}: the worst case per image over the {row.get('members', 'several')} attacks of "
-    text += f'version "{row.get("version", "standard")}" is {_db(row)}'
+    text += f'version "{row.get("version", "standard")}"{" that are handed nothing beyond the threat model" if row.get("without") else ""} is {_db(row)}'
     text += f", {worst:.1f} dB for the most leaked image" if worst is not None else ""
     if limit is not None:
         text += f"; the class mean has {limit - MARGIN_DB:.1f} dB"
@@ -209,7 +213,7 @@ def _failures(results: dict[str, Any]) -> list[str]:
     bad = [row for row in results["rows"] if row.get("failed")]
     if not bad:
         return []
-    failed, tried = sum(row["failed"] for row in bad), sum(row["victims"] for row in bad)
+    failed, tried = sum(row["failed"] for row in bad), sum(row["victims"] * len(row.get("seeds") or [0]) for row in bad)
     where = ", ".join(dict.fromkeys(f"{row['defence']} under {row['attack']}" for row in bad))
     return [f"{failed} of {tried} reconstructions failed and count as mid-grey, which flatters the defence ({where})."]
 

@@ -8,6 +8,8 @@
     clients     10 to 1000 in a round, small net, 10 images of 28 px each
     parameters  5 k to 86 M: perceptrons, ResNet-18, ViT-B/16; 4 clients of one batch of 4 at 32 px (the ViT at 224 px)
     pixels      28 to 224 px, small net, 4 clients of one batch of 8
+    ranks       the largest size that was measured on every number of ranks, once rows of several numbers are joined; on a CPU one rank's seconds are
+                the processor's and several ranks' the clock's, which agree on a machine that does nothing else
     exponent    of the straight line through the logarithms of seconds and size; 1 is linear. Sizes whose cost has not yet begun to show make it smaller.
     memory      the most that a round takes beyond what was in use before it: of the device on a GPU, of the process on a CPU.
 
@@ -143,12 +145,26 @@ def lines(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, An
     return found
 
 
+def by_ranks(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Rows by axis and size, by ranks: of each axis that was measured on several numbers of ranks, its largest size that all of them have. Of rows that
+    are there twice, the last."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for axis in AXES:
+        cells = {(row["size"], row["ranks"]): row for row in rows if row["axis"] == axis}
+        ranks = sorted({number for _, number in cells})
+        common = [size for size, _ in cells if all((size, number) in cells for number in ranks)]
+        if len(ranks) > 1 and common:
+            found[axis, max(common)] = [cells[max(common), number] for number in ranks]
+    return found
+
+
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rounds per second and memory against each axis; a dotted line is linear growth."""
+    """Rounds per second and memory against each axis, and against ranks where there are several numbers of them; a dotted line is linear growth."""
     import matplotlib.pyplot as plt
 
-    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
-    figure, places = plt.subplots(2, len(axes), figsize=(4 * len(axes), 6), squeeze=False, sharex="col", layout="constrained")
+    axes, against = [axis for axis in AXES if any(row["axis"] == axis for row in rows)], by_ranks(rows)
+    columns = len(axes) + bool(against)
+    figure, places = plt.subplots(2, columns, figsize=(4 * columns, 6), squeeze=False, sharex="col", layout="constrained")
     for column, axis in enumerate(axes):
         power = 2 if axis == "pixels" else 1
         for (name, ranks), line in lines(rows).items():
@@ -163,6 +179,20 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         places[0, column].legend()
         places[1, column].set_xlabel({"clients": "clients in a round", "parameters": "parameters", "pixels": "image side, pixels"}[axis])
         places[1, column].set_ylim(bottom=0)
+    for (axis, size), line in against.items():
+        ranks, rate = [row["ranks"] for row in line], [row["rounds_per_s"] for row in line]
+        places[0, -1].loglog(ranks, rate, marker="o", label=f"{size:,} {axis}")
+        places[0, -1].loglog(ranks, [rate[0] * number / ranks[0] for number in ranks], ":", color="grey")
+        if all(row["mib"] is not None for row in line):
+            places[1, -1].semilogx(ranks, [row["mib"] for row in line], marker="o")
+    if against:
+        places[0, -1].set_title("ranks")
+        places[0, -1].legend()
+        places[1, -1].set_xlabel("ranks")
+        places[1, -1].set_ylim(bottom=0)
+        shown = sorted({row["ranks"] for line in against.values() for row in line})
+        places[1, -1].set_xticks(shown, map(str, shown))
+        places[1, -1].minorticks_off()
     places[0, 0].set_ylabel("rounds per second")
     places[1, 0].set_ylabel("memory of a round, MiB")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +238,9 @@ def main(options: Options) -> list[dict[str, Any]]:
             if len(line) > 1:
                 power = exponent([row["size"] for row in line], [row["seconds"] for row in line])
                 console.say(f"{axis}, {ranks} rank(s): seconds grow with the power {power:.2f} of the size (linear: {2 if axis == 'pixels' else 1})")
+        for (axis, size), line in by_ranks(rows).items():
+            gains = ", ".join(f"{row['ranks']}: {row['rounds_per_s'] / line[0]['rounds_per_s']:.2f}" for row in line)
+            console.say(f"{axis} {size}: rounds per second over those of {line[0]['ranks']} rank(s), by ranks: {gains}")
         if world.rank == 0:
             write(options.out / "growth.csv", rows)
             draw(options.out / "growth.png", rows)

@@ -3,6 +3,7 @@
     python recipes/bench/round.py                                       on one core, about ten minutes
     python recipes/bench/round.py --small                               seconds
     torchrun --nproc-per-node 2 recipes/bench/round.py --settings A     on two cores
+    torchrun --nproc-per-node 4 recipes/bench/round.py --device cuda --settings A    four ranks on the GPUs there are, or on the one; without `pfl`
 
     settings  A     pfl-research's CIFAR-10: simple_cnn of 1.6 M parameters, 50 images a client, batch 10, cohort 50, SGD 0.1; without dropout
               B     FLUTE's federated CIFAR-100: ResNet-18 with GroupNorm, 100 images a client, batch 20, cohort 10, SGD 0.1

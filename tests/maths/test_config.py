@@ -118,7 +118,7 @@ def recipes():
         streamed = Data(stream=True, client_shards=tuple(f"{k}.tar" for k in range(10)), stream_buffer=9, stream_sample=8)
         yield Recipe(data=streamed, rounds=Rounds(aggregate=rule), speed=Speed(clients_schedule="dynamic", sharded_server=True, decoders=1))
     yield Recipe(defences={
-        "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"),
+        "i": IsotropicNoise(std=0.0, law="laplace", frozen=True, cut="stage:1"), "b": BiDO(measure="coco", x_weight=1.0, y_weight=50.0, norm="frobenius"), "r": BiDO(y_ratio=20.0),
         "p": Precode(width=8, kl_weight=0.0, cut="blocks.2"), "c": CVB(kernel=3, kl_weight=5e-5, cut="blocks.1"), "l": LearnedPerturbation(cut="before:head"),
     })  # fmt: skip
     changed = (GradientNoise(std=0.2, law="laplace", relative=False), Clipping(bound=2.0, per_tensor=True), Sign(), Quantisation(bits=8, norm="l2"))
@@ -129,6 +129,7 @@ def recipes():
     yield Recipe(defences={"s": (LearnedPerturbation(), Pruning(), SecureAggregation(dropouts=0.3)), "d": (DPSGD(level="client"), SecureAggregation())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
+    yield Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(points=1.0))
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
 
 
@@ -170,8 +171,14 @@ IMPOSSIBLE = [
     (Recipe(defences=learned(strength=0.0, std_floor=0.0, kl_weight=0.1)), "defences.x: the KL term (kl_weight=0.1)", "raise one"),
     (Recipe(defences=learned(dependence="cka"), clients=replace(SGD, batch_size=3)), "defences.x: dependence=cka", "clients.batch_size=3"),
     (Recipe(defences={"x": CVB(kernel=4)}), "defences.x.kernel=4 is even", "odd number"),
+    (Recipe(speed=Speed(checkpoints_kept=0)), "speed.checkpoints_kept=0", "at least 1"),
     (Recipe(defences={"x": IsotropicNoise(std=-0.1)}), "defences.x.std=-0.1", "at least 0"),
     (Recipe(defences={"x": BiDO(y_weight=-1.0)}), "defences.x.y_weight=-1.0", "at least 0"),
+    (Recipe(defences={"x": BiDO(y_ratio=-1.0)}), "defences.x.y_ratio=-1.0", "at least 0"),
+    (Recipe(defences={"u": Undefended(), "b": BiDO()}, choose=config.Choose()), "choose needs", "an attack"),
+    (Recipe(defences={"u": Undefended()}, attacks={"n": NaiveMatching()}, choose=config.Choose()), "choose needs", "another defence"),
+    (Recipe(choose=config.Choose(points=-1.0)), "choose.points=-1.0", "at least 0"),
+    (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(num_tuning=6, batch_size=4)), "num_tuning=6", "a multiple"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"x": MixUp(mixing=-1.0)}), "defences.x.mixing=-1.0", "at least 0"),
     (Recipe(defences={"x": InstaHide(largest=0.25)}), "defences.x: largest=0.25", "at least 0.312"),
@@ -304,7 +311,7 @@ def test_science_ignores_speed_and_place_and_nothing_else():
     assert science(same) == science(base)
     changes = {
         "data": Data(split_seed=1), "model": Model(norm="keep"), "clients": SGD, "rounds": Rounds(patience=3), "defences": {"u": Undefended()},
-        "share_policy": "head", "attacks": {"n": NaiveMatching()}, "evaluation": Evaluation(judge_epochs=1), "seeds": (1,), "only": ("undefended",),
+        "share_policy": "head", "attacks": {"n": NaiveMatching()}, "evaluation": Evaluation(judge_epochs=1), "choose": config.Choose(), "seeds": (1,), "only": ("undefended",),
     }  # fmt: skip
     assert changes.keys() == {spec.name for spec in dataclasses.fields(Recipe)} - {"speed", "out", "resume", "log"}
     assert len({science(base), *(science(replace(base, **{name: value})) for name, value in changes.items())}) == len(changes) + 1

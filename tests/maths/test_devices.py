@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from gidef import build, config, training
+from gidef.errors import InputError
 from gidef.parallel import Beside, World, cohort
+from gidef.parallel.world import _choose_device
 from gidef.report import Console
 from gidef.training import Run, train
 from tests.small_run import RECIPE
@@ -76,3 +78,21 @@ def test_the_stand_in_refuses_what_a_gpu_refuses():
         ):  # fmt: skip
             with pytest.raises(Mixed):
                 mixed()
+
+
+@pytest.mark.parametrize(("asked", "gpus", "expected"), [
+    ("auto", 0, ["cpu"] * 4), ("auto", 1, ["cuda:0"] * 4), ("auto", 2, ["cuda:0", "cuda:1"] * 2), ("auto", 8, [f"cuda:{rank}" for rank in range(4)]),
+    ("cuda", 1, ["cuda:0"] * 4), ("cuda", 3, ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]), ("cuda:1", 2, ["cuda:1"] * 4), ("cpu", 2, ["cpu"] * 4),
+])  # fmt: skip
+def test_ranks_of_a_host_go_round_its_gpus_and_share_one(asked, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert [str(_choose_device(asked, local_rank)) for local_rank in range(4)] == expected
+
+
+@pytest.mark.parametrize(("asked", "gpus"), [("cuda", 0), ("cuda:2", 2), ("tpu", 1), ("meta", 1)])
+def test_a_device_that_is_not_there_is_refused(asked, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(InputError, match=f"device='{asked}'"):
+        _choose_device(asked, 0)

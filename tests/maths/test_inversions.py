@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import math
 import re
 
 import pytest
 import torch
 
-from gidef import applications, audit, build, config, findings, fits, inversions, methods, parity
-from gidef.attack import Calibration
+from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
+from gidef import attack as attacks
+from gidef.attack import Calibration, drain, run_chunk
 from gidef.cells import make_cells
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError, StorageError
-from gidef.models import make_judge
+from gidef.models import decoder_for, make_judge
 from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
@@ -363,6 +366,23 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     assert {one.error for one in learned.reconstructions} == {text}
 
 
+def test_a_guessed_decoder_is_trained_as_long_as_its_attack_says_and_never_longer_than_asked(trained, tmp_path, monkeypatch):
+    run, found = trained
+    kinds = {"guessed": config.JointMatching(decoder="surrogate"), "learned": config.LearnedInversion(steps=9, gradients=3), "short": config.JointMatching(decoder="surrogate", surrogate_steps=2)}
+    asked = argparse.Namespace(iterations=None, restarts=None, labels=None, steps=4)
+    attacks = {name: job._asked(name, attack, asked) for name, attack in kinds.items()}
+    assert [one.surrogate_steps for one in attacks.values()] == [4, 4, 2] and (attacks["learned"].steps, attacks["learned"].gradients) == (4, 3)
+    cells, steps, fit = cells_of(with_speed(run, attacks=attacks), found, tmp_path, "learned"), [], fits.fit_decoder
+    monkeypatch.setattr(fits, "fit_decoder", lambda *given, **how: steps.append(how["steps"]) or fit(*given, **how))
+    tasks = fits.tasks(run, cells, tmp_path)
+    assert [task.cost for task in tasks] == [4, 2]
+    for task in tasks:
+        task.do(0, lambda units: None)
+    long, same, short = (fits.surrogate(run, cell) for cell in cells)
+    assert steps == [4, 2] and all(torch.equal(long[name], tensor) for name, tensor in same.items()) and any(not torch.equal(long[name], tensor) for name, tensor in short.items())
+    assert [config.standard(version)["joint guessed decoder"].surrogate_steps for version in ("standard", "quick", "smoke")] == [600, 150, 2]
+
+
 def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
     run, found = trained
     [cell] = cells_of(run, found, tmp_path)
@@ -379,6 +399,62 @@ def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
     cell.reconstructions = [wrong, right[1], *broken[2:]]
     [row] = findings.rows(run, [cell, other], {id(one): scorer.score(cell.victims, one.reconstructions) for one in (cell, other)})
     assert row["label_recovery"] == 0.75  # ½ of the first victim, 1 of the second
+
+
+def test_an_attack_of_two_stages_keeps_the_curve_the_candidates_and_the_first_fit_of_both(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"generative": config.GenerativePrior(iterations=10, code=64)})
+    cells, fitted = cells_of(run, found, tmp_path, "undefended"), {"generator": decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0)}
+    for task in inversions.matching_tasks(run, cells, lambda cell: fitted, tmp_path):
+        task.do(0, lambda units: None)
+    inversions.collect(run, cells[0])
+    plan = methods.plan(methods.make_case(run, cells[0].trained, cells[0].snapshot, cells[0].attack, cells[0].releases, seed=0, fitted=fitted))
+    chunk = tuple((observation, 0) for observation in range(4))
+    codes = drain(run_chunk(chunk, plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    pixels = drain(run_chunk(chunk, plan.observations, plan.make_simulate(), methods.refined(plan, codes), seed=0))
+    for row, (one, attempt) in enumerate(zip(cells[0].reconstructions, cells[0].attempts, strict=True)):
+        torch.testing.assert_close(one.losses, torch.cat([codes["losses"][row], pixels["losses"][row, 1:]]), rtol=1e-3, atol=1e-4)
+        assert len(one.losses) == 11 and one.iterations == attempt["iterations"] == 4 + 8 and len(one.snapshots) == methods.SNAPSHOTS
+        assert one.first_fit == pytest.approx(float(codes["first_fit"][row]), rel=1e-4) and one.fit == pytest.approx(float(pixels["fit"][row]), rel=1e-2)
+        torch.testing.assert_close(one.snapshots[1].float(), codes["images"][row], atol=2e-3, rtol=0)  # the best code's image, before pixels
+    long = [{**part, "losses": torch.linspace(*ends, 200).expand(4, -1)} for part, ends in ((codes, (0.0, 300.0)), (pixels, (300.0, 1000.0)))]
+    long[1] |= {"failure": torch.tensor([0, 3, 1, 0]), "failed_at": torch.tensor([0, 5, 0, 0])}  # lost in the second stage; a zero update
+    joined = attacks.joined(long, [300, 700])
+    torch.testing.assert_close(joined["losses"], torch.linspace(0, 1000, 200).expand(4, -1), atol=2.5, rtol=0)  # evenly, to a point of the longer stage
+    assert joined["failed_at"].tolist() == [0, 305, 0, 0]
+
+
+def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without_bounds(trained, tmp_path):
+    run, found = trained
+    run = with_speed(run, attacks={"smoke": config.Standard(version="smoke")})
+    cells = cells_of(run, found, tmp_path, "learned")
+    truth = cells[0].victims.images
+    good = {"naive": 0.3, "joint": 0.1, "decoder": 0.05}  # of these the images are the truth, so far off; the others give its negative, worse than grey
+    for cell in cells:
+        far = good.get(cell.name.removeprefix("smoke - "))
+        images = 1 - truth if far is None else torch.where(truth > 0.5, truth - far, truth + far)
+        cell.reconstructions = [Reconstruction(one.clone(), labels, 0.0, torch.zeros(1)) for one, labels in zip(images, cell.victims.labels, strict=True)]
+        failed = inversions.failures(cell, "it broke")
+        if cell.name.removeprefix("smoke - ") in good:
+            cell.reconstructions[0] = failed[0]  # of the first victim only the worse than grey are left
+        cell.reconstructions[3] = failed[3]
+        if far == 0.05:
+            cell.reconstructions[2] = failed[2]
+    scorer = Scorer(run, make_judge(8, (3, 16, 16), seed=0).eval())
+    scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
+    grey = metrics.psnr_db(torch.full_like(truth, 0.5).flatten(0, 1), truth.flatten(0, 1))
+    negative = metrics.psnr_db((1 - truth).flatten(0, 1), truth.flatten(0, 1))
+    assert float(negative[0]) < float(grey[0])  # the failed ones' grey would win
+    fair, whole = [row for row in findings.rows(run, cells, scored) if row["attack_id"] == "standard"]
+    naive = [max(-20 * math.log10(0.3), float(negative[victim])) for victim in range(4)]
+    for row, second, third in ((whole, -20 * math.log10(0.05), 20.0), (fair, naive[1], naive[2])):
+        assert row["psnr_db"]["mean"] == pytest.approx((float(negative[0]) + second + third + float(grey[3])) / 4, abs=1e-4), row["attack"]
+        assert row["failed"] == 1 and sum(row["worst_by"].values()) == 3 and "none 1, where all failed" in row["note"]
+    assert whole["worst_by"]["decoder"] == whole["worst_by"]["joint"] == 1 and not {"decoder", "joint"} & fair["worst_by"].keys()
+    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "rounds"}
+    assert whole["threat"]["beyond"]["decoder"] == ["is given the latent"] and whole["threat"]["beyond"]["joint"] == ["knows the private decoder"]
+    assert "bounds beyond that: joint knows the private decoder" in whole["threat"]["name"] and "beyond" not in fair["threat"]
+    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 3
 
 
 def test_results_of_another_recipe_are_refused(trained, tmp_path):

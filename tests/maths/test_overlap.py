@@ -38,11 +38,11 @@ class Lines(list):
         super().append({"kind": kind, **values})
 
 
-def start(folder, *, overlap=True, chosen=None, share_policy="full", cohort_size=None, count=4, patience=None, resume=False, record=None):
+def start(folder, *, overlap=True, chosen=None, share_policy="full", cohort_size=None, count=4, patience=None, resume=False, record=None, kept=2):
     """(the run's lines, what training left), with a core free for the evaluation."""
     recipe = dataclasses.replace(
         RECIPE, rounds=config.Rounds(count=count, cohort_size=cohort_size, patience=patience), share_policy=share_policy, resume=resume,
-        speed=dataclasses.replace(RECIPE.speed, overlap_evaluation=overlap),
+        speed=dataclasses.replace(RECIPE.speed, overlap_evaluation=overlap, checkpoints_kept=kept),
     )  # fmt: skip
     record = Lines() if record is None else record
     world = World(cores=2)
@@ -51,8 +51,8 @@ def start(folder, *, overlap=True, chosen=None, share_policy="full", cohort_size
 
 
 def timeless(values):
-    """Without what a clock told."""
-    return {name: value for name, value in values.items() if not any(word in name for word in ("seconds", "costs", "evaluation"))}
+    """Without what a clock told, and how much memory the process took."""
+    return {name: value for name, value in values.items() if not any(word in name for word in ("seconds", "costs", "evaluation", "peak"))}
 
 
 def files(folder):
@@ -195,6 +195,33 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_files_and_has_lost_
     lines, done = start(tmp_path / "killed", resume=True, **CASES[case])
     assert done.sha256 == plain.sha256 and files(tmp_path / "killed") == left
     assert [timeless(line) for line in [*first, *lines][:-1]] == [timeless(line) for line in expected[:-1]]  # what each life tells at its end is its own
+
+
+def test_as_many_checkpoints_stay_as_were_asked_for_each_good_to_resume_from_also_with_another_number(tmp_path, in_line):
+    (_, plain, _), case, checkpoints = in_line("a private front each"), CASES["a private front each"], tmp_path / "checkpoints" / "d-0"
+
+    def names():
+        return sorted(path.name for path in checkpoints.iterdir())
+
+    def damage(*numbers):
+        for number in numbers:
+            (checkpoints / f"round-{number:06d}.safetensors").write_bytes(b"damaged")
+        (tmp_path / "models" / "d-0.safetensors").unlink()  # as if killed before the end
+
+    def go_on(**options):
+        return start(tmp_path, **case, **options)[1].sha256 == plain.sha256
+
+    assert go_on(kept=3) and names() == [f"round-00000{number}.safetensors" for number in (2, 3, 4)]
+    damage(4, 3)
+    assert go_on(kept=3, resume=True)  # from round 2, whose clients' fronts are still there
+    damaged = ["round-000003.safetensors.damaged", "round-000004.safetensors.damaged"]
+    assert names() == sorted([*damaged, *(f"round-00000{number}.safetensors" for number in (2, 3, 4))])
+    damage(4)
+    assert go_on(kept=4, resume=True) and len(names()) == 5
+    damage(4, 3)  # after a resumption from round 3, which held round 2's fronts as well
+    assert go_on(kept=1, resume=True) and names() == sorted([*damaged, "round-000004.safetensors"])
+    damage()
+    assert go_on(kept=5, resume=True) and names() == sorted([*damaged, "round-000004.safetensors"])
 
 
 def beside_threads():

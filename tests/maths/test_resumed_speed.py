@@ -4,7 +4,6 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-import torch
 from torch import nn
 
 from gidef import build, config, job
@@ -12,6 +11,7 @@ from gidef.config import LAST_BITS, Recipe, Speed
 from gidef.defence import Defence
 from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.compiled import Compiled
+from gidef.errors import InputError
 from gidef.models import SplitModel
 from gidef.parallel import World
 
@@ -32,20 +32,18 @@ def split():
 
 
 def test_a_resumed_run_goes_on_with_what_decides_the_last_bits(tmp_path, capsys):
-    before = torch.get_num_threads()
-    began = Recipe(speed=Speed(threads=1, fused_optimisers=True, channels_last=True, timeout_s=60.0))
+    began = Recipe(speed=Speed(threads=1, fused_optimisers=True, channels_last=True, reduction="float32", deterministic=True, timeout_s=60.0))
     job._write_recipe(began, "page", tmp_path)
     mine = Recipe(speed=Speed(threads=1, compile_training=True, workers=3), resume=True)
-    try:
-        resumed = job._continued(mine, tmp_path, World())
-    finally:
-        torch.set_num_threads(before)
-    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, False]
+    resumed = job._continued(mine, tmp_path, World())
+    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, False, "float32", True]
     assert (resumed.speed.workers, resumed.speed.timeout_s) == (3, mine.speed.timeout_s)  # only the seconds depend on these
     said = capsys.readouterr().err
     assert "speed.fused_optimisers=True" in said and "speed.compile_training=False" in said and "threads" not in said
     assert job._continued(dataclasses.replace(began, resume=True), tmp_path, World()) == dataclasses.replace(began, resume=True)
     assert not capsys.readouterr().err
+    with pytest.raises(InputError, match="speed.reduction=float32.*speed.shard_size"):
+        job._continued(dataclasses.replace(mine, speed=Speed(shard_size=2)), tmp_path, World())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

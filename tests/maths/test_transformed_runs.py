@@ -8,14 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gidef import applications, build, cells, fits, methods, observe
 from gidef import attack as attacks
-from gidef import build, cells, fits, methods, observe
+from gidef.attack.imprint import Imprinted
 from gidef.config import (
     Censor,
     Clipping,
     EotMatching,
     GradDefense,
     GradientNoise,
+    ImprintServer,
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
@@ -161,3 +163,34 @@ def test_a_learned_inversion_is_trained_on_changed_updates(trained, tmp_path, mo
     assert len(seen) >= 30 and all(len(set(update["backbone.head.weight"].abs().flatten().tolist()) - {0.0}) == 1 for update in seen)
     for found in fits.learned(run, cell, lambda units: None):
         assert found.status == "ok" and found.images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("defence", "least", "most"),
+    [
+        (Undefended(), 60, 101), (Clipping(bound=0.05), 60, 101), (Soteria(share=0.5), 60, 101), (Pruning(share=0.99), 0, 20), (Sign(), 0, 20),
+        (GradientNoise(std=1.0), 0, 20), (Censor(draws=3), 0, 20), ((Pruning(share=0.0), Sign()), 0, 20),
+    ],
+)  # fmt: skip
+def test_what_leaves_an_imprinted_client_went_through_the_defence_and_no_label_is_granted(defence, least, most, trained, tmp_path, monkeypatch):
+    run, bare = trained("undefended")
+    run, snapshot, seen = evaluated(run, batch_size=1), bare.snapshots["final"], []
+    one = dataclasses.replace(bare, training=dataclasses.replace(bare.training, defence=build.make_defence(defence, run.recipe, run.setting.dataset, seed=0)))
+    cell = cells.Cell("defended", 0, "final", "imprint", ImprintServer(bins=32), one, snapshot, tmp_path)
+    cell.releases = [released(run, bare)]
+    invert = applications.invert_imprint
+    monkeypatch.setattr(applications, "invert_imprint", lambda observation, **how: seen.append(observation) or invert(observation, **how))
+    found = applications._imprinted(run, cell, lambda units: None)
+    errors = torch.stack([(one.images - images).square().mean() for one, images in zip(found, cell.victims.images, strict=True)])
+    assert least < float(-10 * errors.clamp_min(1e-10).log10().mean()) < most
+    assert all(observation.labels is None and observation.update.keys() == observation.params.keys() for observation in seen)
+    if isinstance(defence, Clipping):  # the bound is one of the whole client's update
+        assert all(float(sum(t.square().sum() for t in o.update.values())) == pytest.approx(0.05**2, rel=1e-4) for o in seen)
+    if isinstance(defence, Undefended):
+        assert all(torch.equal(one.labels, labels) for one, labels in zip(found, cell.victims.labels, strict=True))
+        model = Imprinted(one.training.defence.model, image_shape=(3, 16, 16), bins=32)
+        inside = {key if key.startswith("imprint.") else f"backbone.{key}": tensor for key, tensor in seen[0].params.items()}
+        weights = {key: tensor.clone().requires_grad_() for key, tensor in inside.items()}
+        F.cross_entropy(torch.func.functional_call(model, weights, (cell.victims.images[0],)), cell.victims.labels[0]).backward()
+        for key, tensor in seen[0].update.items():
+            torch.testing.assert_close(tensor, weights[key if key.startswith("imprint.") else f"backbone.{key}"].grad, rtol=1e-4, atol=1e-6)

@@ -1,15 +1,24 @@
 """The search for a strength at a wanted accuracy: on functions with known answers, and in a recipe of seconds. Synthetic cells."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
+import types
 
 import pytest
 
-from gidef.config import CapacityNoise, LearnedPerturbation, Matched, Pruning, Recipe, Undefended, problems
-from gidef.tuning import closest, search
+from gidef.config import DPSGD, CapacityNoise, Clipping, LearnedPerturbation, Matched, Pruning, Recipe, Undefended, problems
+from gidef.tuning import _tell, closest, noted, outcome, search
 from tests.ranks.launch import ROOT, environment, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A defence of one's own."""
+
+    level: float = 1.0
 
 
 def falling(value):
@@ -24,10 +33,94 @@ def test_bisection_closes_in_on_the_strength(target):
     assert abs(falling(closest(tried, target)) - target) < 0.01
 
 
-def test_an_end_on_the_near_side_of_the_target_ends_the_search():
-    assert search(falling, low=0.01, high=100.0, target=0.4, trials=9) == [(100.0, falling(100.0))]
-    tried = search(falling, low=0.01, high=100.0, target=0.95, trials=9)
-    assert len(tried) == 2 and closest(tried, 0.95) == 0.01
+def test_both_ends_on_one_side_of_the_target_end_the_search():
+    never, always = (search(falling, low=0.01, high=100.0, target=target, trials=9) for target in (0.4, 0.95))
+    assert never == always == [(100.0, falling(100.0)), (0.01, falling(0.01))]
+    assert closest(never, 0.4) == 100.0 and closest(always, 0.95) == 0.01
+    assert search(falling, low=0.01, high=100.0, target=0.4, trials=1) == [(100.0, falling(100.0))]
+    assert search(falling, low=0.01, high=100.0, target=0.499, trials=9) == [(100.0, falling(100.0))]  # on the target
+
+
+def plain_bisection(measure, low, high, target, trials):
+    """The search for a falling measure alone, as it was before it looked at both ends."""
+    tried = [(high, measure(high)), (low, measure(low))]
+    while len(tried) < trials and min(abs(found - target) for _, found in tried) > 0.002:
+        middle = float(f"{math.sqrt(low * high):.4g}")
+        tried.append((middle, measure(middle)))
+        low, high = (middle, high) if tried[-1][1] > target else (low, middle)
+    return tried
+
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+TABLES = {  # accuracy at each strength
+    "falling": (0.90, 0.88, 0.85, 0.80, 0.60),
+    "rising": (0.60, 0.80, 0.85, 0.88, 0.90),
+    "never costs": (0.90, 0.91, 0.90, 0.92, 0.914),
+    "never costs, rising": (0.87, 0.89, 0.90, 0.92, 0.93),
+    "always costs": (0.80, 0.78, 0.70, 0.60, 0.40),
+    "always costs, rising": (0.40, 0.60, 0.70, 0.78, 0.80),
+    "flat": (0.90,) * 5,
+    "a cliff": (0.90, 0.90, 0.90, 0.40, 0.40),
+    "not monotone": (0.90, 0.70, 0.88, 0.86, 0.60),
+    "a dip": (0.90, 0.85, 0.70, 0.85, 0.91),
+}
+CASES = [  # name, target, private end: values tried; value taken; reached, end, direction, monotone
+    ("falling", 0.85, "high", (8.0, 0.5, 2.0), 2.0, (True, None, "falling", True)),
+    ("falling", 0.875, "high", (8.0, 0.5, 2.0, 1.0), 1.0, (True, None, "falling", True)),
+    ("rising", 0.85, "low", (8.0, 0.5, 2.0), 2.0, (True, None, "rising", True)),
+    ("rising", 0.795, "low", (8.0, 0.5, 2.0, 1.0), 1.0, (True, None, "rising", True)),
+    ("rising", 0.85, None, (8.0, 0.5, 2.0), 2.0, (True, None, "rising", True)),
+    ("never costs", 0.85, "high", (8.0, 0.5), 8.0, (False, "high", "rising", True)),  # by chance the weak end is nearer
+    ("never costs, rising", 0.85, "low", (8.0, 0.5), 0.5, (False, "low", "rising", True)),
+    ("never costs, rising", 0.85, None, (8.0, 0.5), 0.5, (False, "low", "rising", True)),
+    ("always costs", 0.85, "high", (8.0, 0.5), 0.5, (False, "low", "falling", True)),
+    ("always costs, rising", 0.85, "low", (8.0, 0.5), 8.0, (False, "high", "rising", True)),
+    ("flat", 0.85, "high", (8.0, 0.5), 8.0, (False, "high", "flat", True)),
+    ("flat", 0.85, "low", (8.0, 0.5), 0.5, (False, "low", "flat", True)),
+    ("flat", 0.901, "high", (8.0, 0.5), 8.0, (True, "high", "flat", True)),
+    ("a cliff", 0.70, "high", (8.0, 0.5, 2.0, 4.0), 2.0, (False, None, "falling", True)),
+    ("not monotone", 0.87, "high", (8.0, 0.5, 2.0, 4.0), 4.0, (True, None, "falling", True)),
+    ("not monotone", 0.885, "high", (8.0, 0.5, 2.0, 1.0), 2.0, (True, None, "falling", False)),
+    ("a dip", 0.80, "high", (8.0, 0.5), 8.0, (False, "high", "rising", True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "target", "private", "values", "taken", "ended"), CASES)
+def test_the_search_on_plain_tables_of_accuracies(name, target, private, values, taken, ended):
+    table = dict(zip(STRENGTHS, TABLES[name], strict=True))
+    tried = search(table.__getitem__, low=0.5, high=8.0, target=target, trials=4)
+    assert tuple(value for value, _ in tried) == values and all(table[value] == found for value, found in tried)
+    if max(tried)[1] < target < min(tried)[1]:
+        assert tried == plain_bisection(table.__getitem__, 0.5, 8.0, target, 4)
+    value = closest(tried, target, private=private)
+    told = outcome(tried, value, low=0.5, high=8.0, target=target)
+    assert value == taken and told["accuracy"] == table[taken]
+    assert (told["reached"], told["end"], told["direction"], told["monotone"]) == ended
+
+
+def test_a_rising_measure_is_the_mirror_of_a_falling_one():
+    """With the reciprocal strength every trial after the ends, and what is taken of equals, is the same."""
+    there = search(falling, low=0.01, high=100.0, target=0.81, trials=7)
+    mirrored = search(lambda value: falling(1 / value), low=0.01, high=100.0, target=0.81, trials=7)
+    assert len(there) > 4 and [value for value, _ in there[2:]] == pytest.approx([1 / value for value, _ in mirrored[2:]], rel=1e-3)
+    assert closest([(1.0, 0.6), (2.0, 0.6), (3.0, 0.9)], 0.5, private="low") == 1.0
+    assert closest([(1.0, 0.6), (2.0, 0.4)], 0.5, private="low") == 1.0 and closest([(1.0, 0.6), (2.0, 0.4)], 0.5) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("defence", "field", "end"),
+    [(LearnedPerturbation(), "strength", "high"), (DPSGD(), "target_epsilon", "low"), ((LearnedPerturbation(), Clipping()), "bound", "low"), (Mine(), "level", None)],
+)
+def test_which_end_of_a_range_is_the_private_one(defence, field, end):
+    assert Matched(defence=defence, field=field).private_end == end
+
+
+def test_rows_say_that_a_target_was_missed_and_by_how_much():
+    one = {"field": "x_weight", "value": 5.0, "accuracy": 0.861, "target": 0.84, "end": "high", "reached": False}
+    rows = [{"defence": "BiDO", "note": "no noise to search"}, {"defence": "BiDO", "note": ""}, {"defence": "none", "note": ""}]
+    said = "target not reached: nearest is x_weight = 5 at 86.1 % validation accuracy, 84.0 % wanted, at the upper end of the range"
+    assert [row["note"] for row in noted(rows, {"BiDO": one})] == [f"no noise to search; {said}", said, ""]
+    assert noted(rows, {"BiDO": one | {"reached": True}}) == rows and noted(rows, {"BiDO": {"field": "x_weight", "value": 5.0}}) == rows
 
 
 def test_what_is_close_enough_is_taken_and_of_equals_the_strongest():
@@ -65,6 +158,22 @@ def test_a_search_that_makes_no_sense_is_refused(given, said):
 def test_points_below_nothing_are_refused():
     assert any("add Undefended()" in text for text in problems(Recipe(defences={"m": matched()})))
     assert problems(Recipe(defences={"m": matched(accuracy=0.8)})) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "notice"),
+    [
+        ("never costs", 0.85, "costs less than wanted"), ("always costs", 0.85, "costs more than wanted"), ("a cliff", 0.7, "unless accuracy jumps there"),
+        ("not monotone", 0.885, "does not go one way"), ("falling", 0.85, None), ("rising", 0.85, None),
+    ],
+)  # fmt: skip
+def test_the_console_says_in_plain_words_how_a_search_ended(name, target, notice):
+    table, heard = dict(zip(STRENGTHS, TABLES[name], strict=True)), []
+    tried = search(table.__getitem__, low=0.5, high=8.0, target=target, trials=4)
+    value = closest(tried, target)
+    one = {"field": "std", "value": value, "target": target, "tried": tried, **outcome(tried, value, low=0.5, high=8.0, target=target)}
+    _tell(types.SimpleNamespace(console=types.SimpleNamespace(say=lambda text: None, notice=heard.append)), "noisy", one, 4)
+    assert len(heard) == (notice is not None) and all(notice in text and text.startswith("noisy: ") for text in heard)
 
 
 SCRIPT = '''
@@ -108,6 +217,10 @@ def test_a_recipe_trains_its_trials_and_goes_on_with_the_closest(tmp_path):
     assert val["noisy"] == values[tuned["value"]] and tuned["value"] in values
     assert min(abs(found - tuned["target"]) for found in values.values()) == abs(val["noisy"] - tuned["target"])
     assert json.loads((folder / "tuning.json").read_text()) == told["tuned"]
+    assert tuned["accuracy"] == val["noisy"] and tuned["trials"] == len(tuned["tried"]) and tuned["reached"] == (abs(tuned["accuracy"] - tuned["target"]) <= 0.01 + 1e-9)
+    missed = not tuned["reached"]
+    assert all(("target not reached" in row["note"]) == (missed and row["defence"] == "noisy") for row in told["rows"])
+    assert ("target not reached" in (folder / "log.txt").read_text()) == missed
     # a resumed run finds its trials again, and an attack on the finished run the strength
     before = told["weights_sha256"]
     run("--out", str(folder), "--resume")

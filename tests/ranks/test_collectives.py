@@ -161,6 +161,46 @@ def stopped(world: World, folder: Path) -> None:
     run_tasks(world, list(range(480)), [1.0] * 480, do, workers=2)
 
 
+class OnGpu:
+    """In the place of a tensor on a GPU, whose copy in host memory alone may travel."""
+
+    is_cuda = True
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def cpu(self) -> torch.Tensor:
+        return self.value.clone()
+
+    def copy_(self, host: torch.Tensor) -> OnGpu:
+        self.value = host
+        return self
+
+
+def on_gpus(rank: int, size: int, folder: Path) -> None:
+    """Ranks that share a GPU sum through host memory, over gloo; those with one each get an NCCL group. The GPUs are made up."""
+    for name, count in (("shared", 1), ("one each", size)):
+        gpus = mock.patch.multiple(
+            torch.cuda, is_available=lambda: True, device_count=lambda count=count: count, set_device=mock.DEFAULT,
+            get_device_properties=lambda device: mock.Mock(uuid=f"GPU-{device.index}"),
+        )  # fmt: skip
+        meeting = open_world("auto", timeout_s=30, init_method=f"file://{folder / name}", rank=rank, size=size)
+        with gpus, mock.patch.object(dist, "new_group") as new_group, mock.patch("os.environ", {}), meeting as world:
+            assert world.device == torch.device("cuda", rank % count)
+            if name == "shared":
+                assert world.nccl is None and not new_group.called
+                total = OnGpu(torch.full((3,), 2**40 + rank))
+                assert world.all_reduce_sum_(total) is total and total.value.tolist() == [size * 2**40 + sum(range(size))] * 3
+            else:
+                assert world.nccl is new_group.return_value and new_group.call_args.kwargs["backend"] == "nccl"
+
+
+def test_ranks_that_share_a_gpu_sum_through_host_memory(tmp_path: Path) -> None:
+    processes = [start("on_gpus", rank, 2, tmp_path) for rank in range(2)]
+    outputs = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+
+
 def test_one_rank_needs_no_process_group(tmp_path: Path) -> None:
     collectives(World(), tmp_path)
     assert not dist.is_initialized()
@@ -188,6 +228,8 @@ def test_a_rank_that_a_signal_ends_leaves_nobody_waiting(tmp_path: Path) -> None
 if __name__ == "__main__":
     case, rank, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     torch.set_num_threads(1)
+    if case == "on_gpus":
+        sys.exit(on_gpus(rank, size, folder))
     with open_world("cpu", timeout_s=30, init_method=f"file://{folder / 'meet'}", rank=rank, size=size) as world:
         {"collectives": collectives, "stopped": stopped}[case](world, folder)
     (folder / f"end-{rank}.json").write_text(json.dumps({"grouped": dist.is_initialized()}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,15 +12,18 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import gidef
+from gidef.clients.sharded import Fsdp
 from gidef.errors import RankFailure
-from gidef.parallel import World, open_world, run_tasks
+from gidef.parallel import World, open_world, run_tasks, with_mesh
 from tests.ranks.launch import free_port
 
 pytestmark = pytest.mark.ranks
@@ -169,7 +173,29 @@ def inside(world: World, folder: Path) -> None:
         dist.all_reduce(torch.ones(4))
 
 
-CASES = {one.__name__: one for one in (busy, first_works, pulling, patient, raising, mismatched, inside)}
+def sharded(world: World, folder: Path) -> None:
+    """All ranks of a group train a client, while a thread of each writes a checkpoint; the one to be stopped comes to neither. The groups' own timeout
+    is longer than the test."""
+    mesh = with_mesh(world, world.size, timeout_s=100).mesh
+    fsdp = Fsdp(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)), mesh.device_mesh["shard"], mesh.shard)
+
+    def step() -> None:
+        fsdp.backward(fsdp.model(torch.ones(3, 4)).square().mean())
+
+    step()
+    (folder / f"busy-{world.rank}").touch()
+    until((folder / "stopped").exists)
+    with ThreadPoolExecutor(1) as pool:
+        saving = pool.submit(dist.all_reduce, torch.ones(1), group=mesh.saving)
+        try:
+            with mesh.shard.explained():
+                step()
+        finally:
+            with contextlib.suppress(RuntimeError):
+                saving.result()
+
+
+CASES = {one.__name__: one for one in (busy, first_works, pulling, patient, raising, mismatched, inside, sharded)}
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -235,6 +261,28 @@ def test_a_rank_that_dies_inside_a_collective_is_named_too(tmp_path: Path, nurse
     assert all("rank 1 on host" in outputs[rank] for rank in (0, 2)), outputs
 
 
+@pytest.mark.parametrize("who", [1, 0])
+def test_a_stopped_rank_of_a_group_that_shares_a_client_is_named_after_the_timeout(who: int, tmp_path: Path, nursery: Nursery) -> None:
+    pids = nursery.start("sharded", 2, tmp_path)
+    until(lambda: len(list(tmp_path.glob("busy-*"))) == 2)
+    os.kill(pids[who], signal.SIGSTOP)
+    (tmp_path / "stopped").touch()
+    codes, outputs = nursery.finish(pids, without=who)  # within 40 s
+    assert codes == [3], "\n".join(outputs)
+    assert f"RankFailure ranks=[{who}]" in outputs[0], outputs[0]
+    assert (f"rank 1 on host {HOST} is silent for 1.5 s" if who else "rank 0's host, where the ranks meet, has not answered rank") in outputs[0], outputs[0]
+
+
+def test_an_error_that_no_other_rank_is_to_blame_for_keeps_its_words() -> None:
+    for error in (RuntimeError("no kernel for this"), KeyError("no such image"), RankFailure("rank 1 is gone")):
+        with pytest.raises(type(error), match=str(error)), World(watch=SimpleNamespace(blamed=lambda: None)).explained():
+            raise error
+    with pytest.raises(RankFailure, match="rank 1 is gone"), World(watch=SimpleNamespace(blamed=lambda: RankFailure("rank 1 is gone"))).explained():
+        raise RuntimeError("connection closed by peer")
+
+
 if __name__ == "__main__":
+    import torch.distributed.fsdp  # seconds, which each rank would spend
+
     torch.set_num_threads(1)
     serve()

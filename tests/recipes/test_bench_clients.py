@@ -118,6 +118,30 @@ def test_growth_is_measured_written_drawn_and_joined(tmp_path):
         growth.main(growth.Options(axes=("none",)))
 
 
+def test_joined_rows_of_several_ranks_are_drawn_against_ranks_beside_the_ideal_line(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    growth, figures, close = load("growth"), [], plt.close
+    seconds = {("clients", 10): {1: 1.0, 2: 0.6, 4: 0.4}, ("clients", 100): {1: 8.0, 2: 4.0, 4: 2.5}, ("clients", 300): {1: 30.0}, ("pixels", 28): {1: 2.0}}
+    for ranks in (1, 2, 4):  # a CSV of each number of ranks; 300 clients, and pixels, were measured on one rank alone
+        rows = [(axis, size, ranks, by[ranks], 1 / by[ranks], 10.0 * ranks, "cpu") for (axis, size), by in seconds.items() if ranks in by]
+        growth.write(tmp_path / f"{ranks}.csv", [dict(zip(growth.FIELDS, row, strict=True)) for row in rows])
+    monkeypatch.setattr(plt, "close", figures.append)
+    paths = tuple(tmp_path / f"{ranks}.csv" for ranks in (4, 1, 2))
+    rows = growth.main(growth.Options(join=paths, out=tmp_path / "both"))
+    assert {key: [row["ranks"] for row in line] for key, line in growth.by_ranks(rows).items()} == {("clients", 100): [1, 2, 4]}
+    (figure,) = figures
+    assert [place.get_title() for place in figure.axes[:3]] == ["clients", "pixels", "ranks"]
+    measured, ideal = figure.axes[2].get_lines()
+    assert measured.get_label() == "100 clients" and list(measured.get_xdata()) == list(ideal.get_xdata()) == [1, 2, 4]
+    assert list(measured.get_ydata()) == [1 / 8, 1 / 4, 1 / 2.5] and list(ideal.get_ydata()) == [1 / 8, 1 / 4, 1 / 2] and ideal.get_linestyle() == ":"
+    assert [list(line.get_ydata()) for line in figure.axes[5].get_lines()] == [[10, 20, 40]]
+    close(figure)
+    growth.main(growth.Options(join=paths[1:2], out=tmp_path / "one"))
+    assert [place.get_title() for place in figures[1].axes[:2]] == ["clients", "pixels"] and len(figures[1].axes) == 4
+    close(figures[1])
+
+
 def test_memory_of_a_round_is_flat_in_the_number_of_clients():
     growth = load("growth")
     net = growth.perceptron(32)  # of 0.4 MiB: a hundred updates would take 38 MiB at once

@@ -8,7 +8,9 @@ import runpy
 
 import pytest
 
+from gidef import build
 from gidef.config import BiDO, Recipe, problems
+from gidef.data import synthetic_blood_cells
 from tests.ranks.launch import ROOT, results, run
 
 MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
@@ -51,9 +53,22 @@ def test_the_grid_of_bido_is_the_published_one_with_both_measures(monkeypatch):
     [recipe] = declared("bido_grid", monkeypatch)["full"].values()
     grid = [one for one in recipe.defences.values() if isinstance(one, BiDO)]
     for measure in ("hsic", "coco"):
-        found = {(one.x_weight, round(one.y_weight / one.x_weight, 9)) for one in grid if one.measure == measure}
+        found = {(one.x_weight, round(one.label_weight / one.x_weight, 9)) for one in grid if one.measure == measure}
         assert found == {(weight, ratio) for weight in (0.01, 0.05, 0.1, 0.5, 1.0) for ratio in (5, 10, 20)}
-    assert len(grid) == 30 and recipe.data.split_seed != 0
+    assert len(grid) == 30
+
+
+def test_the_grid_of_bido_attacks_no_victim_of_the_comparison(monkeypatch):
+    recipes = [declared(name, monkeypatch)[form][""] for form in ("full", "small") for name in ("bido_grid", "paper_table")]
+    dataset = synthetic_blood_cells(train=600, val=24, test=16, size=16)
+    for grid, table in (recipes[:2], recipes[2:]):
+        attacked, victims = (set(build._roles(one, dataset).victims.tolist()) for one in (grid, table))
+        assert len(attacked) == grid.evaluation.num_tuning and len(victims) == table.evaluation.num_victims and not attacked & victims
+
+
+def test_the_search_of_bido_keeps_the_ratio_of_its_weights(monkeypatch):
+    matched = declared("paper_table", monkeypatch)["full"][""].defences["BiDO"]
+    assert [matched.at(value).label_weight for value in (0.005, 0.1, 5.0)] == pytest.approx([0.05, 1.0, 50.0])
 
 
 @pytest.mark.slow

@@ -263,6 +263,13 @@ def test_stages_of_real_backbones_and_of_one_that_tells_none():
         stages(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
 
 
+def test_a_ratio_gives_the_labels_their_weight_and_none_leaves_it():
+    recipe, shape = config.Recipe(), build.Shape(4, (3, 16, 16))
+    for chosen, weights in ((config.BiDO(), (0.05, 0.5)), (config.BiDO(x_weight=0.2, y_ratio=20.0), (0.2, 4.0)), (config.BiDO(x_weight=0.2, y_ratio=0.0), (0.2, 0.0))):
+        settings = build.make_defence(chosen, recipe, shape, seed=0).settings
+        assert (settings.x_weight, settings.y_weight) == pytest.approx(weights)
+
+
 def test_losses_that_couple_a_batch_say_so():
     assert config.BiDO.couples_batch and config.BiDO().couples_batch
     assert [config.LearnedPerturbation(dependence=name).couples_batch for name in ("pearson2", "dcor", "cka")] == [False, True, True]

@@ -1,14 +1,20 @@
 """Clients' steps as compiled programs, and the other ways to the same step: fused optimisers, channels last. All images are synthetic."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_simultaneous import BATCH, CLASSES, SHAPE, Backbone, a_batch, begun, filled, make_client, make_defence
 
+from gidef import build
 from gidef.clients.local import LocalSettings, train_locally
+from gidef.config import LearnedPerturbation, MixUp
 from gidef.defence import Defence
 from gidef.defence.compiled import Compiled
 from gidef.defence.encode import EncodedPlayer
 from gidef.models import SplitModel
+from gidef.parallel import World
+from tests.small_run import RECIPE, start
 
 GAMES = {
     "shared": {}, "three steps of one scalar": {"decoder_steps": 3, "dependence": "neg_mse", "decoder_loss": "mse", "mse_cap": 0.086, "kl_weight": 0.05},
@@ -137,3 +143,36 @@ def test_fused_optimisers_and_channels_last_end_where_the_default_ends(way, opti
         assert all(step.is_contiguous() for step in result.delta.values())
         deltas.append(torch.cat([step.flatten() for step in result.delta.values()]))
     assert (deltas[0] - deltas[1]).norm() < 1e-3 * deltas[0].norm()
+
+
+@pytest.mark.parametrize("game", ["shared", "alternating"])
+def test_a_fused_step_of_the_decoder_ends_where_the_default_ends(game):
+    plain, fused = begun(make_defence(**GAMES[game])), make_defence(**GAMES[game]).player()
+    fused.fuse()
+    fused.begin(make_client(), seed=7, round=2, progress=0.5, first=False)
+    for number in range(3):
+        stepped(plain, number), stepped(fused, number)
+    for p, q in zip(fused.kept.parameters(), plain.kept.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize(("schedule", "fused", "kinds"), [
+    ("alternating", False, ["foreach", "foreach"]), ("alternating", True, ["fused", "fused"]), ("simultaneous", False, ["foreach", "fused"]),
+])  # fmt: skip
+def test_the_setting_reaches_the_optimisers_of_clients_and_of_their_decoders(schedule, fused, kinds, encoded, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, speed=dataclasses.replace(RECIPE.speed, fused_optimisers=fused))
+    game = LearnedPerturbation(schedule=schedule)
+    setting = start(recipe, tmp_path).setting
+    training = build.make_training(setting, (game, MixUp()) if encoded else game, seed=0, world=World(), state_folder=tmp_path)
+    made, adam = [], torch.optim.Adam
+
+    def spied(parameters, **options):
+        parameters = list(parameters)
+        decoder = {id(p) for p in training.participation.players[0].kept.parameters()}
+        made.append(("decoder" if id(parameters[0]) in decoder else "client", [name for name in ("foreach", "fused") if options.get(name)]))
+        return adam(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", spied)
+    training.participation.train(training.server, setting.clients[0])
+    assert dict(made) == {"client": kinds[:1], "decoder": kinds[1:]}

@@ -141,7 +141,7 @@ def test_few_victims_or_seeds_make_a_demonstration(results):
 def test_failed_and_unmeasured_attacks_are_told(results, make_row):
     results["rows"][2].update(failed=3)
     results["rows"] += [make_row("learned", "early", "A3", 12.0) | {"psnr_db": None}]
-    assert sentence(results, "count as mid-grey").startswith("3 of 64 reconstructions failed")
+    assert sentence(results, "count as mid-grey").startswith("3 of 192 reconstructions failed")
     assert sentence(results, "not judged") == 'The defence "learned" under the early attack at the untrained checkpoint has no PSNR: not judged.'
 
 
