@@ -23,7 +23,7 @@ from gidef.data import summary as partition_summary
 from gidef.errors import InputError, RankFailure
 from gidef.models import judge_called
 from gidef.parallel import World, open_world, seated, seats, with_mesh
-from gidef.report import Console, Record, choice, html, learning_curves, partition_bars, read, results, tables, verdict
+from gidef.report import Console, Record, choice, html, joined, learning_curves, partition_bars, read, results, tables, tradeoff, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
 from gidef.report.verdict import compare
@@ -354,7 +354,8 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
         pictures.append("pictures/learning.png")
     if (folder / "pictures" / "partition.png").exists() and "pictures/partition.png" not in pictures:
         pictures.append("pictures/partition.png")
-    content["pictures"] = pictures
+    traded = [f"pictures/{path.name}" for path in tradeoff.save([(content["recipe_name"], content)], folder / "pictures") if path.suffix == ".png"]
+    content["pictures"] = [picture for picture in pictures if picture not in traded] + traded
     results.save(folder / "results.json", content)
     for name, text in (("csv", tables.csv(content)), ("md", tables.markdown(content)), ("tex", tables.latex(content)), ("txt", tables.text(content))):
         write_atomically(folder / f"table.{name}", text.encode())
@@ -370,7 +371,7 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     for sentence in content["verdict"]:
         console.table(sentence_of(sentence))
     console.heading("Where to look")
-    for picture in pictures:
+    for picture in content["pictures"]:
         console.say(f"picture  {folder / picture}")
     console.say(f"page     {html.write([folder])}")
     console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}")
@@ -515,7 +516,8 @@ TRAINING = ("steps", "fit_steps", "shadow_steps", "surrogate_steps", "gradients"
 
 
 def report_again(folders: Sequence[str | Path]) -> None:
-    """`gidef report RUN...`: rebuild tables, pictures and page of each run from results.json and the record; of several, the first one's page shows all."""
+    """`gidef report RUN...`: rebuild tables, pictures and page of each run from results.json and the record; of several, the first
+    one's page shows all, with their joined table and trade-off beside it."""
     with Console() as console:
         contents = {Path(folder): results.load(Path(folder) / "results.json") for folder in folders}  # all, before anything is written
         for folder, content in contents.items():
@@ -525,4 +527,5 @@ def report_again(folders: Sequence[str | Path]) -> None:
             content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]
             publish(content, folder, console)
         if len(folders) > 1:
-            console.say(f"page     {html.write(folders)}, over all {len(folders)} runs")
+            page, *others = joined.write(folders)
+            console.say(f"page     {page}, over all {len(folders)} runs; {', '.join(path.name for path in others)} beside it")

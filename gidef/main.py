@@ -51,7 +51,8 @@ def main(recipe: Recipe, *, small: Recipe | None = None, name: str | None = None
 
 
 def sweep(recipes: Mapping[str, Recipe], *, small: Mapping[str, Recipe] | None = None, name: str | None = None, args: list[str] | None = None) -> None:
-    """Run several recipes by name, one after another, each in a folder of its own under --out, and a page over all of them: `report.html`.
+    """Run several recipes by name, one after another, each in a folder of its own under --out, and a page over all of them, `report.html`,
+    with their joined table and trade-off beside it (`gidef.report.joined`).
 
     The command line's overrides hold for each. --rows NAME... runs only these; --part I/N the I-th of N shares, I from 0, which an array
     job gives each of its tasks; parts share --out, and the last one to end writes the page over all that is there. With --resume, rows
@@ -88,9 +89,10 @@ def _sweep(recipes: Mapping[str, Recipe], small: Mapping[str, Recipe] | None, na
         _run(dataclasses.replace(recipe, resume=recipe.resume and (base / row / "recipe.json").exists()), f"{name} {row}")
     ended = [base / row for row in recipes if (base / row / "results.json").exists()]
     if speaks() and ended:
-        from gidef.report import html
+        from gidef.report import joined
 
-        print(f"page     {html.write(ended, into=base)}, over {len(ended)} of {len(recipes)} rows", flush=True)
+        page, *others = joined.write(ended, into=base)
+        print(f"page     {page}, over {len(ended)} of {len(recipes)} rows; {', '.join(path.name for path in others)} beside it", flush=True)
 
 
 def _run_part(recipe: Recipe, name: str, part: tuple[int, int]) -> None:

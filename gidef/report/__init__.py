@@ -66,7 +66,7 @@ A measured value is a number, null, or {mean, low, high, worst, worst_decile}: t
 JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
 """
 
-from gidef.report import html, results, tables
+from gidef.report import html, joined, results, tables, tradeoff
 from gidef.report.choice import choice
 from gidef.report.console import Console
 from gidef.report.pictures import attack_curves, grid, learning_curves, partition_bars, preview
@@ -80,11 +80,13 @@ __all__ = [
     "choice",
     "grid",
     "html",
+    "joined",
     "learning_curves",
     "partition_bars",
     "preview",
     "read",
     "results",
     "tables",
+    "tradeoff",
     "verdict",
 ]

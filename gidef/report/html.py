@@ -279,7 +279,7 @@ def _judge(page: Page, several: bool) -> Html | None:
 def _pictures(page: Page, several: bool) -> Html | None:
     shown = []
     for path, data in page.pictures.items():
-        if Path(path).stem not in ("learning", "partition"):
+        if Path(path).stem not in ("learning", "partition", tradeoff.NAME):
             words = Path(path).stem.replace("-", " ").replace("psnr", "PSNR")
             shown.append(_shown(words, tag("img", src=png_uri(data), alt=f"{words}, {page.name}"), "scroll sheet", tabindex=0))
     return join(_run_head(page, several), shown) if shown else None

@@ -7,6 +7,7 @@ title says "synthetic" where the data are.
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gidef.errors import InputError
+from gidef.report import svg
 from gidef.report.files import write_atomically
 
 if TYPE_CHECKING:
@@ -194,6 +196,84 @@ def scaling_curves(
     return _save(figure, path)
 
 
+def scatters(
+    path: str | Path, facets: Sequence[tuple[str, str, Sequence[svg.Point], Sequence[tuple[str, float]]]], *, xlabel: str
+) -> Path:
+    """Plots side by side in pairs: points with their intervals and names, joined within their lines, over named levels.
+
+    Args: facets: (title, name of the upright axis, points, levels) of each plot, at least one.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(facets))
+    rows = -(-len(facets) // columns)
+    figure = Figure(figsize=(7.2 * columns, 4.8 * rows), dpi=_DPI, layout="constrained", facecolor="white")
+    for number, (title, ylabel, points, levels) in enumerate(facets):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        _dress(axes, title, xlabel, ylabel, letters=58)
+        _scatter(axes, points, levels)
+    figure.draw_without_rendering()  # settles the layout, without which a name has no place in pixels
+    figure.set_layout_engine("none")
+    for axes, (_, _, points, levels) in zip(figure.axes, facets, strict=True):
+        _name_points(axes, points, levels)
+    return _save(figure, path)
+
+
+_MARKERS = ("s", "^", "D", "v", "P", "*", "X", "h")
+
+
+def _scatter(axes: Axes, points: Sequence[svg.Point], levels: Sequence[tuple[str, float]]) -> None:
+    for line in dict.fromkeys(line for point in points for line in point.lines):
+        chain = sorted((point for point in points if line in point.lines), key=lambda point: point.x)
+        axes.plot([point.x for point in chain], [point.y for point in chain], color=_colour(chain[0].family), linewidth=1.2)
+    for point in points:
+        across, up = ([[abs(end - middle)] for end in ends] if ends else None for ends, middle in ((point.x_ends, point.x), (point.y_ends, point.y)))
+        marker = "o" if point.family == 0 else _MARKERS[(point.family - 1) % len(_MARKERS)]
+        axes.errorbar([point.x], [point.y], xerr=across, yerr=up, color=_colour(point.family), marker=marker, markersize=6, elinewidth=1)
+    for _, value in levels:
+        axes.axhline(value, color="0.4", linewidth=1, linestyle=":")
+    axes.margins(0.16, 0.1)
+
+
+def _colour(family: int) -> str:
+    return "black" if family == 0 else svg.COLOURS[(family - 1) % len(svg.COLOURS)]
+
+
+def _name_points(axes: Axes, points: Sequence[svg.Point], levels: Sequence[tuple[str, float]]) -> None:
+    """Names where they cover neither points, bars, levels nor each other, as far as there is room."""
+    box, at = axes.get_window_extent(), axes.transData.transform
+    letter, high = 7.5 * _DPI / 72 * 0.56, 7.5 * _DPI / 72 * 1.2
+    taken = []
+    for point in points:
+        x, y = at((point.x, point.y))
+        low, top = (at((point.x, end))[1] for end in point.y_ends or (point.y, point.y))
+        left, right = (at((end, point.y))[0] for end in point.x_ends or (point.x, point.x))
+        taken += [(x - 9, y - 9, x + 9, y + 9), (x - 2, low, x + 2, top), (left, y - 2, right, y + 2)]
+
+    for line in axes.get_lines():
+        if len(line.get_xdata()) > 1 and line.get_transform() == axes.transData:  # of a family, in steps of a letter or so
+            ends = at(line.get_xydata())
+            taken += [(x - 2, y - 2, x + 2, y + 2) for a, b in itertools.pairwise(ends) for x, y in np.linspace(a, b, 1 + int(np.abs(b - a).max() / 8))]
+
+    def write(text: str, spots: Sequence[tuple[float, float]], **style: Any) -> None:
+        width = letter * len(text)
+        inside = [(x, y) for x, y in spots if box.x0 <= x <= box.x1 - width and box.y0 <= y <= box.y1 - high]
+        place = svg.free(taken, inside or [(max(box.x0, min(spots[0][0], box.x1 - width)), spots[0][1])], width, high)
+        taken.append(place)
+        axes.text(*axes.transData.inverted().transform(place[:2]), _literal(text), fontsize=7.5, va="bottom", parse_math=False, **style)
+
+    for text, value in levels:
+        y = at((axes.get_xlim()[0], value))[1]
+        steps = [box.x0 + 6 + number / 8 * (box.width - letter * len(text) - 12) for number in range(9)]
+        write(text, [(x, y + rise) for x in steps for rise in (3, -high - 3)], color="0.4")
+        taken.append((box.x0, y - 1, box.x1, y + 1))
+    for point in points:
+        text = point.label
+        (x, y), width = at((point.x, point.y)), letter * len(text)
+        rises = (-high / 2, high * 0.5, -high * 1.5, high * 1.5, -high * 2.5, high * 2.5, -high * 3.5)
+        write(text, [(x + side, y + rise) for rise in rises for side in (13, -13 - width, -width / 2)], color=_colour(point.family))
+
+
 def _sheet(
     path: str | Path,
     cells: list[list[np.ndarray]],
@@ -253,15 +333,20 @@ def _axes(title: str | None, xlabel: str, ylabel: str, width: float = 7.0) -> tu
 
     figure = Figure(figsize=(width, 4.2), dpi=_DPI, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
+    _dress(axes, title, xlabel, ylabel, letters=int(8.5 * width))
+    return figure, axes
+
+
+def _dress(axes: Axes, title: str | None, xlabel: str, ylabel: str, *, letters: int) -> None:
+    """letters: of the title in a line."""
     if title:
-        axes.set_title(textwrap.fill(title, int(8.5 * width)), fontsize=12, fontweight="bold", loc="left", parse_math=False)
+        axes.set_title(textwrap.fill(title, letters), fontsize=12, fontweight="bold", loc="left", parse_math=False)
     axes.set_xlabel(xlabel, fontsize=11)
     axes.set_ylabel(ylabel, fontsize=11)
     axes.tick_params(labelsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _legend(axes: Axes, *entries: Any) -> None:

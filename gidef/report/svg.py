@@ -54,7 +54,7 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
         y, width = at_y(value), _LETTER * len(text)
         marks.append(tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"))
         steps = [left + 4 + number / 8 * (_WIDTH - right - width - left - 4) for number in range(9)]
-        box = _free(taken, [(x, y + rise) for x in steps for rise in (-15, 2)], width, 13)
+        box = free(taken, [(x, y + rise) for x in steps for rise in (-15, 2)], width, 13)
         marks.append(_text(box[0], box[1] + 11, text, class_="quiet"))
         taken += [box, (left, y - 1, _WIDTH - right, y + 1)]
     for line in dict.fromkeys(line for point in points for line in point.lines):
@@ -73,7 +73,7 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
         beside = [(x + 10, y - 7), (x - 10 - width, y - 7)]
         spots = beside + [(x + side, y + rise) for rise in (-22, 8, -37, 23, -52, 38) for side in (10, -10 - width, -width / 2)]
         inside = [spot for spot in spots if left <= spot[0] <= _WIDTH - width and top - 8 <= spot[1] <= height - bottom - 13]
-        box = _free(taken, inside or [(max(left, _WIDTH - width), y - 22)], width, 13)
+        box = free(taken, inside or [(max(left, _WIDTH - width), y - 22)], width, 13)
         taken.append(box)
         drawn += [_text(box[0], box[1] + 11, text), tag("title", shown)]
         marks.append(tag("g", *drawn, class_="point", fill=colour(point.family), stroke=colour(point.family), data_x=repr(point.x), data_y=repr(point.y)))
@@ -179,7 +179,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom in px."""
 
 
-def _free(taken: Sequence[Box], spots: Sequence[tuple[float, float]], width: float, height: float) -> Box:
+def free(taken: Sequence[Box], spots: Sequence[tuple[float, float]], width: float, height: float) -> Box:
     """The first spot whose box covers nothing, else the one that covers least."""
 
     def covered(box: Box) -> float:

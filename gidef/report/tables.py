@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv as csv_format
 import io
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +193,16 @@ def csv(results: dict[str, Any]) -> str:
     return page.getvalue()
 
 
+def joined_csv(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """`csv` of several runs by name, which is the first column; a column that a run has not stays empty in its lines."""
+    lines = [{"run": name, **line} for name, results in runs for line in csv_format.DictReader(io.StringIO(csv(results)))]
+    page = io.StringIO()
+    writer = csv_format.DictWriter(page, list(dict.fromkeys(["run", *(key for line in lines for key in line)])), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return page.getvalue()
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The table in GitHub's Markdown, with title, judge, notes and what is judged with pass or FAIL."""
 
@@ -218,20 +229,40 @@ def markdown(results: dict[str, Any]) -> str:
 
 def latex(results: dict[str, Any]) -> str:
     """The table as a LaTeX `table` environment; needs no package."""
+    rows, bounds, notes = _lines(results)
+    shown = _shown(_HEADERS, rows, notes)
+    groups = [[tuple(line.wide()[index] for index in shown) for line in lines] for lines in (rows, bounds)]
+    return _latex([_HEADERS[index] for index in shown], groups, [_title(results), *_caption(results, notes)])
+
+
+def joined_latex(runs: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """`latex` of several runs by name, which is the first column; what the caption says of some of them names these."""
+    notes: dict[str, int] = {}
+    lines = [(name, results, *_lines(results, notes)[:2]) for name, results in runs]
+    shown = _shown(_HEADERS, [line for _, _, rows, _ in lines for line in rows], list(notes))
+    groups = [[(name, *(line.wide()[index] for index in shown)) for line in part] for name, _, *parts in lines for part in parts]
+    said: dict[str, list[str]] = {}
+    for name, results, _, _ in lines:
+        for text in (_title(results), *_caption(results, [])):
+            said.setdefault(text, []).append(name)
+    caption = [text if len(names) == len(lines) else f"{', '.join(names)}: {text}" for text, names in said.items()]
+    return _latex(["run", *(_HEADERS[index] for index in shown)], groups, caption + _numbered(list(notes)))
+
+
+def _latex(headers: Sequence[str], groups: Sequence[Sequence[tuple[str, ...]]], caption: Sequence[str]) -> str:
+    """Groups of rows, with rules between them."""
     special = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {"<": r"\textless{}", ">": r"\textgreater{}"}
 
-    def line(cells: tuple[str, ...]) -> str:
+    def line(cells: Sequence[str]) -> str:
         # a cell that begins with "[" would be read as the argument of the \\ before it, so each row opens with {}
         return "    {}" + " & ".join(_escape(cell, special) for cell in cells) + r" \\"
 
-    rows, bounds, notes = _lines(results)
-    shown = _shown(_HEADERS, rows, notes)
-    columns = "".join("r" if _is_number(_HEADERS[index]) else "l" for index in shown)
-    head, *cells = [tuple(row[index] for index in shown) for row in (_HEADERS, *(row.wide() for row in rows + bounds))]
-    caption = " ".join(f"{_escape(part, special)}" + ("" if part.endswith(".") else ".") for part in (_title(results), *_caption(results, notes)))
-    middle = [r"    \hline"] if rows and bounds else []
-    body = [line(head), r"    \hline", *map(line, cells[: len(rows)]), *middle, *map(line, cells[len(rows) :])]
+    columns = "".join("r" if _is_number(header) else "l" for header in headers)
+    caption = " ".join(f"{_escape(part, special)}" + ("" if part.endswith(".") else ".") for part in caption)
+    body = [line(headers)]
+    for group in filter(None, groups):
+        body += [r"    \hline", *map(line, group)]
     head = [r"\begin{table}", r"  \centering", f"  \\caption{{{caption}}}", f"  \\begin{{tabular}}{{{columns}}}", r"    \hline"]
     return "\n".join([*head, *body, r"    \hline", r"  \end{tabular}", r"\end{table}"]) + "\n"
 
@@ -241,9 +272,9 @@ def _title(results: dict[str, Any], what: str = "what the shared updates gave aw
     return f"{results['recipe_name']}: {what}, {data.get('title') or data['name']}" + (" (SYNTHETIC data)" if data["synthetic"] else "")
 
 
-def _lines(results: dict[str, Any]) -> tuple[list[_Line], list[_Line], list[str]]:
-    """The rows, the bounds, and the notes that the rows number."""
-    notes: dict[str, int] = {}
+def _lines(results: dict[str, Any], notes: dict[str, int] | None = None) -> tuple[list[_Line], list[_Line], list[str]]:
+    """The rows, the bounds, and the notes that the rows number, from those of other runs on, which are added to."""
+    notes = {} if notes is None else notes
     rows = []
     for row in results["rows"]:
         defence = row["defence"] if row.get("seeds") or row.get("seed") is None else f"{row['defence']} (seed {row['seed']})"
@@ -319,7 +350,11 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     if any(row.get("uncertified") for row in results["rows"]):
         lines.append("Bits none: no certificate, for the reason in the note.")
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
-    return lines + [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
+    return lines + _numbered(notes)
+
+
+def _numbered(notes: list[str]) -> list[str]:
+    return [f"Note {number}: {note}" for number, note in enumerate(notes, start=1)]
 
 
 def _table(results: dict[str, Any], notes: list[str], headers: tuple[str, ...], shown: list[int], *parts: list[tuple[str, ...]]) -> Table:
@@ -342,7 +377,7 @@ def _empty(title: str, caption: str) -> Table:
 
 
 def _is_number(header: str) -> bool:
-    return not header.startswith(("defence", "attack\n", "checkpoint", "note")) and header != "attack"
+    return not header.startswith(("run", "defence", "attack\n", "checkpoint", "note")) and header != "attack"
 
 
 def _measured(row: dict[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -83,8 +83,7 @@ def test_where_there_is_no_bound_none_is_given(row_of):
     assert row_of("full", "isotropic")[:2] == row_of("full", "conditional")[:2] == row_of("head", "none")[:2] == ({}, ""), "these do not ask for one"
 
 
-@pytest.mark.parametrize("policy", ["full", "all"])
-@pytest.mark.parametrize("name", ["capacity", "still", "looking", "searched"])
+@pytest.mark.parametrize(("policy", "name"), [("full", "capacity"), ("all", "still"), ("full", "looking"), ("all", "searched")])
 def test_where_the_encoder_is_shared_the_row_says_that_there_is_no_bound(policy, name, row_of):
     told, words, _ = row_of(policy, name)
     assert set(told) == {"certified_bits", "uncertified"} and told["certified_bits"] is None and words == f"no certificate: {told['uncertified']}"

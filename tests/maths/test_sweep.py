@@ -28,21 +28,21 @@ def runs(monkeypatch):
 
     def write(folders, into):
         pages.append(([folder.name for folder in folders], into))
-        return into / "report.html"
+        return [into / "report.html", into / "table.csv"]
 
     monkeypatch.setitem(sys.modules, "gidef.job", SimpleNamespace(run_recipe=run))
-    monkeypatch.setattr("gidef.report.html.write", write)
+    monkeypatch.setattr("gidef.report.joined.write", write)
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_JOB_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return SimpleNamespace(seen=seen, pages=pages)
 
 
-def test_every_row_runs_in_its_own_folder_with_the_overrides(runs, tmp_path):
+def test_every_row_runs_in_its_own_folder_with_the_overrides(runs, tmp_path, capsys):
     sweep(ROWS, name="sweep", args=["--out", str(tmp_path), "--rounds.count", "3"])
     assert [(one.data.name, one.rounds.count, one.out, name) for one, name in runs.seen] == [
         (row, 3, str(tmp_path / row), f"sweep {row}") for row in ROWS
     ]
-    assert runs.pages == [(list(ROWS), tmp_path)]
+    assert runs.pages == [(list(ROWS), tmp_path)] and "over 3 of 3 rows; table.csv beside it" in capsys.readouterr().out
 
 
 def test_rows_by_name_and_parts_that_cover_everything_once(runs, tmp_path):

@@ -83,6 +83,8 @@ def test_the_small_form_runs_to_its_end(name, tmp_path):
     run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=1800, **more)
     folders = [path.parent for path in (tmp_path / "out").rglob("results.json")]
     assert folders and (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    if name in SWEEPS:
+        assert {"table.csv", "table.tex", "tradeoff.png", "tradeoff.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
     for folder in folders:
         told = results(folder)
         assert told["rows"] and told["verdict"] and all(row["psnr_db"] is not None for row in told["rows"]), folder

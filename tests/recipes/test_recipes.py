@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from gidef import importing
 from gidef.config import from_json, problems, to_json
+from gidef.job import report_again
 from tests.ranks.launch import ROOT, record, results, run
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -54,7 +56,7 @@ def test_the_tiny_run_says_what_was_protected_and_shows_it(tiny):
     for picture in found["pictures"]:
         assert (folder / picture).stat().st_size > 1000
         assert picture in done.stdout
-    for name in ("table.csv", "table.md", "table.tex", "report.html", "log.txt", "recipe.json", "models/learned-0.safetensors"):
+    for name in ("table.csv", "table.md", "table.tex", "report.html", "pictures/tradeoff.png", "pictures/tradeoff.csv", "log.txt", "recipe.json", "models/learned-0.safetensors"):
         assert (folder / name).exists()
 
 
@@ -68,6 +70,22 @@ def test_the_record_holds_every_round_and_every_attacked_victim(tiny):
     for row in results(folder)["rows"]:
         values = [line["psnr_db"] for line in attacks if (line["defence"], line["attack"], line["checkpoint"]) == (row["defence"], row["attack"], row["checkpoint"])]
         assert sum(values) / len(values) == pytest.approx(row["psnr_db"]["mean"])
+
+
+def test_runs_are_reported_again_each_and_side_by_side(tiny, tmp_path, capsys):
+    folder, _ = tiny
+    before, copies = results(folder), [tmp_path / "a", tmp_path / "b"]
+    for copy in copies:
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors", "attacks", "checkpoints", "clients", "models", "snapshots"))
+        (copy / "results.json").write_text(json.dumps({key: value for key, value in before.items() if key not in ("comparisons", "verdict")} | {"verdict": []}))
+    report_again(copies)
+    for copy in copies:
+        told = results(copy)
+        assert told | {"pictures": sorted(told["pictures"])} == before | {"pictures": sorted(before["pictures"])}, "from the rows and the record"
+        assert (copy / "table.csv").read_text() == (folder / "table.csv").read_text()
+    joined = [line.split(",")[0] for line in (copies[0] / "joined-table.csv").read_text().splitlines()]
+    lines = len(before["rows"]) + len(before["bounds"])
+    assert joined == ["run", *["tiny a"] * lines, *["tiny b"] * lines] and "joined-table.tex, tradeoff.png, tradeoff.csv beside it" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_trained_model_loads_in_three_lines(tiny):
