@@ -66,7 +66,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     rows = findings.rows(run, cells, scored)
     drawn = findings.draw(run, cells, scored, scorer, pictures) if cells else []
     seconds = {cell.label: cell.seconds for cell in cells}
-    return Findings(rows, scorer.bounds() + findings.control_bound(cells, scored), scorer.judge_record(), drawn, seconds)
+    return Findings(rows, scorer.bounds() + findings.control_bounds(cells, scored), scorer.judge_record(), drawn, seconds)
 
 
 class _Stopped(BaseException):

@@ -83,7 +83,7 @@ class Cell:
 
 
 def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
-    """The recipe's attacks by name, ensembles in their members: (attack, name of its ensemble, whether it is the control)."""
+    """The recipe's attacks by name, ensembles in their members, and the control: (attack, name of its ensemble, whether it is the control)."""
     found: dict[str, tuple[Any, str, bool]] = {}
     for name, attack in recipe.attacks.items():
         if not isinstance(attack, config.Standard):
@@ -92,6 +92,8 @@ def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
         members = config.standard(attack.version, attack.labels)
         found |= {f"{name} - {member}": (one, name, False) for member, one in members.items()}
         found[f"{name} - {CONTROL}"] = members["naive"], name, True
+    if recipe.evaluation.control and not any(control for _, _, control in found.values()):
+        found[CONTROL] = recipe.attacks[config.controlled(recipe.attacks)], "", True
     return found
 
 
@@ -206,7 +208,7 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
 
 def mark(run: Run, cell: Cell) -> str:
     """SHA-256 of everything that a cell's saved result depends on: recipe and data, attack, evaluation, defence, seed, checkpoint."""
-    evaluation = config.to_json(run.recipe.evaluation)
+    evaluation = {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
     text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluation, cell.defence, cell.seed, cell.checkpoint, cell.control], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--restarts", type=int, default=None)
     attack.add_argument("--steps", type=int, default=None, help="at most so many training steps of what an attack trains on public images")
     attack.add_argument("--labels", choices=("known", "counts", "recovered", "searched", "soft"), default=None)
+    attack.add_argument("--control", action="store_true", help="also attack a shuffled gradient: what the priors draw by themselves, per defence and checkpoint")
     attack.add_argument("--release", choices=("gradient", "delta"), default=None)
     attack.add_argument("--local-steps", type=int, default=None)
     attack.add_argument("--device", default=None)

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gidef import build, config, metrics, observe
-from gidef.cells import CONTROL, Cell, beyond
+from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
 from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
-from gidef.scores import ABOVE, JUDGED, MEASURES, Scorer, by_judge, measured
+from gidef.scores import ABOVE, GUESSES, JUDGED, MEASURES, Scorer, by_judge, measured
 from gidef.strengths import levelled
 from gidef.training import Run
 
@@ -119,9 +119,14 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
-        **({"ensemble": first.ensemble} if first.ensemble else {}),
+        **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),
         **({"calibration": dataclasses.asdict(first.calibration)} if first.calibration is not None else {}),
     }  # fmt: skip
+
+
+def _shuffles(run: Run, control: Cell) -> str:
+    """Name of the attack that a control repeats."""
+    return next(name for name, (attack, ensemble, other) in chosen_attacks(run.recipe).items() if not other and (attack, ensemble) == (control.attack, control.ensemble))
 
 
 def _privacy(group: list[Cell]) -> dict[str, Any]:
@@ -239,15 +244,22 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
     }  # fmt: skip
 
 
-def control_bound(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
-    """What the attacker's priors draw from a shuffled gradient, of the first defence that has the control, as a bound."""
-    controls = [cell for cell in cells if cell.control]
-    group = [cell for cell in controls if (cell.defence, cell.checkpoint) == (controls[0].defence, controls[0].checkpoint)] if controls else []
-    if not group:
-        return []
-    values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
-    judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
-    return [{"name": CONTROL, **{key: measured(value, key, seed=0) for key, value in values.items()}, **by_judge(judged)}]
+def control_bounds(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
+    """What the attacker's priors draw from a shuffled gradient, as a bound of each defence and checkpoint, over seeds; of the first control there."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        group = groups.setdefault((cell.defence, cell.checkpoint), [])
+        if cell.control and (not group or group[0].name == cell.name):
+            group.append(cell)
+    found = []
+    for (defence, checkpoint), group in groups.items():
+        if not group:
+            continue
+        values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
+        judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
+        measures = {key: measured(value, key, seed=0) for key, value in values.items()}
+        found.append({"name": CONTROL, "of": defence, "checkpoint": checkpoint, **measures, **by_judge(judged)})
+    return found
 
 
 def record(run: Run, cell: Cell, values: dict[str, Tensor]) -> None:
@@ -295,7 +307,7 @@ def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Pa
         names, labels = run.setting.dataset.class_names, victims.labels.flatten().tolist()
         sheet: list[tuple[str, Tensor]] = [("private", truth[order])]
         captions: list[list[str] | None] = [None]
-        for name in ("class mean", "nearest public neighbour"):
+        for name in GUESSES:
             guess = scorer.guess(name, truth.to(run.world.device), victims.labels.flatten().to(run.world.device)).cpu()
             sheet.append((f"no gradient:\n{name}", guess[order]))
             captions.append([f"{value:.1f} dB" for value in metrics.psnr_db(guess, truth)[order].tolist()])

@@ -425,6 +425,8 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
     new = _altered(recipe, arguments)
     if part[1] > 1:
         new = dataclasses.replace(new, attacks=dict(list(new.attacks.items())[part[0] :: part[1]]))
+        if config.controlled(new.attacks) is None:  # another part has what it repeats
+            new = dataclasses.replace(new, evaluation=dataclasses.replace(new.evaluation, control=False))
     if part[1] > 1 and not new.attacks:
         print(f"gidef: part {part[0]}/{part[1]} of the attacks is empty: nothing to do.", file=sys.stderr)
         return
@@ -481,7 +483,7 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     attacks = {name: _asked(name, offered[name], arguments) for name in arguments.attack or recipe.attacks}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
-        "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps,
+        "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps, "control": arguments.control or None,
         "strengths": tuple(arguments.strength) if arguments.strength else None,
     }  # fmt: skip
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})

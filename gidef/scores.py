@@ -18,6 +18,8 @@ from gidef.types import Reconstruction
 MEASURES = ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")
 ABOVE = "above_class_mean_db"
 """A victim's PSNR less that of its class mean: paired, so that its interval is that of the difference."""
+GUESSES = ("constant grey", "mean image", "class mean", "nearest public neighbour")
+"""What draws without any gradient: the trivial bounds, in the tables' order."""
 JUDGED = "attacker_accuracy by "
 """Before the name of a further judge, in `Scorer.measure`."""
 POOL = 2000
@@ -92,7 +94,7 @@ class Scorer:
     def bounds(self) -> list[dict[str, Any]]:
         """What guesses without any gradient score on the same victims, from public images."""
         found = []
-        for name in ("constant grey", "mean image", "class mean", "nearest public neighbour"):
+        for name in GUESSES:
             values = self.measure(self.guess(name, self.truth, self.labels), self.truth, self.labels)
             measures = {key: measured(values[key], key, seed=0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
             found.append({"name": name, **measures, **by_judge(values)})

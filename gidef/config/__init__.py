@@ -36,6 +36,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     Standard,
     SurrogateModel,
     ZeroedLevel,
+    controlled,
     standard,
 )
 from gidef.config.defences import (  # noqa: F401  (the page of defences)
@@ -312,6 +313,9 @@ class Evaluation:
     local_lr: float = 0.01
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
+    control: bool = False
+    """Beside the attacks, one of them (the first naive one, else the first that matches gradients) on a shuffled gradient, per defence and checkpoint:
+    what its priors draw by themselves is a bound, and whoever gets no more is warned of. An ensemble has its own."""
     judge_epochs: int = 6
     judges: tuple[str, ...] = ()
     """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as

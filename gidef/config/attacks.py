@@ -272,6 +272,12 @@ IDS = {
 }  # fmt: skip
 
 
+def controlled(attacks: dict[str, object]) -> str | None:
+    """Name of the attack that the control repeats on a shuffled gradient: the first naive one (A0), else the first that matches gradients; None without."""
+    matching = [name for name, attack in attacks.items() if isinstance(attack, NaiveMatching) or callable(getattr(attack, "plan", None))]
+    return next((name for name in matching if IDS.get(type(attacks[name])) == "A0"), matching[0] if matching else None)
+
+
 def standard(version: str = "standard", labels: str = "known") -> dict[str, object]:
     """The members of the fixed ensemble, by name. Budgets are part of the version: a change of them is another version."""
     # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack, of the decoder and of the guessed one, simulated gradients

@@ -31,9 +31,11 @@ from gidef.config import (
     SecureAggregation,
     SingleGradient,
     Soteria,
+    Standard,
     SurrogateModel,
     TrimmedMean,
     Undefended,
+    controlled,
     ours,
     trains,
 )
@@ -147,6 +149,8 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
         if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":
             found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
+    if recipe.evaluation.control and controlled(recipe.attacks) is None and not any(isinstance(attack, Standard) for attack in recipe.attacks.values()):
+        found.append("evaluation.control shuffles the gradient of an attack that matches it, and there is none in attacks: add a naive one, or set it to false.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
         found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
     if recipe.evaluation.num_victims % recipe.evaluation.batch_size:

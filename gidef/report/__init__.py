@@ -42,6 +42,7 @@
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
                   label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
+                  of: the attack that a control repeats
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row, which counts failed
                   attempts on a victim only where all failed;  without: of its row without bounds, the members that were left out;  threat.beyond: {member:
                   what it is handed beyond the threat model} of the row with them
@@ -49,6 +50,7 @@
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
+                  of, checkpoint: the defence and the checkpoint of a shuffled gradient, of each its own;
                   mse, nmse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
     comparisons   [the learned perturbation beside another defence (`paired`): defences, attacks, attack_ids, client_accuracies: [ours, other];
                   under: "naive" | "strongest";  checkpoint;  share_policy;  adaptive: [whether other than naive attacks were run on each]

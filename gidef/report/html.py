@@ -20,7 +20,7 @@ from gidef.report.files import plain, write_atomically
 from gidef.report.markup import Html, image_uri, join, json_script, png_uri, tag
 from gidef.report.pictures import drawable
 from gidef.report.record import Line, read
-from gidef.report.results import MEASURED, bound_named, interval_of, mean_of
+from gidef.report.results import MEASURED, bound_label, bound_named, interval_of, mean_of
 from gidef.report.verdict import ENSEMBLE, MALICIOUS, ON_LATENT, is_undefended, strongest
 from gidef.report.victims import Sheet, Victim, victims_of
 
@@ -183,7 +183,7 @@ def _table(pages: Sequence[Page]) -> Html:
         tag("output", id="shown", aria_live="polite"),
         id="filters", hidden=True,
     )  # fmt: skip
-    said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient scores on the same victims. '
+    said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient, or with a shuffled one, scores on the same victims. '
     units = " or ".join(dict.fromkeys(row.get("privacy_unit", "image") for row in rows if row.get("delta") is not None))
     said += f"Epsilon and delta: of the presence of one {units}, over all rounds of the training. " if private else ""
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
@@ -196,12 +196,12 @@ def _table(pages: Sequence[Page]) -> Html:
 def _table_row(
     page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
 ) -> Html:
-    defence, attack, checkpoint = (entry["name"], "none", "") if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
+    defence, attack, checkpoint = (bound_label(entry), "none", entry.get("checkpoint", "")) if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
     kind = "bound" if bound else _TAGS.get(entry["attack_id"])
     badge = [" ", tag("span", kind, class_="tag")] if kind else None
-    threat = "none: a guess without any gradient" if bound else (entry.get("threat") or {}).get("name", "")
+    threat = ("none: the gradient is shuffled" if entry.get("of") else "none: a guess without any gradient") if bound else (entry.get("threat") or {}).get("name", "")
     notes = [entry.get("note") or "", f"{entry['failed']} failed, scored as mid-grey" if entry.get("failed") else ""]
     cells = [tag("td", page.name, class_="run")] if several else []
     cells += [tag("th", defence, badge if bound else None, scope="row"), tag("td", attack, None if bound else badge), tag("td", checkpoint)]

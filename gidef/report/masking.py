@@ -51,7 +51,8 @@ def _high(results: dict[str, Any], rows: list[Row]) -> list[str]:
 
 def _like_the_control(here: list[Row], rows: list[Row]) -> list[str]:
     control = [mean_of(row["psnr_db"]) for row in here if row["attack_id"] == CONTROL]
-    naive = [row for row in rows if row["attack_id"] == "A0"]
+    shuffled = {row.get("of") for row in here if row["attack_id"] == CONTROL}
+    naive = [row for row in rows if row["attack_id"] == "A0"] or [row for row in rows if row["attack"] in shuffled]
     if not control or not naive or max(mean_of(row["psnr_db"]) for row in naive) > max(control) + MARGIN_DB:
         return []
     return [f"{_named(naive)} draws no more from the update than from a shuffled one ({max(control):.1f} dB): what it shows are its priors"]

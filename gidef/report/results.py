@@ -77,6 +77,11 @@ def interval_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
+def bound_label(bound: dict[str, Any]) -> str:
+    """A bound's name in a table, with the defence that it belongs to where there is one."""
+    return f"{bound['name']} of {bound['of']}" if bound.get("of") else bound["name"]
+
+
 def bound_named(results: dict[str, Any], name: str) -> dict[str, Any]:
     """The bound of that name, or an empty one."""
     return next((bound for bound in results["bounds"] if bound["name"] == name), {})

@@ -15,6 +15,7 @@ from gidef import applications, audit, build, config, findings, fits, inversions
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, run_chunk
 from gidef.cells import make_cells
+from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError, StorageError
@@ -22,9 +23,11 @@ from gidef.models import decoder_for, make_judge
 from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
+from gidef.report.results import bound_label
 from gidef.scores import Scorer
 from gidef.training import Run, train
 from gidef.types import Reconstruction
+from tests.small_run import evaluated
 
 NAIVE = config.NaiveMatching(iterations=4, restarts=2)
 
@@ -364,6 +367,29 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     applications.collect(run, learned)
     text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
     assert {one.error for one in learned.reconstructions} == {text}
+
+
+def test_any_run_has_a_control_per_defence_and_checkpoint_and_its_sheets_every_guess(trained, tmp_path):
+    run, found = trained
+    kinds = {"joint": config.JointMatching(iterations=1), "naive": config.NaiveMatching(iterations=1), "analytic": config.Analytic()}
+    run = evaluated(with_speed(run, attacks=kinds), control=True, judge_epochs=1)
+    result = audit.audit(run, found, folder=tmp_path / "attacks", pictures=tmp_path / "pictures")
+    controls = {row["defence"]: row for row in result.rows if row["attack_id"] == "control"}
+    bounds = {bound["of"]: bound for bound in result.bounds if bound["name"] == "shuffled gradient"}
+    assert controls.keys() == bounds.keys() == {"undefended", "learned"} and all(row["attack"] == "shuffled gradient" and row["of"] == "naive" for row in controls.values())
+    for name, bound in bounds.items():
+        assert bound["checkpoint"] == "final" and bound["psnr_db"] == controls[name]["psnr_db"] and bound_label(bound) == f"shuffled gradient of {name}"
+    assert bounds["undefended"]["psnr_db"] != bounds["learned"]["psnr_db"]
+    tensors, meta = load_file(tmp_path / "pictures" / "reconstructions-final.safetensors")
+    guesses = ["constant grey", "mean image", "class mean", "nearest public neighbour"]
+    assert meta["titles"][1:5] == [f"no gradient:\n{name}" for name in guesses] and (tensors["001"] == 0.5).all()
+    mean = run.setting.dataset.val.images.float().div(255).mean(0)
+    assert torch.allclose(tensors["002"], mean.expand_as(tensors["002"]), atol=1e-5) and [len(meta["captions"][place]) for place in range(1, 5)] == [4] * 4
+    for name, several in (("joint", {"x": config.Analytic(), "y": kinds["joint"]}), (None, {"x": config.Analytic()})):
+        assert config.controlled(several) == (name and "y")
+    recipe = dataclasses.replace(run.recipe, attacks={"x": config.Analytic()})
+    assert any("evaluation.control shuffles the gradient" in text for text in config.problems(recipe))
+    assert make_cells(evaluated(with_speed(run, attacks={"smoke": config.Standard(version="smoke")}), control=True), found, tmp_path)[-1].name == "smoke - shuffled gradient"
 
 
 def test_a_guessed_decoder_is_trained_as_long_as_its_attack_says_and_never_longer_than_asked(trained, tmp_path, monkeypatch):

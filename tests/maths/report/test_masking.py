@@ -1,8 +1,11 @@
 """Warnings that a defence hides gradients. Made-up results."""
 
+import csv
+import io
+
 import pytest
 
-from gidef.report import verdict
+from gidef.report import tables, verdict
 
 
 def warnings(results):
@@ -33,6 +36,17 @@ def test_an_attack_no_better_than_on_a_shuffled_gradient_shows_its_priors(result
     assert "than from a shuffled one (7.8 dB)" in warnings(results)[0]
     results["rows"][-1]["psnr_db"]["mean"] = 6.0
     assert warnings(results) == []
+
+
+def test_the_warning_of_a_control_is_one_per_checkpoint_and_of_whatever_attack_it_repeats(results, make_row):
+    results["rows"] = [make_row("plain", "joint", "A3", 24.0), make_row("learned", "joint", "A3", 8.0), make_row("learned", "joint", "A3", 15.0, checkpoint="final")]
+    results["rows"] += [make_row("learned", "shuffled gradient", "control", psnr_db, checkpoint=at, of="joint") for psnr_db, at in ((7.8, "untrained"), (14.9, "final"))]
+    found = warnings(results)
+    assert len(found) == 2 and "joint draws no more from the update than from a shuffled one (7.8 dB)" in found[0] and "(14.9 dB)" in found[1]
+    results["bounds"].append({"name": "shuffled gradient", "of": "learned", "checkpoint": "final", "psnr_db": 14.9})
+    lines = [line for line in tables.markdown(results).splitlines() if line.startswith("| shuffled gradient of learned | none | final |")]
+    [row] = [line for line in csv.DictReader(io.StringIO(tables.csv(results))) if line["defence"] == "shuffled gradient of learned"]
+    assert len(lines) == 1 and row["kind"] == "bound" and row["checkpoint"] == "final" and float(row["psnr_db_mean"]) == 14.9
 
 
 def test_the_undefended_net_is_never_warned_of_and_a_control_never_counts_as_an_attack(results, make_row):
