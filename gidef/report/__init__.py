@@ -36,6 +36,8 @@
                   fit_first, fit: median distance of the matched updates at the start and at the end
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row
                   calibration: how many attacks ran as one program, how, and what else was tried
+                  tuned: of an attack whose settings were sought on images kept for tuning: setting {field: value}, psnr_db there, images, seconds, tried: [{setting,
+                  psnr_db, failed}]
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
