@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gidef import applications, build, config, findings, fits
-from gidef.cells import Task, make_cells
+from gidef import applications, build, config, findings, fits, tuned_attacks
+from gidef.cells import Cell, Task, make_cells
 from gidef.inversions import collect, in_groups, matching_tasks
 from gidef.parallel import run_tasks
 from gidef.releases import Releases
@@ -35,29 +36,15 @@ class Findings:
 def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pictures: Path | None = None) -> Findings:
     """Attack every cell, score it, draw it. Every rank calls this together; rank 0 gets the findings, the others empty ones."""
     pictures = pictures or run.folder / "pictures"
-    cells, releases = make_cells(run, trained, folder), Releases(run)
+    tuned = tuned_attacks.choose(run, trained, folder=folder / "tuning", attack=_attack)
+    cells, releases = make_cells(run, trained, folder, tuned=tuned), Releases(run)
     for cell in cells:  # all attacks of a defence, seed and checkpoint see the same updates
         cell.releases = releases.of(cell)
-    own = [cell for cell in cells if cell.twin is None]
     judges = [(fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)]
-    _work(run, [*(fits.judge_task(run, *one) for one in judges), *fits.tasks(run, own, folder)], "fit judge and decoders: step")
-    _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
-    _work(run, applications.tasks(run, own), "attacks without matching: step")
-    if run.world.mesh is not None:
-        in_groups(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder))
-    matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
-    began = time.perf_counter()
-    chunks = _work(run, matching, "attack: iteration")
-    run.append("matched", seconds=time.perf_counter() - began, chunk_seconds=chunks)
+    seconds, chunks = _attack(run, cells, folder, also=[fits.judge_task(run, *one) for one in judges])
+    run.append("matched", seconds=seconds, chunk_seconds=chunks)
     if not run.leads:
         return Findings([], [], {}, [], {})
-    for cell in cells:
-        if cell.matches:
-            collect(run, cell)
-        elif isinstance(cell.attack, config.PostHocDecoder):
-            fits.collect_decoded(run, cell)
-        else:
-            applications.collect(run, cell)
     first, *more = (fits.load_judge(run, *one) for one in judges)
     scorer = Scorer(run, first, dict(zip(run.recipe.evaluation.judges, more, strict=True)))
     scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
@@ -67,6 +54,31 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     drawn = findings.draw(run, cells, scored, scorer, pictures) if cells else []
     seconds = {cell.label: cell.seconds for cell in cells}
     return Findings(rows, scorer.bounds() + findings.control_bounds(cells, scored), scorer.judge_record(), drawn, seconds)
+
+
+def _attack(run: Run, cells: list[Cell], folder: Path, *, also: Sequence[Task] = ()) -> tuple[float, list[float]]:
+    """Attack cells that have their releases, and on rank 0 collect their reconstructions. also: tasks to do beside the fits.
+
+    Returns: seconds of the matching attacks, and of each of their chunks.
+    """
+    own = [cell for cell in cells if cell.twin is None]
+    _work(run, [*also, *fits.tasks(run, own, folder)], "fit judge and decoders: step")
+    _work(run, fits.later_tasks(run, own), "fit what reads gradients: step")
+    _work(run, applications.tasks(run, own), "attacks without matching: step")
+    if run.world.mesh is not None:
+        in_groups(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder))
+    matching = matching_tasks(run, [cell for cell in own if cell.matches], lambda cell: fits.fitted(run, cell, folder), folder)
+    began = time.perf_counter()
+    chunks = _work(run, matching, "attack: iteration")
+    seconds = time.perf_counter() - began
+    for cell in cells if run.leads else ():
+        if cell.matches:
+            collect(run, cell)
+        elif isinstance(cell.attack, config.PostHocDecoder):
+            fits.collect_decoded(run, cell)
+        else:
+            applications.collect(run, cell)
+    return seconds, chunks
 
 
 class _Stopped(BaseException):

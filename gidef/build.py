@@ -160,7 +160,7 @@ def _roles(recipe: config.Recipe, dataset: Dataset) -> Roles:
     """Who is attacked: the victims, or where the recipe chooses among its defences the images kept for tuning in their place."""
     evaluation = recipe.evaluation
     roles = split_roles(dataset, num_victims=evaluation.num_victims, num_tuning=evaluation.num_tuning, seed=recipe.data.split_seed)
-    return roles if recipe.choose is None else dataclasses.replace(roles, victims=roles.tuning, tuning=roles.tuning[:0])
+    return roles if recipe.choose is None else dataclasses.replace(roles, victims=roles.tuning)
 
 
 def _check_batches(recipe: config.Recipe, clients: list[Client]) -> None:

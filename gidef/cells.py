@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ class Cell:
     in_loop_psnr_db: float | None = None
     """Of the decoder that the clients trained against, beside a post-hoc one."""
     seconds: float = 0.0
+    tuned: dict[str, Any] | None = None
+    """How its settings were chosen, see `gidef.tuned_attacks`; None where they were given."""
 
     @property
     def label(self) -> str:
@@ -97,23 +99,32 @@ def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
     return found
 
 
-def make_cells(run: Run, trained: dict[tuple[str, int], Trained], folder: Path) -> list[Cell]:
+def make_cells(
+    run: Run, trained: dict[tuple[str, int], Trained], folder: Path, *, tuned: Mapping[tuple[str, str, str], dict[str, Any]] | None = None, tell: bool = True
+) -> list[Cell]:
+    """Of every defence, seed and checkpoint those attacks that have something to attack there. tuned: what was chosen for each (defence, checkpoint, attack) whose
+    settings are tuned.  tell: say on the console which attacks have nothing to attack anywhere."""
     cells: list[Cell] = []
     hindered: dict[str, str] = {}
     for (defence, seed), one in trained.items():
         for checkpoint in run.recipe.evaluation.checkpoints:
             here: list[Cell] = []
             for name, (attack, ensemble, control) in chosen_attacks(run.recipe).items():
-                if hindrance := _hindrance(run, one, attack):
+                sought = isinstance(attack, config.Tuned)
+                if hindrance := _hindrance(run, one, attack.attack if sought else attack):
                     hindered.setdefault(name, hindrance)
                     continue
+                found = (tuned or {})[defence, checkpoint, name] if sought else None
+                attack = attack.at(found["setting"]) if sought else attack
                 place = folder / run_key(defence, seed) / checkpoint / name
-                cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control)
+                cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control, tuned=found)
                 cell.note = "every tensor's entries in another order: what the priors draw by themselves" if control else note_of(run, one, attack)
                 if not control:
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
             cells += here
+    if not tell:
+        return cells
     idle = {name: hindered[name] for name in sorted(hindered.keys() - {cell.name for cell in cells})}
     for name in (name for name in idle if name in run.recipe.attacks):
         run.console.notice(f"{name} was left out, as it has nothing to attack here: {idle[name]}.")
@@ -215,6 +226,8 @@ def mark(run: Run, cell: Cell) -> str:
 
 def effort(attack: Any) -> str:
     """An attack's budget in words."""
+    if isinstance(attack, config.Tuned):
+        return f"{effort(attack.attack)}, the best of {len(attack.points())} settings on images kept for tuning"
     if isinstance(attack, config.Standard):
         return f"the {attack.version} ensemble"
     if hasattr(attack, "iterations"):

@@ -273,15 +273,19 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
 
 def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: World, ranks: int, scratch: Path) -> dict[str, float | None]:
     """Seconds of each attack on one seed's model, all checkpoints together."""
-    recipe, seed = setting.recipe, setting.recipe.seeds[0]
+    recipe, seed, evaluation = setting.recipe, setting.recipe.seeds[0], setting.recipe.evaluation
     checkpoints = recipe.evaluation.checkpoints
+    times = {name: 1 + len(one.points()) * evaluation.num_tuning / evaluation.num_victims for name, one in recipe.attacks.items() if isinstance(one, config.Tuned)}
+    plain = {name: one.attack if isinstance(one, config.Tuned) else one for name, one in recipe.attacks.items()}
+    setting = dataclasses.replace(setting, recipe=dataclasses.replace(recipe, attacks=plain))
     run = training.Run(setting, world, scratch, Console(rank=1), None, "")
     one = training.Trained(made, {name: training.Snapshot(name, 0, 0.0, made.server.params) for name in checkpoints}, {}, "")
     releases, found = Releases(run), {}
     for cell in make_cells(run, {(key, seed): one}, scratch / "attacks"):
         if cell.checkpoint == checkpoints[0] and cell.twin is None:
             one_s = _attack_s(run, cell, releases, ranks) if cell.matches else None
-            found[cell.name] = None if one_s is None else one_s * len(checkpoints) * (len(recipe.evaluation.strengths) if levelled(made.defence) else 1)
+            strengths = len(recipe.evaluation.strengths) if levelled(made.defence) else 1
+            found[cell.name] = None if one_s is None else one_s * len(checkpoints) * strengths * times.get(cell.name, 1)
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gidef import build, config, metrics, observe
+from gidef import build, config, metrics, observe, tuned_attacks
 from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
@@ -116,7 +116,8 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
         **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
         "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
-        **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group), "note": "; ".join(filter(None, (note, said))),
+        **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group),
+        "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", said))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),

@@ -453,7 +453,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
         leave_on_sigterm(out, clear=world.rank == 0)
         mark = fingerprint(saved, setting.dataset)  # as written: a class of the script that ran has another name when imported
         # attacks of an earlier life are written again, from their saved results
-        record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("matched", "attack", "attempt")) if world.rank == 0 else None
+        record = Record.open(out / "record.jsonl", keep=lambda line: line["kind"] not in ("matched", "tuned attack", "attack", "attempt")) if world.rank == 0 else None
         own = rank_log(out, world.rank)
         with _last_lines(out), record or contextlib.nullcontext(), Console(rank=world.rank, log=out / "log.txt", own=own) as console:
             run = Run(setting, world, folder, console, record, mark)
@@ -500,6 +500,11 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
 
 def _asked(name: str, attack: Any, arguments: argparse.Namespace) -> Any:
     """An attack with the command's budget and knowledge, as far as it has such fields."""
+    if isinstance(attack, config.Tuned):
+        inner = _asked(name, attack.attack, arguments)
+        if sought := [field for field in attack.grid if inner != attack.attack and getattr(inner, field) != getattr(attack.attack, field)]:
+            raise InputError(f"--{sought[0]}: the attack {name} seeks its {sought[0]} among {attack.grid[sought[0]]}. Leave it out.")
+        return dataclasses.replace(attack, attack=inner)
     fixed = [f"--{flag}" for flag in ("iterations", "restarts", "steps") if getattr(arguments, flag) is not None]
     if isinstance(attack, config.Standard) and fixed:
         raise InputError(f"the budgets of an ensemble are fixed, so that its name says what was done: leave out {', '.join(fixed)}, or choose quick.")

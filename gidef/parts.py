@@ -126,7 +126,7 @@ def _link(folder: Path, out: Path, share: list[tuple[str, int]]) -> None:
     kept = [path for pattern in ("attacks/judge-*", "pictures/partition.png") for path in sorted(folder.glob(pattern))]
     for key in (run_key(*place) for place in share):
         kept += filter(Path.exists, [folder / "models" / f"{key}.safetensors"])  # a strength of the evaluation has none of its own
-        kept += [path for room in ("snapshots", "clients", "attacks") for path in sorted((folder / room / key).rglob("*")) if path.is_file()]
+        kept += [path for room in ("snapshots", "clients", "attacks", "attacks/tuning") for path in sorted((folder / room / key).rglob("*")) if path.is_file()]
     for path in kept:
         target = out / path.relative_to(folder)
         with writing(target):

@@ -8,14 +8,15 @@ from typing import Any
 from gidef import config, observe
 from gidef.attack.imprint import zeroed_level
 from gidef.cells import Cell
+from gidef.rng import stream_seed
 from gidef.training import Run
 
 
 class Releases:
-    """Computes releases when they are first asked for."""
+    """Computes releases when they are first asked for. stream: names other draws of the clients' noise than those of the run itself."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._made = run, {}
+    def __init__(self, run: Run, *, stream: str | None = None) -> None:
+        self._run, self._stream, self._made = run, stream, {}
 
     def of(self, cell: Cell) -> list[observe.Victims]:
         """One per round that the attack sees. A malicious server's weights become the cell's snapshot."""
@@ -29,5 +30,6 @@ class Releases:
 
     def _once(self, key: tuple[Any, ...], cell: Cell, **how: Any) -> observe.Victims:
         if key not in self._made:
-            self._made[key] = observe.release(self._run, cell.trained, cell.snapshot, seed=cell.seed, **how)
+            seed = cell.seed if self._stream is None else stream_seed(cell.seed, self._stream)
+            self._made[key] = observe.release(self._run, cell.trained, cell.snapshot, seed=seed, **how)
         return self._made[key]

@@ -35,6 +35,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     SkipLayers,
     Standard,
     SurrogateModel,
+    Tuned,
     ZeroedLevel,
     controlled,
     standard,

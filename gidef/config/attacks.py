@@ -3,8 +3,9 @@
 Names of starts, distances and decays are those of `gidef.attack.matching`; the docstrings there say what each setting does.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
 
 _config = dataclass(frozen=True, kw_only=True, slots=True)
 
@@ -263,6 +264,50 @@ class Standard:
     labels: Literal["known", "recovered"] = "known"
 
 
+@_config
+class Tuned:
+    """An attack whose settings are sought on the images kept for tuning (`evaluation.num_tuning`), for each defence and checkpoint.
+
+    Every point of the grid attacks these images with all seeds; the one with the best mean PSNR there attacks the victims, and stands in the row's note.
+    """
+
+    attack: Any = JointMatching()
+    """One of this page but an ensemble, or one of your own."""
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=lambda: {"lr": (0.03, 0.1, 0.3), "tv": (1e-4, 1e-3, 1e-2)})
+    """Fields of the attack, each with the values to try; all combinations are tried."""
+
+    def points(self) -> list[dict[str, Any]]:
+        """All combinations, the last field fastest."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    def at(self, point: dict[str, Any]) -> Any:
+        """The attack with the fields of a point."""
+        return replace(self.attack, **point)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the search, without the recipe's name for it."""
+        if not is_dataclass(self.attack) or isinstance(self.attack, (type, Standard, Tuned)):
+            return [f"attack={self.attack!r} has no settings to tune: give one attack."]
+        names, found = {spec.name for spec in fields(self.attack)}, []
+        if not self.grid:
+            found.append("grid is empty: give fields of the attack with values to try.")
+        for name, values in self.grid.items():
+            if name not in names:
+                found.append(f"grid names {name!r}, which the attack lacks: there are {', '.join(sorted(names))}.")
+            if name in GRANTED:
+                found.append(f"grid varies {name}, which is what the attacker is granted, no setting of his: make it attacks of their own.")
+            if not isinstance(values, (tuple, list)):
+                found.append(f"grid.{name}={values!r}: give a tuple of values.")
+                continue
+            if not values or len(set(map(repr, values))) != len(values):
+                found.append(f"grid.{name}={values!r}: give one value or more, none of them twice.")
+            if not all(value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and value and all(c.isalnum() or c in "-_" for c in value)) for value in values):
+                found.append(f"grid.{name}={values!r}: give numbers, True, False, None or words, as they name folders.")
+        return found
+
+
+GRANTED = ("labels", "decoder", "rounds", "front")
+"""Fields of the threat model."""
 MATCHING = (NaiveMatching,)
 ATTACKS = (NaiveMatching, Analytic, LatentDecoding, LearnedInversion, PostHocDecoder, ImprintServer, Standard)
 IDS = {

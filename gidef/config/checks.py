@@ -34,6 +34,7 @@ from gidef.config import (
     Standard,
     SurrogateModel,
     TrimmedMean,
+    Tuned,
     Undefended,
     controlled,
     ours,
@@ -134,7 +135,7 @@ def problems(recipe: Recipe) -> list[str]:
                     found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at strength=0 and std_floor=0: raise one.")
                 if part.dependence == "cka" and part.dependence_weight and recipe.clients.batch_size < 4:
                     found.append(f"defences.{name}: dependence=cka needs 4 images or more, not clients.batch_size={recipe.clients.batch_size}.")
-    for name, attack in recipe.attacks.items():
+    for name, attack in _each_attack(recipe, found):
         if not isinstance(attack, ATTACKS):
             if not callable(getattr(attack, "plan", None)):
                 found.append(f"attacks.{name}={attack!r} is no attack: use one of gidef.config.attacks, or a dataclass with a method plan(case).")
@@ -175,7 +176,7 @@ def problems(recipe: Recipe) -> list[str]:
     found.extend(_choice_problems(recipe))
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
-    return found + _strength_problems(recipe)
+    return list(dict.fromkeys(found + _strength_problems(recipe)))
 
 
 def _strength_problems(recipe: Recipe) -> list[str]:
@@ -210,6 +211,27 @@ def _strength_problems(recipe: Recipe) -> list[str]:
     if not levels and not foreign:
         found.append(f"evaluation.strengths={strengths}, but no defence here has noise on the latent to multiply: leave them at 1, or add LearnedPerturbation().")
     return found
+
+
+def _each_attack(recipe: Recipe, found: list[str]) -> list[tuple[str, Any]]:
+    """Every attack by name, tuned ones at each of their points; what is wrong with their search goes to `found`."""
+    each: list[tuple[str, Any]] = []
+    for name, attack in recipe.attacks.items():
+        if not isinstance(attack, Tuned):
+            each.append((name, attack))
+            continue
+        wrong, evaluation = attack.problems(), recipe.evaluation
+        if recipe.choose is not None:
+            wrong.append("a recipe with choose attacks the images kept for tuning, so that nothing is left to tune on. Give the attack by itself.")
+        elif evaluation.num_tuning < evaluation.batch_size:
+            wrong.append(f"evaluation.num_tuning={evaluation.num_tuning} gives no batch of evaluation.batch_size={evaluation.batch_size} to tune on: raise it.")
+        points = [] if wrong else [attack.at(point) for point in attack.points()]
+        for one in points:
+            if ours(type(one)):
+                _check_fields(one, f"attacks.{name}.attack.", wrong)
+        found += [text if text.startswith("attacks.") else f"attacks.{name}: {text}" for text in dict.fromkeys(wrong)]
+        each += [(name, one) for one in points] if not wrong else []
+    return each
 
 
 def _choice_problems(recipe: Recipe) -> list[str]:

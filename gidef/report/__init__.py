@@ -47,6 +47,8 @@
                   attempts on a victim only where all failed;  without: of its row without bounds, the members that were left out;  threat.beyond: {member:
                   what it is handed beyond the threat model} of the row with them
                   calibration: how many attacks ran as one program, how, and what else was tried
+                  tuned: of an attack whose settings were sought on images kept for tuning: setting {field: value}, psnr_db there, images, seconds, tried: [{setting,
+                  psnr_db, failed}]
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";

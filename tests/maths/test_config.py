@@ -129,6 +129,7 @@ def recipes():
     yield Recipe(defences={"s": (LearnedPerturbation(), Pruning(), SecureAggregation(dropouts=0.3)), "d": (DPSGD(level="client"), SecureAggregation())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
+    yield Recipe(attacks={"t": config.Tuned(attack=config.EotMatching(), grid={"lr": (0.1, 1), "start": ("grey", "patterned-4"), "signed": (True, False), "patience": (None, 9)})})
     yield Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(points=1.0))
     yield Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_steps=1))
 
@@ -177,6 +178,17 @@ IMPOSSIBLE = [
     (Recipe(defences={"x": BiDO(y_ratio=-1.0)}), "defences.x.y_ratio=-1.0", "at least 0"),
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, choose=config.Choose()), "choose needs", "an attack"),
     (Recipe(defences={"u": Undefended()}, attacks={"n": NaiveMatching()}, choose=config.Choose()), "choose needs", "another defence"),
+    (Recipe(attacks={"t": config.Tuned(attack=config.Standard())}), "attacks.t", "one attack"),
+    (Recipe(attacks={"t": config.Tuned(grid={})}), "attacks.t", "grid is empty"),
+    (Recipe(attacks={"t": config.Tuned(grid={"tv_weight": (0.1, 0.2)})}), "attacks.t", "'tv_weight'"),
+    (Recipe(attacks={"t": config.Tuned(grid={"lr": (0.1, 0.1)})}), "grid.lr=", "twice"),
+    (Recipe(attacks={"t": config.Tuned(grid={"lr": 0.1})}), "grid.lr=0.1", "a tuple"),
+    (Recipe(attacks={"t": config.Tuned(grid={"start": ("a/b",)})}), "grid.start=", "folders"),
+    (Recipe(attacks={"t": config.Tuned(grid={"decoder": ("known", "unused")})}), "attacks.t", "granted"),
+    (Recipe(attacks={"t": config.Tuned(grid={"lr": (0.1, -0.1)})}), "attacks.t.attack.lr=-0.1", "above 0"),
+    (Recipe(attacks={"t": config.Tuned(grid={"iterations": (10, "many")})}), "attacks.t.attack.iterations='many'", "a whole number"),
+    (Recipe(attacks={"t": config.Tuned()}, evaluation=Evaluation(num_tuning=0)), "num_tuning=0", "raise it"),
+    (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"t": config.Tuned()}, choose=config.Choose()), "attacks.t", "nothing is left"),
     (Recipe(choose=config.Choose(points=-1.0)), "choose.points=-1.0", "at least 0"),
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(num_tuning=6, batch_size=4)), "num_tuning=6", "a multiple"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
