@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gidef import applications, build, config, findings, fits
-from gidef.cells import Task, make_cells
+from gidef.cells import Task, make_cells, not_applicable
 from gidef.inversions import collect, matching_tasks
 from gidef.parallel import run_tasks
 from gidef.releases import Releases
@@ -30,12 +30,17 @@ class Findings:
     judge: dict[str, Any]
     pictures: list[str]
     seconds: dict[str, float]
+    not_applicable: list[dict[str, Any]]
 
 
 def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pictures: Path | None = None) -> Findings:
     """Attack every cell, score it, draw it. Every rank calls this together; rank 0 gets the findings, the others empty ones."""
     pictures = pictures or run.folder / "pictures"
-    cells, releases = make_cells(run, trained, folder), Releases(run)
+    cells, releases, idle = make_cells(run, trained, folder), Releases(run), not_applicable(run, trained)
+    reasons = applications.without_closed_form(run, cells)
+    left_out = [cell for cell in cells if isinstance(cell.attack, config.Analytic) and cell.defence in reasons]
+    idle += {(cell.defence, cell.name): {"defence": cell.defence, "attack": cell.name, "attack_id": cell.attack_id, "reason": reasons[cell.defence]} for cell in left_out}.values()
+    cells = [cell for cell in cells if cell not in left_out]
     for cell in cells:  # all attacks of a defence, seed and checkpoint see the same updates
         cell.releases = releases.of(cell)
     own = [cell for cell in cells if cell.twin is None]
@@ -48,7 +53,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     chunks = _work(run, matching, "attack: iteration")
     run.append("matched", seconds=time.perf_counter() - began, chunk_seconds=chunks)
     if not run.leads:
-        return Findings([], [], {}, [], {})
+        return Findings([], [], {}, [], {}, idle)
     for cell in cells:
         if cell.matches:
             collect(run, cell)
@@ -64,7 +69,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     rows = findings.rows(run, cells, scored)
     drawn = findings.draw(run, cells, scored, scorer, pictures) if cells else []
     seconds = {cell.label: cell.seconds for cell in cells}
-    return Findings(rows, scorer.bounds() + findings.control_bound(cells, scored), scorer.judge_record(), drawn, seconds)
+    return Findings(rows, scorer.bounds() + findings.control_bound(cells, scored), scorer.judge_record(), drawn, seconds, idle)
 
 
 class _Stopped(BaseException):

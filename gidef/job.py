@@ -317,6 +317,7 @@ def describe(
         "training": [one.summary for one in trained.values()],
         "tuned": tuned, "rows": found.rows, "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [],
+        **({"not_applicable": found.not_applicable} if found.not_applicable else {}),
     }  # fmt: skip
     content["verdict"] = verdict(content)
     return content

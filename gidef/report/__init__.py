@@ -37,6 +37,7 @@
                   calibration: how many attacks ran as one program, how, and what else was tried
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
+    not_applicable [defence, attack, attack_id, reason: of attacks that have nothing to attack in a defence, and so no row]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   mse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}

@@ -11,8 +11,8 @@ import pytest
 from gidef.config import BiDO, Recipe, problems
 from tests.ranks.launch import ROOT, results, run
 
-MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
-SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities")
+MAIN = ("paper_table", "ablation", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
+SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "privacy_budget", "modalities")
 
 
 def declared(name, monkeypatch):
