@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef import config, fits, observe
-from gidef.attack.analytic import analytic
+from gidef.attack.analytic import analytic, can_invert
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
 from gidef.attack.latent import Predictor
 from gidef.cells import Cell, Task, mark, note_of
@@ -90,6 +90,21 @@ def _residual(cell: Cell) -> str:
 
 def _path(cell: Cell) -> Path:
     return cell.folder / "reconstructed.safetensors"
+
+
+def without_closed_form(run: Run, cells: list[Cell]) -> dict[str, str]:
+    """By defence, why A4 has nothing to go by in its model and what is released of it."""
+    found: dict[str, str] = {}
+    for cell in cells:
+        if not isinstance(cell.attack, config.Analytic) or cell.defence in found:
+            continue
+        model = copy.deepcopy(cell.trained.training.defence.model).cpu()
+        names = [name for name, _ in model.named_parameters() if name in cell.snapshot.params]
+        try:
+            found[cell.defence] = can_invert(model, names, image_shape=run.setting.dataset.image_shape, num_examples=run.recipe.evaluation.batch_size).reason
+        except Exception:  # of the model's code: the attack runs into it too, and is a row with that error
+            found[cell.defence] = ""
+    return {defence: reason for defence, reason in found.items() if reason}
 
 
 def _analytic(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gidef import applications, build, config, findings, fits, tuned_attacks
-from gidef.cells import Cell, Task, make_cells
+from gidef.cells import Cell, Task, make_cells, not_applicable
 from gidef.inversions import collect, in_groups, matching_tasks
 from gidef.parallel import run_tasks
 from gidef.releases import Releases
@@ -31,20 +31,25 @@ class Findings:
     judge: dict[str, Any]
     pictures: list[str]
     seconds: dict[str, float]
+    not_applicable: list[dict[str, Any]]
 
 
 def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pictures: Path | None = None) -> Findings:
     """Attack every cell, score it, draw it. Every rank calls this together; rank 0 gets the findings, the others empty ones."""
     pictures = pictures or run.folder / "pictures"
     tuned = tuned_attacks.choose(run, trained, folder=folder / "tuning", attack=_attack)
-    cells, releases = make_cells(run, trained, folder, tuned=tuned), Releases(run)
+    cells, releases, idle = make_cells(run, trained, folder, tuned=tuned), Releases(run), not_applicable(run, trained)
+    reasons = applications.without_closed_form(run, cells)
+    left_out = [cell for cell in cells if isinstance(cell.attack, config.Analytic) and cell.defence in reasons]
+    idle += {(cell.defence, cell.name): {"defence": cell.defence, "attack": cell.name, "attack_id": cell.attack_id, "reason": reasons[cell.defence]} for cell in left_out}.values()
+    cells = [cell for cell in cells if cell not in left_out]
     for cell in cells:  # all attacks of a defence, seed and checkpoint see the same updates
         cell.releases = releases.of(cell)
     judges = [(fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)]
     seconds, chunks = _attack(run, cells, folder, also=[fits.judge_task(run, *one) for one in judges])
     run.append("matched", seconds=seconds, chunk_seconds=chunks)
     if not run.leads:
-        return Findings([], [], {}, [], {})
+        return Findings([], [], {}, [], {}, idle)
     first, *more = (fits.load_judge(run, *one) for one in judges)
     scorer = Scorer(run, first, dict(zip(run.recipe.evaluation.judges, more, strict=True)))
     scored = {id(cell): scorer.score(cell.victims, cell.reconstructions) for cell in cells}
@@ -53,7 +58,7 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     rows = findings.rows(run, cells, scored)
     drawn = findings.draw(run, cells, scored, scorer, pictures) if cells else []
     seconds = {cell.label: cell.seconds for cell in cells}
-    return Findings(rows, scorer.bounds() + findings.control_bounds(cells, scored), scorer.judge_record(), drawn, seconds)
+    return Findings(rows, scorer.bounds() + findings.control_bounds(cells, scored), scorer.judge_record(), drawn, seconds, idle)
 
 
 def _attack(run: Run, cells: list[Cell], folder: Path, *, also: Sequence[Task] = ()) -> tuple[float, list[float]]:

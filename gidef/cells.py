@@ -136,6 +136,17 @@ def make_cells(
     return cells
 
 
+def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[dict[str, Any]]:
+    """Attacks that have nothing to attack in a defence, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
+    found = []
+    for defence, one in {defence: one for (defence, _), one in trained.items()}.items():
+        for name, (attack, _, control) in chosen_attacks(run.recipe).items():
+            attack = attack.attack if isinstance(attack, config.Tuned) else attack
+            if not control and (reason := _hindrance(run, one, attack)):
+                found.append({"defence": defence, "attack": name, "attack_id": config.IDS[type(attack)], "reason": reason})
+    return found
+
+
 def keeps_decoder(run: Run, one: Trained) -> bool:
     """Whether clients have a decoder that the server does not see."""
     return one.training.defence.decoder is not None and run.recipe.share_policy != "all"

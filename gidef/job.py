@@ -322,6 +322,7 @@ def describe(
         "training": [one.summary for one in trained.values()],
         "tuned": tuned, "nets": nets, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [], "choice": None,
+        **({"not_applicable": found.not_applicable} if found.not_applicable else {}),
     }  # fmt: skip
     content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
     content["choice"] = choice(content)

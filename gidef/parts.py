@@ -81,8 +81,8 @@ def join(recipe: config.Recipe, name: str, out: Path, count: int) -> bool:
 def _join(recipe: config.Recipe, name: str, out: Path, parts: dict[int, tuple[Path, list[tuple[str, int]]]]) -> None:
     began = time.perf_counter()
     told = [results.load(folder / RESULTS) for folder, _ in parts.values()]
-    for (folder, _), content in zip(parts.values(), told, strict=True):
-        if config.science(content["recipe"]) != config.science(recipe):
+    for folder, _ in parts.values():
+        if _science(folder) != config.science(recipe):
             raise InputError(f"{folder} was run with another recipe than the one that joins: run that part with the same scientific fields, or choose another --out.")
     every = {place for _, share in parts.values() for place in share}
     lines: list[dict[str, Any]] = []
@@ -119,6 +119,15 @@ def _join(recipe: config.Recipe, name: str, out: Path, parts: dict[int, tuple[Pa
         _calibrated(content["rows"], told)
         job.publish(content, out, console)
         run.append("end", seconds=seconds)
+
+
+def _science(folder: Path) -> str:
+    """Of a part's recipe as it was run: results.json has no infinity, which a Dirichlet's alpha may be."""
+    path = folder / job.RECIPE
+    try:
+        return config.science(json.loads(path.read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Restore it, or run that part again in another --out.") from error
 
 
 def _link(folder: Path, out: Path, share: list[tuple[str, int]]) -> None:

@@ -1,6 +1,8 @@
-"""Who takes part, and how the server learns (E8): fractions of clients, local epochs, FedSGD, FedAvg, FedProx and FedAdam.
+"""Who takes part, and how the server learns (E8): fractions of clients, local epochs, FedSGD, FedAvg, FedProx, FedAdam, FedYogi and FedAdagrad,
+and clients that drop out of a round.
 
-Shows:  accuracy, and what one client's gradient or local training of four steps gives away.
+Shows:  accuracy, and what one client's gradient or local training of four steps gives away; in the row "drop-outs" a share of every cohort leaves after
+        masks of a secure sum were agreed, so that attackers see sums.
 Expect: more local steps cost the attacker, not as much as they cost the naive one.
 Costs:  hours on 2 CPU cores; --small: some minutes.
 """
@@ -10,7 +12,9 @@ from dataclasses import replace
 from gidef.config import (
     Data,
     Evaluation,
+    FedAdagrad,
     FedAdam,
+    FedYogi,
     JointMatching,
     LearnedPerturbation,
     LocalTraining,
@@ -18,6 +22,7 @@ from gidef.config import (
     NaiveMatching,
     Recipe,
     Rounds,
+    SecureAggregation,
     SingleGradient,
     SurrogateModel,
     Undefended,
@@ -46,6 +51,12 @@ def delta(recipe: Recipe) -> Recipe:
     return replace(recipe, attacks=attacks, evaluation=replace(recipe.evaluation, batch_size=4, release="delta", local_steps=4))
 
 
+def dropping(recipe: Recipe) -> Recipe:
+    """A tenth or three tenths of a cohort drop out of every round."""
+    sums = {f"{share:g} drop out": SecureAggregation(dropouts=share) for share in (0.0, 0.1, 0.3)}
+    return replace(recipe, defences={"undefended": Undefended(), **sums, "learned + 0.3 drop out": (LearnedPerturbation(), SecureAggregation(dropouts=0.3))})
+
+
 def rows(recipe: Recipe) -> dict[str, Recipe]:
     rounds, adam = recipe.rounds, recipe.clients
     return {
@@ -53,9 +64,10 @@ def rows(recipe: Recipe) -> dict[str, Recipe]:
         **{f"{epochs} epochs": replace(recipe, clients=replace(adam, epochs=epochs)) for epochs in (2, 5)},
         "FedSGD": replace(recipe, clients=SingleGradient(batch_size=64, lr=0.1)),
         "FedProx": replace(recipe, clients=replace(adam, proximal=0.1)),
-        "FedAdam": replace(recipe, rounds=replace(rounds, server=FedAdam())),
+        **{type(server).__name__: replace(recipe, rounds=replace(rounds, server=server)) for server in (FedAdam(), FedYogi(), FedAdagrad())},
+        "drop-outs": dropping(recipe),
         "local steps": delta(recipe),
     }
 
 
-sweep(rows(RECIPE), small={name: row for name, row in rows(SMALL).items() if name in ("fraction 0.3", "FedSGD", "local steps")})
+sweep(rows(RECIPE), small={name: row for name, row in rows(SMALL).items() if name in ("fraction 0.3", "FedSGD", "FedYogi", "local steps")})

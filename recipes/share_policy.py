@@ -1,6 +1,8 @@
 """What leaves the client (E10): all of the classifier, its head alone, or the decoder too; and noise with a certificate under `head`.
 
 Shows:  the same defences under each policy, and capacity noise on a late latent of 64 numbers, whose bits per release are certified under `head`.
+        Under `head` the latent is read (A5) with a front that the attacker trains on public images and, as a bound, with the client's own; under `all` the
+        clients' decoder serves the attacker as well (A6).
 Expect: under `head`, noise on a small late latent keeps the strongest attack near the class mean at little cost.
 Costs:  an hour on 2 CPU cores; --small: some minutes.
 """
@@ -10,6 +12,7 @@ from dataclasses import replace
 from gidef.config import (
     CapacityNoise,
     Data,
+    DecoderAware,
     Evaluation,
     IsotropicNoise,
     JointMatching,
@@ -44,13 +47,18 @@ RECIPE = Recipe(
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), seeds=(0,), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
-    only=("undefended", "isotropic 1", "capacity 0.02"),
+    only=("undefended", "isotropic 1", "learned", "capacity 0.02"),
     attacks={"naive": NaiveMatching(iterations=60), "latent": LatentDecoding(front="known", steps=60), "decoder": PostHocDecoder(steps=60)},
 )  # fmt: skip
 
 
 def rows(recipe: Recipe) -> dict[str, Recipe]:
-    return {policy: replace(recipe, share_policy=policy) for policy in ("full", "head", "all")}
+    naive, latent = recipe.attacks["naive"], recipe.attacks["latent"]
+    own = {
+        "full": {}, "head": {"latent shadow": replace(latent, front="shadow", shadow_steps=latent.steps)},
+        "all": {"decoder-aware": DecoderAware(iterations=naive.iterations)},
+    }  # fmt: skip
+    return {policy: replace(recipe, share_policy=policy, attacks=recipe.attacks | more) for policy, more in own.items()}
 
 
 sweep(rows(RECIPE), small=rows(SMALL))

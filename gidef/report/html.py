@@ -169,7 +169,7 @@ def _table(pages: Sequence[Page]) -> Html:
     body = [
         _table_row(page, entry, bound, several, policies, oracle, certified, private, normed)
         for page in pages
-        for bound, entries in ((False, page.results["rows"]), (True, page.results["bounds"]))
+        for bound, entries in ((False, page.results["rows"] + results.not_applicable(page.results)), (True, page.results["bounds"]))
         for entry in entries
     ]
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), id="rows")

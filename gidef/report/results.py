@@ -17,8 +17,10 @@ EXPORTED = (*MEASURED, "nmse")
 """Measured values that the CSV holds; tables have a column for each of MEASURED, the page for `nmse` as well, where it was measured."""
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}
-_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list}
+_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list, "not_applicable": list}
 _ROW = {"defence": str, "attack": str, "attack_id": str, "checkpoint": str, "share_policy": str, "victims": int, "psnr_db": object}
+
+_IDLE = {"defence": str, "attack": str, "attack_id": str, "reason": str}
 
 
 def save(path: str | Path, results: dict[str, Any]) -> Path:
@@ -52,8 +54,8 @@ def validate(results: Any, where: str = "results") -> None:
     _check_keys(results, _TOP, where)
     _check_keys({key: value for key, value in results.items() if key in _TOP_OPTIONAL}, _TOP_OPTIONAL, where, missing=False)
     _check_keys(results["data"], {"name": str, "synthetic": bool}, f"{where}.data")
-    for key, needed in (("training", {"defence": str}), ("rows", _ROW), ("bounds", {"name": str, "psnr_db": object})):
-        for index, entry in enumerate(results[key]):
+    for key, needed in (("training", {"defence": str}), ("rows", _ROW), ("not_applicable", _IDLE), ("bounds", {"name": str, "psnr_db": object})):
+        for index, entry in enumerate(results.get(key, [])):
             place = f"{where}.{key}[{index}]"
             if not isinstance(entry, dict):
                 raise InputError(f"{place}: found {type(entry).__name__}, expected an object.")
@@ -90,6 +92,12 @@ def bound_named(results: dict[str, Any], name: str) -> dict[str, Any]:
 def recipe_name(results: dict[str, Any], defence: str) -> str:
     """The recipe's name of a defence: of one that was evaluated at another strength, the one that it was trained as."""
     return next((run["trained_as"] for run in results.get("training") or [] if run["defence"] == defence and run.get("trained_as")), defence)
+
+
+def not_applicable(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows without a number for the attacks that have nothing to attack in a defence; the note says why."""
+    empty = {"checkpoint": "", "psnr_db": None, "victims": None}
+    return [{**one, **empty, "note": f"not applicable: {one['reason']}"} for one in results.get("not_applicable") or []]
 
 
 def _check_keys(entry: dict[str, Any], needed: dict[str, type], place: str, *, missing: bool = True) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gidef.report.claim import MATCHED
 from gidef.report.kinds import defences
-from gidef.report.results import EXPORTED, MEASURED, bound_label, interval_of, mean_of
+from gidef.report.results import EXPORTED, MEASURED, bound_label, interval_of, mean_of, not_applicable
 from gidef.report.verdict import criteria
 
 _HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "bits per release", "lifetime bits", "Fano %", "oracle dB", "victims", "note")
@@ -183,7 +183,7 @@ def csv(results: dict[str, Any]) -> str:
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
     writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in EXPORTED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
-    lines = [("attack", row) for row in results["rows"]] + [("bound", {"defence": bound_label(bound), **bound}) for bound in results["bounds"]]
+    lines = [("attack", row) for row in results["rows"]] + [("not applicable", row) for row in not_applicable(results)] + [("bound", {"defence": bound_label(bound), **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
         measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, EXPORTED)]
@@ -286,6 +286,9 @@ def _lines(results: dict[str, Any], notes: dict[str, int] | None = None) -> tupl
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
         rows.append(_Line((defence, row["attack"], row["checkpoint"]), _measured(row), privacy(row), _bits(row), oracle, str(row["victims"]), marks))
+    for one in not_applicable(results):
+        mark = str(notes.setdefault(one["note"], len(notes) + 1))
+        rows.append(_Line((one["defence"], one["attack"], ""), _measured(one), victims="-", notes=mark))
     return rows, [_Line((bound_label(bound), "none", bound.get("checkpoint", "")), _measured(bound)) for bound in results["bounds"]], list(notes)
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 
 import pytest
 
 from gidef import build
-from gidef.config import BiDO, Recipe, problems
+from gidef.config import BiDO, Matched, Recipe, problems
 from gidef.data import synthetic_blood_cells
 from tests.ranks.launch import ROOT, results, run
 
-MAIN = ("paper_table", "ablation", "privacy_budget", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
-SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "modalities", "robust")
+MAIN = ("paper_table", "ablation", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
+SWEEPS = ("certificate", "strength", "architectures", "heterogeneity", "participation", "share_policy", "privacy_budget", "modalities", "robust")
 
 
 def declared(name, monkeypatch):
@@ -39,6 +40,25 @@ def test_a_recipe_is_sound_in_both_forms(name, monkeypatch):
         for row, recipe in rows.items():
             assert isinstance(recipe, Recipe) and problems(recipe) == [], (row, problems(recipe))
             assert recipe.attacks and len(recipe.chosen) > 1
+
+
+def test_every_defence_of_every_recipe_can_be_built_and_its_noise_is_where_the_name_says(monkeypatch):
+    """Places of the noise, layers, policies: what a run would refuse before it begins. Large nets in the small forms alone."""
+    built = {}
+    for name in MAIN + SWEEPS:
+        for form, rows in declared(name, monkeypatch).items():
+            for recipe in (one for one in rows.values() if form == "small" or one.model.name == "small"):
+                shape = build.Shape(8, (3, recipe.data.size or 28, recipe.data.size or 28))
+                for key, one in recipe.chosen.items():
+                    one = one.at(one.low) if isinstance(one, Matched) else one
+                    if (place := (recipe.model, recipe.data.size, recipe.share_policy, str(one))) not in built:
+                        built[place] = build.make_defence(one, recipe, shape, seed=0).model.latent_shape
+                    if name == "ablation":
+                        built[key] = built[place]
+    assert len(built) > 100
+    for kind in ("full", "level alone", "isotropic 1"):
+        shapes = [built[f"{kind}{place}"] for place in (" after block 0", "", " after block 2", " before the head")]
+        assert shapes == [(32, 14, 14), (64, 7, 7), (128, 4, 4), (512,)]
 
 
 def test_the_small_form_is_smaller(monkeypatch):
@@ -72,7 +92,25 @@ def test_the_search_of_bido_keeps_the_ratio_of_its_weights(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", MAIN + SWEEPS)
+def test_the_small_form_can_be_rehearsed(name, tmp_path):
+    """`--small --dry-run 2`: it loads, builds and takes a step of everything."""
+    data = os.environ.get("GIDEF_DATA")
+    if name == "modalities" and not data:
+        pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
+    more = {"GIDEF_DATA": data} if data else {}
+    arguments = [] if data or name == "architectures" else ["--data.name", "synthetic"]
+    done = run(1, f"{name}.py", "--small", "--dry-run", "2", "--out", str(tmp_path / "out"), *arguments, timeout=900, **more)
+    assert "useful ranks" in done.stdout and not (tmp_path / "out").exists()
+
+
+CPU_S = 2 * 600
+"""Of the processor: what ten minutes on 2 cores have. Other work on the machine changes the minutes, and these next to nothing."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", MAIN + SWEEPS)
 def test_the_small_form_runs_to_its_end(name, tmp_path):
     data = os.environ.get("GIDEF_DATA")
@@ -80,7 +118,9 @@ def test_the_small_form_runs_to_its_end(name, tmp_path):
         pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
     more = {"GIDEF_DATA": data} if data else {}
     arguments = [] if data or name == "architectures" else ["--data.name", "synthetic"]
-    run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=1800, **more)
+    before = _children_s()
+    run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=7200, **more)
+    assert _children_s() - before < CPU_S
     folders = [path.parent for path in (tmp_path / "out").rglob("results.json")]
     assert folders and (tmp_path / "out" / "report.html").stat().st_size > 10_000
     if name in SWEEPS:
@@ -89,3 +129,9 @@ def test_the_small_form_runs_to_its_end(name, tmp_path):
         told = results(folder)
         assert told["rows"] and told["verdict"] and all(row["psnr_db"] is not None for row in told["rows"]), folder
         assert json.dumps(told["recipe"])
+
+
+def _children_s() -> float:
+    """Processor seconds of the processes that this one started, and those started, once they have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

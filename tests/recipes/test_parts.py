@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from gidef import parts
 from gidef.config import (
     CVB,
     Data,
+    Dirichlet,
     Evaluation,
     IsotropicNoise,
     JointMatching,
@@ -33,7 +35,7 @@ from tests.ranks.launch import record, results
 from tests.small_run import CELLS
 
 RECIPE = Recipe(
-    data=Data(name=CELLS, num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1), clients=LocalTraining(batch_size=8),
+    data=Data(name=CELLS, num_clients=3, partition=Dirichlet(alpha=math.inf), min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1), clients=LocalTraining(batch_size=8),
     defences={
         "undefended": Undefended(), "CVB": CVB(),
         "matched": Matched(defence=IsotropicNoise(), field="std", low=0.1, high=50.0, points=1.0, trials=2),
@@ -50,6 +52,7 @@ def alone(monkeypatch):
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pictures, "_DPI", 10)
     yield
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)

@@ -402,8 +402,7 @@ def test_every_attack_runs_and_none_fails_for_the_device_s_sake(tmp_path):
     common = ("--device", str(DEVICE), "--mode", "vmap", "--at-once", "2", "--iterations", "3", "--steps", "4", "--victims", "2")
     attack(folder, tmp_path / "out", "--attack", *names, *common)
     rows = results(tmp_path / "out")["rows"]
-    assert {row["attack"] for row in rows if row["defence"] == "learned"} == set(names)
-    told = failures(tmp_path / "out")
-    assert {attack for _, attack, _ in told} <= {"analytic"}, told  # no biased layer sees the image
+    assert {row["attack"] for row in rows if row["defence"] == "learned"} == set(names) - {"analytic"}  # no biased layer sees the image
+    assert not failures(tmp_path / "out")
     attack(folder, tmp_path / "deltas", "--attack", "surrogate-model", "naive", "--release", "delta", "--local-steps", "2", "--batch-size", "2", *common)
     assert {row["attack"] for row in results(tmp_path / "deltas")["rows"]} == {"surrogate-model", "naive"} and not failures(tmp_path / "deltas")

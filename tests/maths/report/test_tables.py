@@ -161,3 +161,18 @@ def test_the_page_shows_what_was_searched(tuned):
     assert shown.count("NOT reached") == 3, "JSON apart, once for each search"
     del tuned["tuned"]
     assert "Tuned:" not in html.render([html.Page(name="one", results=tuned)])
+
+
+def test_an_attack_with_nothing_to_attack_is_a_row_that_says_why_everywhere(results):
+    from gidef.report.html import Page, render
+    from gidef.report.results import validate
+
+    before = tables.markdown(results)
+    results["not_applicable"] = [{"defence": "plain", "attack": "zeroed", "attack_id": "A11", "reason": "it needs noise"}] * 2
+    validate(results)
+    said = tables.markdown(results)
+    assert said.count("| plain | zeroed |  | - | - | - | - | - |") == 2 and said.count("not applicable: it needs noise") == 1 and "zeroed" not in before
+    assert "not applicable: it needs noise" in tables.latex(results) and "not applicable: it needs noise" in " ".join(tables.text(results, 100).split())
+    lines = list(csv.DictReader(io.StringIO(tables.csv(results))))
+    assert [(line["kind"], line["psnr_db_mean"], line["note"]) for line in lines[3:5]] == [("not applicable", "", "not applicable: it needs noise")] * 2
+    assert render([Page(name="run", results=results)]).count(">not applicable: it needs noise<") == 2
