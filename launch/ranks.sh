@@ -9,7 +9,7 @@ gidef_ranks() {
     local out
     out="$(gidef_out "$@")"
     export OMP_NUM_THREADS="${GIDEF_THREADS:-1}" MKL_NUM_THREADS="${GIDEF_THREADS:-1}" OPENBLAS_NUM_THREADS="${GIDEF_THREADS:-1}"
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else restarted ranks dial their dead predecessors: pytorch/pytorch#135712
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # else restarted ranks dial their dead predecessors (pytorch/pytorch#135712), and a host that comes later is never told where to meet
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-60}"   # seconds from SIGTERM to SIGKILL of a rank
     export GIDEF_JOIN_S="${GIDEF_JOIN_S:-600}"    # seconds that hosts wait for one another at the start
     export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${out:-$PWD/runs/$(hostname -s)-$$}/extensions}"   # of this run: a killed compilation locks no other

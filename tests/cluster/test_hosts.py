@@ -122,7 +122,8 @@ def test_a_lost_first_host_ends_the_run_with_its_name_and_a_requeued_job_goes_on
 
 def test_a_host_that_comes_later_is_taken_in(hosts, tmp_path):
     few = str(ROOT / "tests" / "cluster" / "few_cells.py")
-    case = Case(hosts, tmp_path, "f", "1:2", (1,), script=(few,), FEW_SLOW_S="1")  # three clients of a second a round: time to come
+    # three clients of a second a round: time to come; and as launch/torchrun.sh sets it, else the first host never tells the second where to meet
+    case = Case(hosts, tmp_path, "f", "1:2", (1,), script=(few,), FEW_SLOW_S="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     case.until_round(2, world=1)
     case.start(2)
     case.until_round(3, world=2)
