@@ -27,6 +27,11 @@ def load(name: str) -> Any:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         for part in attribute.split("."):
             module = getattr(module, part)
+    except ModuleNotFoundError as error:
+        top = (error.name or place).partition(".")[0]
+        raise InputError(
+            f"cannot load {name!r}: {error}. Set PYTHONPATH to the folder that holds {top}.py or {top}/, such as that of the recipe's file: PYTHONPATH=FOLDER gidef …"
+        ) from error
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise InputError(f"cannot load {name!r}: {error}. Expected package.module:attribute or folder/file.py:attribute.") from error
     return module

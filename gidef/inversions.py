@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -331,7 +332,12 @@ def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Program
     share = max(1, -(-left // workers))
     size = speed.attacks_at_once or min(8, share)
     simulate = plan.make_simulate()
+    if run.world.device.type == "cpu":
+        common["memory_bytes"] = attacks.free_bytes(run.world.device, build.num_workers(run.recipe, run.world) * _ranks_here(run))
     try:
+        if size > 1 and not speed.attacks_at_once and run.world.device.type == "cpu":  # where memory runs out there, the process is killed: one tells what eight take
+            one = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=1, iterations=1, **common)
+            size = min(size, attacks.fitting(one.candidates[0], common["memory_bytes"]))
         first = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=size, iterations=1, **common)
         seconds = first.candidates[0].ms * 1e-3 * share * (matching.iterations + 1)
     except Exception:  # not vectorisable: a loop may do
@@ -347,6 +353,12 @@ def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Program
     except Exception as error:  # the attacks will say so themselves, each in its row
         run.console.notice(f"{cell.label}: no program could be measured: {worded(error)}")
         return attacks.Calibration(candidates[0] if modes else "loop", 1, ())
+
+
+def _ranks_here(run: Run) -> int:
+    """Ranks on this machine, as the launcher says; all of them if it does not."""
+    said = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0].partition(",")[0]
+    return min(int(said), run.world.size) if said.isdecimal() and int(said) > 0 else run.world.size
 
 
 def _key(run: Run, cell: Cell, plan: methods.Plan) -> str:

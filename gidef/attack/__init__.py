@@ -1,7 +1,7 @@
 """Attacks on what a client releases. Nothing in this room sees the private images, not even to choose a restart."""
 
 from gidef.attack.batch import REASONS, Chunk
-from gidef.attack.calibrate import Calibration, calibrate
+from gidef.attack.calibrate import Calibration, calibrate, fitting, free_bytes
 from gidef.attack.engine import Progress, broken, drain, invert, joined, plan, run, run_chunk, select
 from gidef.attack.joint import joint
 from gidef.attack.kinks import CurvedKinks
@@ -40,6 +40,8 @@ __all__ = [
     "classifier_names",
     "deep_leakage",
     "drain",
+    "fitting",
+    "free_bytes",
     "gradinversion",
     "improved_deep_leakage",
     "inverting_gradients",

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ MOST = {"cpu": 256, "cuda": 1024}
 """Attacks in one program, at most."""
 SHORT_S, PAYS = 5.0, 0.2
 """Seconds that are always granted, and the share of the attacks' own time that a calibration may take."""
+SPARED = 0.2
+"""Share of the free memory that is left alone."""
 GAIN = 0.97
 """A larger program is tried as long as it takes at most this share of the time per attack of the last one."""
 
@@ -99,7 +102,8 @@ def calibrate(
              iterations: measured after the first.  budget_s: no further candidate is begun after so long, nor after a fifth of what all
              attacks would take with the best one.
              measured: candidates that were measured before; they are in the table, and are not measured again.
-             memory_bytes: what a program may take; None takes 80 % of the device's free memory on a GPU and does not ask on a CPU.
+             memory_bytes: what a program may take; None takes 80 % of the device's free memory, on a CPU divided by `workers`, and is no limit where
+             that is not known.
     Returns: the choice. Ties within a per cent go to fewer attacks at once, which lose less when a run is killed.
     Raises:  InputError if no candidate runs, with the first one's error.
     """
@@ -110,8 +114,9 @@ def calibrate(
         share = max(share, matching.starts)
     sizes = [at_once] if at_once else _sizes(min(share, most or MOST.get(device.type, MOST["cpu"])))
     everyone = [(o, s) for o in range(len(observations)) for s in range(matching.starts)]
-    if memory_bytes is None and device.type == "cuda":
-        memory_bytes = int(0.8 * torch.cuda.mem_get_info(device)[0])
+    if memory_bytes is None:
+        memory_bytes = free_bytes(device, workers)
+    resident = _resident("VmRSS") if device.type == "cpu" else None
     began, found = clock(), list(measured)
     known = {(one.mode, one.at_once): one for one in measured}
     for mode in modes:
@@ -129,7 +134,7 @@ def calibrate(
             chunk = tuple((everyone * (1 + size // len(everyone)))[:size])
             # CUDA graphs keep their memory: those that are measured are not kept beside one another
             made = programs if device.type == "cpu" else Programs()
-            one = _measured(chunk, observations, simulate, matching, mode, iterations, seed, precision, dtype, device, made, clock)
+            one = _measured(chunk, observations, simulate, matching, mode, iterations, seed, precision, dtype, device, made, clock, resident)
             if made is not programs:
                 programs.notices += [text for text in made.notices if text not in programs.notices]
             found.append(one)
@@ -143,6 +148,63 @@ def calibrate(
     least = min(cost for cost, _ in costs)
     chosen = min((one for cost, one in costs if cost <= 1.01 * least), key=lambda one: one.at_once)
     return Calibration(chosen.mode, chosen.at_once, tuple(found), tuple(programs.notices))
+
+
+def free_bytes(device: torch.device, workers: int = 1) -> int | None:
+    """What one of so many programs that run at the same time may take: 80 % of the free memory, all of a GPU's, a part of the machine's. None where unknown."""
+    if device.type == "cuda":
+        return int((1 - SPARED) * torch.cuda.mem_get_info(device)[0])
+    free = available_bytes()
+    return None if free is None else int((1 - SPARED) * free / max(workers, 1))
+
+
+def available_bytes(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that this process can still have, in bytes: the machine's available one, within what is left of the limits of its control groups (v1, v2),
+    beyond which Linux kills. None where there is no /proc/meminfo."""
+    try:
+        found = [1024 * int(line.split()[1]) for line in (proc / "meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        places = [line.split(":", 2)[1:] for line in (proc / "self" / "cgroup").read_text().splitlines()]
+    except (OSError, ValueError):
+        return None
+    for kinds, place in places:
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        base, limit, used, cache = (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file") if kinds else (groups, "memory.max", "memory.current", "inactive_file")
+        folder = base / place.lstrip("/")
+        for group in (folder, *folder.parents):
+            try:
+                kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                found.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(kept.get(cache, 0)))
+            except (OSError, ValueError):  # no such group here, or no limit ("max")
+                pass
+            if group == base:
+                break
+    return max(0, min(found)) if found else None
+
+
+def fitting(one: Candidate, memory_bytes: int | None) -> int:
+    """How many attacks at once fit into so much memory, at least 1, if memory grows in proportion from a measured candidate."""
+    if memory_bytes is None or not one.peak_bytes:
+        return MOST["cuda"]
+    return max(1, memory_bytes * one.at_once // one.peak_bytes)
+
+
+def _resident(what: str) -> int | None:
+    """Bytes of this process in memory now (VmRSS) or at most (VmHWM); None where /proc does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:")), None)
+
+
+def _forget_peak() -> bool:
+    """Let VmHWM begin anew; whether that is allowed."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _sizes(most: int) -> list[int]:
@@ -178,9 +240,9 @@ def _seconds(one: Candidate, attacks: int, evaluations: int) -> float:
 
 def _measured(
     chunk: tuple[tuple[int, int], ...], observations: Sequence[Observation], simulate: Simulate, matching: Matching, mode: str, iterations: int, seed: int,
-    precision: str, dtype: torch.dtype, device: torch.device, programs: Programs, clock: Callable[[], float],
+    precision: str, dtype: torch.dtype, device: torch.device, programs: Programs, clock: Callable[[], float], resident: int | None,
 ) -> Candidate:  # fmt: skip
-    """Run a few iterations of a candidate."""
+    """Run a few iterations of a candidate. resident: bytes of the process before the first one, on a CPU."""
     on_gpu, peak = device.type == "cuda", None
     cast = {"device": device, "dtype": dtype}
 
@@ -196,6 +258,7 @@ def _measured(
         state = optimiser.begin(variables)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
+        watched = resident is not None and _forget_peak()
         began, times = wait(), []
         dims = (dict.fromkeys(variables, 0), batch.dims[0], batch.dims[1], 0, dict.fromkeys(batch.knobs, 0))
         for iteration in range(1 + min(iterations, max(matching.iterations, 1))):
@@ -216,6 +279,8 @@ def _measured(
                 first = wait() - began
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device)
+        elif watched and (most := _resident("VmHWM")) is not None:
+            peak = max(0, most - resident)
         steady = sorted(times[1:])[len(times[1:]) // 2]
         return Candidate(mode, len(chunk), 1e3 * steady / len(chunk), max(0.0, first - steady), peak)
     except InputError:

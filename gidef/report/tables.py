@@ -341,7 +341,7 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     known = [("on the true images (ceiling)", "accuracy_on_truth"), ("on test images", "accuracy_on_test"), ("by chance", "chance")]
     known = [f"{_number(judge[key], 100.0, 1)} % {name}" for name, key in known if judge.get(key) is not None]
     policy = f"Share policy {_policies(results)[0]}; means" if len(_policies(results)) == 1 else "Means"
-    lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient scores.'] if results["rows"] else []
+    lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient, or with a shuffled one, scores.'] if results["rows"] else []
     lines += [f"Threat model: {_threats(results)[0]}."] if len(_threats(results)) == 1 else []
     if any((row.get("restarts") or 1) > 1 for row in results["rows"]):
         lines.append("Attackers choose among their starts by their own loss; oracle dB: what the truth would have chosen, which no attacker can.")

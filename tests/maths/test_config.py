@@ -65,6 +65,7 @@ from gidef.config import (
     science,
     to_json,
 )
+from gidef.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,6 +360,14 @@ def test_code_of_your_own_is_imported_only_if_asked_for(recipe):
     assert not loaded
     assert through_text(recipe, load=load) == recipe
     assert set(loaded) <= {f"{__name__}:Own"}
+
+
+@pytest.mark.parametrize(("name", "folder_of"), [("nowhere:Defence", "nowhere.py or nowhere/"), ("nowhere.deep:Defence", "nowhere.py or nowhere/")])
+def test_code_that_is_not_on_the_path_says_what_to_set(name, folder_of):
+    with pytest.raises(InputError, match=f"cannot load '{name}'.*Set PYTHONPATH to the folder that holds {folder_of}"):
+        from_json({"type": name}, load=importing.load)
+    with pytest.raises(InputError, match="Expected package.module:attribute"):
+        from_json({"type": "os:nothing_of_that_name"}, load=importing.load)
 
 
 def test_a_name_that_is_no_dataclass_is_refused_even_where_code_is_allowed():

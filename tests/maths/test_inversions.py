@@ -14,6 +14,7 @@ import torch
 from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, run_chunk
+from gidef.attack.calibrate import Candidate
 from gidef.cells import make_cells
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
@@ -367,6 +368,35 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     applications.collect(run, learned)
     text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
     assert {one.error for one in learned.reconstructions} == {text}
+
+
+def test_the_first_look_on_a_cpu_takes_as_many_at_once_as_fit_beside_the_other_workers(trained, tmp_path, monkeypatch):
+    run, found = trained
+    run = with_speed(run, attacks_at_once=0, workers=3)
+    [cell] = cells_of(run, found, tmp_path)
+    plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=0))
+    asked, shared = [], []
+
+    def calibrate(*given, at_once, memory_bytes, **how):
+        asked.append((at_once, memory_bytes))
+        return Calibration("vmap", at_once, (Candidate("vmap", at_once, 1e-3, 0.0, 100 * at_once),))
+
+    monkeypatch.setattr(inversions.attacks, "calibrate", calibrate)
+    for free, expected in ((350, [(1, 350), (3, 350)]), (10**9, [(1, 10**9), (8, 10**9)]), (10, [(1, 10), (1, 10)]), (None, [(1, None), (8, None)])):
+        monkeypatch.setattr(inversions.attacks, "free_bytes", lambda device, workers, free=free: shared.append(workers) or free)
+        chosen = inversions._measure(run, cell, plan, attacks.Programs(), 24, None)
+        assert asked == expected and chosen.at_once == expected[-1][0]
+        asked.clear()
+    inversions._measure(with_speed(run, attacks_at_once=5), cell, plan, attacks.Programs(), 24, None)
+    assert [size for size, _ in asked] == [5] and shared == [3] * 5  # what is asked for is done
+    wide = dataclasses.replace(run, world=dataclasses.replace(run.world, size=16))
+    for variables, ranks in (({}, 16), ({"LOCAL_WORLD_SIZE": "4"}, 4), ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8), ({"SLURM_STEP_TASKS_PER_NODE": "2,4"}, 2)):
+        with monkeypatch.context() as patch:
+            for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+                patch.delenv(name, raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert inversions._ranks_here(wide) == ranks
 
 
 def test_any_run_has_a_control_per_defence_and_checkpoint_and_its_sheets_every_guess(trained, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gidef.attack import Programs, calibrate, joint, run
-from gidef.attack.calibrate import Calibration, Candidate, _seconds, _worth_trying
+from gidef.attack.calibrate import Calibration, Candidate, _forget_peak, _seconds, _worth_trying, available_bytes, fitting
 from gidef.errors import InputError
 
 
@@ -83,6 +83,49 @@ def test_a_candidate_that_runs_out_of_memory_is_left_out_and_named(case):
 
     chosen = calibrate(observations, greedy, settings, seed=0, modes=("vmap",), iterations=1)
     assert chosen.at_once in (1, 2) and "out of memory" in chosen.candidates[-1].error and "out of memory" in chosen.lines()[-1]
+
+
+def test_on_a_cpu_programs_stay_within_the_memory_that_is_free(case):
+    if not _forget_peak():
+        pytest.skip("this machine does not let a process forget its peak")
+    observations, simulate, settings = case
+    clock = Clock()
+
+    def wide(params, known, images, labels, noise):
+        torch.ones(max(1, width(images)), 2**24)  # 64 MiB per attack, for a moment
+        return simulate(params, known, images, labels, noise)
+
+    how = {"seed": 0, "modes": ("vmap",), "clock": clock, "budget_s": 1e9, "iterations": 1}
+    chosen = calibrate(observations, priced(wide, clock, lambda batched: 1.0), settings, memory_bytes=400 * 2**20, **how)
+    assert [one.at_once for one in chosen.candidates] == [1, 2, 4, 8] and chosen.at_once == 4 and "would not fit" in chosen.candidates[-1].error
+    peaks = [one.peak_bytes / 2**20 for one in chosen.candidates[:3]]
+    assert all(64 * size - 8 <= peak < 64 * size + 60 for size, peak in zip((1, 2, 4), peaks, strict=True)), peaks
+    free = calibrate(observations, priced(wide, clock, lambda batched: 1.0), settings, **how)  # of this machine's own
+    assert free.at_once == 8
+    assert [fitting(one, 400 * 2**20) for one in (chosen.candidates[2], Candidate("vmap", 1, 1.0, 0.0, 2**30), Candidate("vmap", 1, 1.0, 0.0))][1:] == [1, 1024]
+    assert 4 <= fitting(chosen.candidates[2], 400 * 2**20) <= 6
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "free"),
+    [
+        ("0::/", {}, 8000),
+        ("0::/job/step", {"job/memory.max": "max", "job/memory.current": "5", "job/memory.stat": "inactive_file 1"}, 8000),
+        ("0::/job/step", {"job/memory.max": "4000000", "job/memory.current": "3000000", "job/memory.stat": "anon 7\ninactive_file 24000"}, 1000),
+        ("4:cpuset,memory:/a/b", {"memory/a/memory.limit_in_bytes": "3072000", "memory/a/memory.usage_in_bytes": "1024000", "memory/a/memory.stat": "total_inactive_file 0"}, 2000),
+        ("4:cpuset:/a/b", {"memory/a/memory.limit_in_bytes": "1024", "memory/a/memory.usage_in_bytes": "0", "memory/a/memory.stat": "x 0"}, 8000),
+    ],
+)  # fmt: skip
+def test_free_memory_ends_where_a_control_group_s_limit_does(line, files, free, tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    8000 kB\n")
+    (proc / "self" / "cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(f"{text}\n")
+    assert available_bytes(proc, groups) == 1024 * free
+    assert available_bytes(tmp_path / "nowhere", groups) is None
 
 
 def test_no_usable_candidate_is_an_error_with_the_reason(case):
