@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     attack = commands.add_parser("attack", help="attack a finished run's checkpoints again, without training")
     attack.add_argument("folder", metavar="RUN", help="the run's folder")
-    attack.add_argument("--attack", nargs="+", default=None, metavar="NAME", help="of the recipe's attacks (default all), or presets such as standard")
+    attack.add_argument("--attack", nargs="+", default=None, metavar="NAME", help="of the recipe's attacks (default all), presets such as standard, or package.module:Class of your own (with --allow-code)")
     attack.add_argument("--defence", nargs="+", default=None, metavar="NAME", help="of the recipe's defences (default all)")
     attack.add_argument("--checkpoint", nargs="+", default=None, choices=("untrained", "early", "final"))
     attack.add_argument("--victims", type=int, default=None)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--schedule", choices=("longest_first", "static", "dynamic"), default=None, help="how attacks go to ranks")
     attack.add_argument("--part", default=None, metavar="I/N", help="only the I-th of N shares of the attacks, I from 0, e.g. of an array job's task")
     attack.add_argument("--out", default=None, help="folder for the results (default RUN/attacked/<time>)")
-    attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe names")
+    attack.add_argument("--allow-code", action="store_true", help="import the modules that the run's recipe, or --attack, names")
     attack.set_defaults(run=_attack)
 
     report = commands.add_parser("report", help="rebuild tables, pictures and report.html from a run's record")

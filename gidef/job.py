@@ -477,11 +477,21 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     if unknown := [name for name in arguments.defence or () if name not in recipe.chosen]:
         raise InputError(f"{unknown} is none of the run's defences, which are {sorted(recipe.chosen)}.")
     offered = {**config.PRESETS, **recipe.attacks}  # the recipe's own settings win over a preset of the same name
-    if unknown := [name for name in arguments.attack or () if name not in offered]:
-        raise InputError(f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}.")
+    asked = list(arguments.attack or recipe.attacks)
+    for place, name in enumerate(asked):
+        if name not in offered and importing.is_code(name):
+            asked[place], own = _own_attack(name, allow_code=arguments.allow_code)
+            if asked[place] in asked[:place] or asked[place] in offered:
+                raise InputError(f"--attack {name}: there is another attack called {asked[place]}. Rename the class, or leave one of them out.")
+            offered[asked[place]] = own
+    if unknown := [name for name in asked if name not in offered]:
+        raise InputError(
+            f"{unknown} is none of the run's attacks, which are {sorted(recipe.attacks)}, nor a preset: {', '.join(config.PRESETS)}; your own is "
+            "package.module:Class or folder/file.py:Class, with --allow-code."
+        )
     if recipe.choose is not None and arguments.victims is not None:
         raise InputError(f"--victims {arguments.victims}: the run chooses among its defences and attacks the images kept for tuning. Leave it out.")
-    attacks = {name: _asked(name, offered[name], arguments) for name in arguments.attack or recipe.attacks}
+    attacks = {name: _asked(name, offered[name], arguments) for name in asked}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
         "batch_size": arguments.batch_size, "release": arguments.release, "local_steps": arguments.local_steps, "control": arguments.control or None,
@@ -497,6 +507,21 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
         recipe, attacks=attacks, evaluation=evaluation, speed=dataclasses.replace(recipe.speed, **speed),
         only=tuple(arguments.defence or recipe.only), resume=True, out=str(arguments.folder),
     )  # fmt: skip
+
+
+def _own_attack(name: str, *, allow_code: bool) -> tuple[str, Any]:
+    """(the class's name, an attack with its defaults) of `package.module:Class` or `folder/file.py:Class`; an instance serves as it is."""
+    if not allow_code:
+        raise InputError(f"--attack {name} names code, which would be imported and run: add --allow-code if you trust it.")
+    found = importing.load(name)
+    try:
+        attack = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise InputError(f"--attack {name}: {error}. Give every field of the class a default, or name an instance.") from error
+    known = dataclasses.is_dataclass(attack) and (callable(getattr(attack, "plan", None)) or isinstance(attack, config.ATTACKS))
+    if not known:
+        raise InputError(f"--attack {name} is a {type(attack).__name__}: expected a dataclass with a method plan(case), or an attack of gidef.config.")
+    return name.rpartition(":")[2].rpartition(".")[2], attack
 
 
 def _asked(name: str, attack: Any, arguments: argparse.Namespace) -> Any:

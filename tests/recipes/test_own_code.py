@@ -80,6 +80,23 @@ main(RECIPE)
 '''
 
 
+OWN_ATTACK = '''
+from dataclasses import dataclass
+
+from gidef.methods import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rough:
+    iterations: int = 7
+    restarts: int = 1
+    labels: str = "known"
+
+    def plan(self, case):
+        return Plan(case.observations, case.simulator, case.matching(tv=0.0))
+'''
+
+
 def test_own_data_model_and_defence_train_are_attacked_and_attacked_again(tmp_path):
     (tmp_path / "mine.py").write_text(RECIPE)
 
@@ -93,5 +110,8 @@ def test_own_data_model_and_defence_train_are_attacked_and_attacked_again(tmp_pa
     mild, strong = (results(tmp_path / name)["weights_sha256"] for name in ("mild", "strong"))
     assert mild["undefended/0"] == strong["undefended/0"]
     assert len({mild["undefended/0"], mild["smoothed/0"], strong["smoothed/0"]}) == 3
-    call("-m", "gidef", "attack", "strong", "--iterations", "2", "--allow-code", "--out", "again")
-    assert {(row["defence"], row["iterations"]) for row in results(tmp_path / "again")["rows"]} == {("undefended", 2), ("smoothed", 2)}
+    (tmp_path / "attacks.py").write_text(OWN_ATTACK)
+    chosen = ("--attack", "naive", "attacks.py:Rough", "--iterations", "2", "--defence", "undefended", "smoothed")
+    call("-m", "gidef", "attack", "strong", *chosen, "--allow-code", "--out", "again")
+    found = {(row["defence"], row["attack"], row["attack_id"], row["iterations"]) for row in results(tmp_path / "again")["rows"]}
+    assert found == {(defence, *rest) for defence in ("undefended", "smoothed") for rest in (("naive", "A0", 2), ("Rough", "own", 2))}

@@ -1,0 +1,61 @@
+"""Undefended nets beside figures that the literature reports, of one case each (mean PSNR): do these attacks keep their published order?
+
+    row                    published                                                      here
+    DLG                    23.4 dB: small ConvNet, CIFAR-10, batch 1                      the small net with DLG's own search of images and labels
+    R-GAP                  49.0 dB: cnn6, CIFAR-10, batch 1                               cnn6 in closed form
+    Inverting Gradients    20.8 dB: ResNet-18, FedAvg of 4 images                         ResNet-18 with GroupNorm, a delta of 4 steps of one image each
+    hundred images         11.2 dB: 100 CIFAR-100 images in one gradient                  100 CIFAR-10 images in one gradient of the small net
+    imprint                47.1 dB: Robbing the Fed, ImageNet                             64 CIFAR-10 images behind an imprint block of 512 bins
+
+Shows:  each case as near to the published one as these nets and images come; --small takes the small net for ResNet-18, and shorter searches.
+Expect: R-GAP and imprint far above the others, a hundred images in one gradient last, near what an average image has.
+Costs:  half a day of one CPU core, most of it ResNet-18; --small: a quarter of an hour. CIFAR-10 must be in GIDEF_DATA, or be downloaded.
+"""
+
+from dataclasses import replace
+
+from torch import nn
+
+from gidef.config import Analytic, Data, DeepLeakage, Evaluation, ImprintServer, InvertingGradients, LocalTraining, Model, Recipe, Rounds, Undefended
+from gidef.main import sweep
+
+
+def cnn6(*, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """The six convolutions of Zhu and Blaschko 2021, arXiv:2010.07733, without biases."""
+    layers: list[nn.Module] = []
+    before, side = image_shape[0], image_shape[1]
+    for width, kernel, stride, padding in ((12, 4, 2, 2), (36, 3, 2, 1), (36, 3, 1, 1), (36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)):
+        layers += [nn.Conv2d(before, width, kernel, stride, padding, bias=False), nn.LeakyReLU(0.2)]
+        before, side = width, (side + 2 * padding - kernel) // stride + 1
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * side**2, num_classes, bias=False))
+
+
+RECIPE = Recipe(
+    data=Data(name="cifar10", num_clients=10),
+    model=Model(name="small", cut="blocks.1"),
+    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
+    rounds=Rounds(count=1, cohort_size=1),
+    defences={"undefended": Undefended()},
+    attacks={},
+    evaluation=Evaluation(num_victims=8, num_tuning=0, checkpoints=("untrained",), judge_epochs=1),
+)
+FOUR = replace(RECIPE.evaluation, num_victims=8, batch_size=4, release="delta", local_steps=4, local_lr=1e-4)
+HUNDRED = replace(RECIPE.evaluation, num_victims=100, batch_size=100)
+SIXTY_FOUR = replace(RECIPE.evaluation, num_victims=64, batch_size=64)
+FEW = replace(RECIPE.evaluation, num_victims=2)
+ROWS = {
+    "DLG": replace(RECIPE, attacks={"DLG": DeepLeakage()}),
+    "R-GAP": replace(RECIPE, model=Model(name="published:cnn6", cut="1"), attacks={"R-GAP": Analytic()}),
+    "Inverting Gradients": replace(RECIPE, model=Model(name="resnet18", cut="layer1"), attacks={"Inverting Gradients": InvertingGradients()}, evaluation=FOUR),
+    "hundred images": replace(RECIPE, attacks={"Inverting Gradients": InvertingGradients()}, evaluation=HUNDRED),
+    "imprint": replace(RECIPE, attacks={"imprint": ImprintServer(bins=512)}, evaluation=SIXTY_FOUR),
+}
+SMALL = {
+    "DLG": replace(ROWS["DLG"], attacks={"DLG": DeepLeakage(iterations=60)}, evaluation=FEW),
+    "R-GAP": replace(ROWS["R-GAP"], evaluation=FEW),
+    "Inverting Gradients": replace(RECIPE, attacks={"Inverting Gradients": InvertingGradients(iterations=400)}, evaluation=replace(FOUR, num_victims=4)),
+    "hundred images": replace(ROWS["hundred images"], attacks={"Inverting Gradients": InvertingGradients(iterations=200)}),
+    "imprint": ROWS["imprint"],
+}
+
+sweep(ROWS, small=SMALL)
