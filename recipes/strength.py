@@ -4,7 +4,7 @@ Shows:  lambda, the weight of the game, over a grid of trainings, and kappa over
         after training, in what is released and in the accuracy beside it, as a level that is trained at another kappa learns it away. Batches of one
         image and of eight. kappa 0 is the net with the latent norm alone.
 Expect: accuracy falls before the joint attack does.
-Costs:  some hours on 2 CPU cores; --small: some minutes. Rows: one, eight. An array job gives each task --part I/N.
+Costs:  some five hours on 2 CPU cores, reckoned from shorter runs; --small: some minutes. Rows: one, eight. An array job gives each task --part I/N.
 """
 
 from dataclasses import replace
