@@ -90,7 +90,7 @@ ATTACKS = {"naive": NaiveMatching(iterations=3), "joint": JointMatching(iteratio
 
 
 def attacked_again(folder, out, *names, **more):
-    common = dict.fromkeys(("defence", "victims", "checkpoint", "batch_size", "strength", "release", "local_steps", "device", "at_once", "mode", "compile", "schedule", "threads", "restarts", "labels"))
+    common = dict.fromkeys(("defence", "victims", "checkpoint", "batch_size", "strength", "release", "local_steps", "device", "at_once", "mode", "compile", "schedule", "threads", "restarts", "labels", "control"))
     arguments = argparse.Namespace(**{**common, "folder": str(folder), "out": str(out), "attack": list(names), "allow_code": True, "iterations": 3, "steps": 3, **more})
     job.attack_again(arguments)
     return json.loads((out / "results.json").read_text())["rows"]
