@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef import config, fits, observe
+from gidef.attack import local_sgd
 from gidef.attack.analytic import analytic
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
 from gidef.attack.latent import Predictor
@@ -26,6 +27,8 @@ from gidef.rng import generator
 from gidef.training import Run
 from gidef.types import Observation, Reconstruction
 
+GAIN = 0.1
+"""Of the imprint block's pattern where clients take several steps, in which its weights are hardly to move."""
 Invert = Callable[[Run, Cell, Callable[[float], None]], list[Reconstruction]]
 """invert(run, cell, report): what an attack makes of all of a cell's observations; it reports often, so that it can be stopped."""
 
@@ -109,12 +112,15 @@ def _analytic(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Rec
 
 
 def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
-    """A11: the clients compute their gradient with the imprint block before their model."""
-    dataset, bins = run.setting.dataset, cell.attack.bins
-    block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
+    """A11: the clients compute their gradient with the imprint block before their model; or a delta, in whose steps block and model move, with the sparse
+    block, of which a row goes on seeing the images of its own bin alone."""
+    dataset, bins, evaluation = run.setting.dataset, cell.attack.bins, run.recipe.evaluation
+    delta = evaluation.release == "delta"
+    block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins, sparse=delta).requires_grad_(False).to(run.world.device)
     public = dataset.val.images.to(torch.float32) / 255
-    sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
-    simulate, defence = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")(), cell.trained.training.defence
+    sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed, gain=GAIN if delta else 1.0).items()}
+    defence = cell.trained.training.defence
+    simulate = defence.simulator(terms="utility", progress=cell.snapshot.progress)()
     victims, found = cell.victims, []
     for images, labels, owner, noise, private in zip(victims.images, victims.labels, victims.owners, victims.noise, victims.private, strict=True):
         report(100.0 / len(victims.updates))
@@ -124,16 +130,22 @@ def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Re
         params = {name: tensor for name, tensor in cell.snapshot.params.items() if not name.startswith(DECODER)}
         known = {**private, **cell.snapshot.params}
 
-        def loss(own: dict[str, Tensor], x: Tensor = images, y: Tensor = targets, e: Tensor | None = noise, params=params, known=known) -> Tensor:
-            return simulate.loss(params, known, functional_call(block, own, (x,)), y, e)
+        def loss(own: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None, params=params, known=known) -> Tensor:
+            inside = {name: own.get(name, tensor) for name, tensor in params.items()}
+            return simulate.loss(inside, known, functional_call(block, {name: own[name] for name in sent}, (x,)), y, e)
 
         def imprinted(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None, loss=loss) -> dict[str, Tensor]:
             return grad(loss)(own, x, y, e)
 
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
-        update = defence.stepped(lambda own=imprinted: own, generator=drawn)()(sent, {}, images, targets, noise)
+        step = defence.stepped(lambda own=imprinted: own, generator=drawn)()
+        if delta:
+            moved = local_sgd(step, steps=evaluation.local_steps, lr=evaluation.local_lr)({**sent, **params}, {}, images, targets, noise)
+            update = {name: moved[name] for name in sent}
+        else:
+            update = step(sent, {}, images, targets, noise)
         if defence.budget is not None:
             update = defence.share(update, generator=drawn)
-        observation = Observation(sent, update, len(labels), labels=labels.cpu())
-        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
+        observation = Observation(sent, update, len(labels), kind=evaluation.release, labels=labels.cpu())
+        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta))
     return found

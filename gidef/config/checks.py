@@ -17,7 +17,6 @@ from gidef.config import (
     DeepLeakage,
     GradDefense,
     GradInversion,
-    ImprintServer,
     InstaHide,
     Krum,
     LearnedPerturbation,
@@ -138,8 +137,6 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
-        if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":
-            found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
         found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
     if recipe.evaluation.num_victims % recipe.evaluation.batch_size:
