@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef import config, fits, observe
+from gidef.attack import local_sgd
 from gidef.attack.analytic import analytic, can_invert
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
 from gidef.attack.latent import Predictor
@@ -26,6 +27,8 @@ from gidef.rng import generator
 from gidef.training import Run
 from gidef.types import Observation, Reconstruction
 
+GAIN = 0.1
+"""Of the imprint block's pattern where clients take several steps, in which its weights are hardly to move."""
 Invert = Callable[[Run, Cell, Callable[[float], None]], list[Reconstruction]]
 """invert(run, cell, report): what an attack makes of all of a cell's observations; it reports often, so that it can be stopped."""
 
@@ -138,11 +141,14 @@ class _Behind(nn.Module):
 
 
 def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
-    """A11: the clients compute their gradient with the imprint block before their model; all of it goes through the defence, and no label is granted."""
-    dataset, bins, defence = run.setting.dataset, cell.attack.bins, cell.trained.training.defence
-    block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins).requires_grad_(False).to(run.world.device)
+    """A11: the clients compute their gradient with the imprint block before their model; all of it goes through the defence, and no label is granted. Or a
+    delta, in whose steps block and model move, with the sparse block, of which a row goes on seeing the images of its own bin alone."""
+    dataset, bins, defence, evaluation = run.setting.dataset, cell.attack.bins, cell.trained.training.defence, run.recipe.evaluation
+    delta = evaluation.release == "delta"
+    block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins, sparse=delta).requires_grad_(False).to(run.world.device)
     public = dataset.val.images.to(torch.float32) / 255
-    sent = {name: tensor.to(run.world.device) for name, tensor in craft(dict(block.named_parameters()), public=public, seed=cell.seed).items()}
+    crafted = craft(dict(block.named_parameters()), public=public, seed=cell.seed, gain=GAIN if delta else 1.0)
+    sent = {name: tensor.to(run.world.device) for name, tensor in crafted.items()}
     of_model = [name for name in observe.ordered(cell.trained, cell.snapshot) if not name.startswith(DECODER)]  # the classifier's last, for the labels
     weights = {**sent, **{name: cell.snapshot.params[name] for name in of_model}}
     simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")()
@@ -159,9 +165,11 @@ def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Re
         )  # fmt: skip
         known = {**private, **cell.snapshot.params}
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
-        update = defence.stepped(lambda: grad(loss), generator=drawn)()(weights, known, images, targets, noise)
+        step = defence.stepped(lambda: grad(loss), generator=drawn)()
+        step = local_sgd(step, steps=evaluation.local_steps, lr=evaluation.local_lr) if delta else step
+        update = step(weights, known, images, targets, noise)
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)
-        observation = Observation(weights, update, len(labels))
-        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
+        observation = Observation(weights, update, len(labels), kind=evaluation.release)
+        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta))
     return found

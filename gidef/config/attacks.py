@@ -238,7 +238,8 @@ class PostHocDecoder:
 
 @_config
 class ImprintServer:
-    """A11: a malicious server puts a linear layer that bins images by their brightness before the model (Robbing the Fed, Fowl et al. 2022).
+    """A11: a malicious server puts a linear layer that bins images by their brightness before the model (Robbing the Fed, Fowl et al. 2022). Of a
+    delta, the sparse block of its variant for FedAvg, trained by plain SGD with the model.
 
     The whole client's update goes through the defence, which the attack overlooks. Labels are recovered.
     """

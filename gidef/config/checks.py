@@ -17,7 +17,6 @@ from gidef.config import (
     DeepLeakage,
     GradDefense,
     GradInversion,
-    ImprintServer,
     InstaHide,
     IsotropicNoise,
     Krum,
@@ -148,8 +147,6 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
-        if isinstance(attack, ImprintServer) and recipe.evaluation.release != "gradient":
-            found.append(f"attacks.{name} ({type(attack).__name__}) reads single gradients: set evaluation.release=gradient, or leave it out.")
     if recipe.evaluation.control and controlled(recipe.attacks) is None and not any(isinstance(attack, Standard) for attack in recipe.attacks.values()):
         found.append("evaluation.control shuffles the gradient of an attack that matches it, and there is none in attacks: add a naive one, or set it to false.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:

@@ -645,3 +645,17 @@ def test_blocks_are_computed_again_only_where_the_latent_is_not_inside_of_one(tr
     run, _ = trained
     for chosen, expected in ((LearnedPerturbation(cut=cut), safe), (Undefended(), True)):
         assert inversions.recomputable(build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0).model) is expected
+
+
+@pytest.mark.parametrize(("steps", "least_db"), [(1, 40), (2, 30)])
+def test_an_imprint_block_gives_images_away_by_gradients_and_by_deltas_of_several_steps(trained, tmp_path, steps, least_db):
+    run, found = trained
+    evaluation = dataclasses.replace(run.recipe.evaluation, batch_size=4, **({"release": "delta", "local_steps": steps, "local_lr": 0.01} if steps > 1 else {}))
+    recipe = dataclasses.replace(run.recipe, evaluation=evaluation, attacks={"imprint": config.ImprintServer(bins=64)})
+    assert config.problems(recipe) == []
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    [cell] = cells_of(run, found, tmp_path)
+    [one] = applications._imprinted(run, cell, lambda units: None)
+    truth = cell.victims.images[0]
+    apart = (one.images[:, None].clamp(0, 1) - truth[None].to(one.images)).square().mean((2, 3, 4)).amin(0)
+    assert one.status == "ok" and int((-10 * apart.clamp(min=1e-12).log10() > least_db).sum()) >= 3
