@@ -151,7 +151,7 @@ def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Re
     sent = {name: tensor.to(run.world.device) for name, tensor in crafted.items()}
     of_model = [name for name in observe.ordered(cell.trained, cell.snapshot) if not name.startswith(DECODER)]  # the classifier's last, for the labels
     weights = {**sent, **{name: cell.snapshot.params[name] for name in of_model}}
-    simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms="utility")()
+    simulate = defence.simulator(terms="utility", progress=cell.snapshot.progress)()
     behind = _Behind(block, copy.deepcopy(defence.model))
 
     def loss(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None) -> Tensor:
