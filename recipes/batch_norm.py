@@ -4,7 +4,8 @@ Shows:  batches of four cells under one small net with BatchNorm that trains by 
         the running statistics, which clients send, tells the batch's own; a server that does not look at it has the running ones, an outsider public images.
 Expect: released above proxy and running, these above none, as far as the iterations suffice. Of a net whose statistics stand still, --model.norm frozen: nothing
         is released, the running ones of random weights tell nothing (they are left out), and public images still do.
-Costs:  two hours of one CPU core; --small: eight minutes.
+Costs:  hours of one CPU core (not run); --small: about three minutes, on one batch and with far too few iterations for a verdict (released 10.9 dB, running 10.3,
+        proxy 10.7, none 7.5).
 """
 
 from dataclasses import replace
