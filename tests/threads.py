@@ -30,7 +30,7 @@ class Counted:
         self._post.barrier.wait()
         return list(self._post.said)
 
-    def all_reduce_sum_(self, tensor):
+    def all_reduce_sum_(self, tensor, *, met=False):
         self.sent += 2 * (self.size - 1) / self.size * tensor.nbytes
         return tensor.copy_(sum(self._tell(tensor.clone())))
 
