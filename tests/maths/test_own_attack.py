@@ -14,7 +14,7 @@ from tests.small_run import RECIPE
 HERE = __file__
 FIELDS = (
     "defence", "victims", "checkpoint", "batch_size", "release", "local_steps", "device", "at_once", "mode", "compile", "schedule", "threads", "iterations",
-    "restarts", "labels", "steps",
+    "restarts", "labels", "steps", "control", "strength",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def split():
 
 def test_a_resumed_run_goes_on_with_what_decides_the_last_bits(tmp_path, capsys):
     began = Recipe(speed=Speed(threads=1, fused_optimisers=True, channels_last=True, reduction="float32", deterministic=True, timeout_s=60.0))
-    job._write_recipe(began, "page", tmp_path)
+    job.write_recipe(began, "page", tmp_path)
     mine = Recipe(speed=Speed(threads=1, compile_training=True, workers=3), resume=True)
     resumed = job._continued(mine, tmp_path, World())
     assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, False, "float32", True]

@@ -84,7 +84,7 @@ def test_runs_are_reported_again_each_and_side_by_side(tiny, tmp_path, capsys):
         assert told | {"pictures": sorted(told["pictures"])} == before | {"pictures": sorted(before["pictures"])}, "from the rows and the record"
         assert (copy / "table.csv").read_text() == (folder / "table.csv").read_text()
     joined = [line.split(",")[0] for line in (copies[0] / "joined-table.csv").read_text().splitlines()]
-    lines = len(before["rows"]) + len(before["bounds"])
+    lines = len(before["rows"]) + len(before.get("not_applicable", ())) + len(before["bounds"])
     assert joined == ["run", *["tiny a"] * lines, *["tiny b"] * lines] and "joined-table.tex, tradeoff.png, tradeoff.csv beside it" in " ".join(capsys.readouterr().out.split())
 
 
