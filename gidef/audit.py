@@ -40,9 +40,9 @@ def audit(run: Run, trained: dict[tuple[str, int], Trained], *, folder: Path, pi
     tuned = tuned_attacks.choose(run, trained, folder=folder / "tuning", attack=_attack)
     cells, releases, idle = make_cells(run, trained, folder, tuned=tuned), Releases(run), not_applicable(run, trained)
     reasons = applications.without_closed_form(run, cells)
-    left_out = [cell for cell in cells if isinstance(cell.attack, config.Analytic) and cell.defence in reasons]
-    idle += {(cell.defence, cell.name): {"defence": cell.defence, "attack": cell.name, "attack_id": cell.attack_id, "reason": reasons[cell.defence]} for cell in left_out}.values()
-    cells = [cell for cell in cells if cell not in left_out]
+    closed = [cell for cell in cells if isinstance(cell.attack, config.Analytic) and cell.defence in reasons]
+    idle += {(one.defence, one.name): {"defence": one.defence, "attack": one.name, "attack_id": one.attack_id, "reason": reasons[one.defence]} for one in closed}.values()
+    cells = [cell for cell in cells if not any(cell is one for one in closed)]
     for cell in cells:  # all attacks of a defence, seed and checkpoint see the same updates
         cell.releases = releases.of(cell)
     judges = [(fits.judge_path(run, folder, one), one) for one in (None, *run.recipe.evaluation.judges)]

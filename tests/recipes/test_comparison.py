@@ -91,16 +91,20 @@ def test_the_search_of_bido_keeps_the_ratio_of_its_weights(monkeypatch):
     assert [matched.at(value).label_weight for value in (0.005, 0.1, 5.0)] == pytest.approx([0.05, 1.0, 50.0])
 
 
+def _images_for(name):
+    """(arguments, environment): real images where they are at hand, synthetic ones otherwise."""
+    data = os.environ.get("GIDEF_DATA")
+    if name == "modalities" and not data:
+        pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
+    return [] if data or name == "architectures" else ["--data.name", "synthetic"], {"GIDEF_DATA": data} if data else {}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MAIN + SWEEPS)
 def test_the_small_form_can_be_rehearsed(name, tmp_path):
     """`--small --dry-run 2`: it loads, builds and takes a step of everything."""
-    data = os.environ.get("GIDEF_DATA")
-    if name == "modalities" and not data:
-        pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
-    more = {"GIDEF_DATA": data} if data else {}
-    arguments = [] if data or name == "architectures" else ["--data.name", "synthetic"]
+    arguments, more = _images_for(name)
     done = run(1, f"{name}.py", "--small", "--dry-run", "2", "--out", str(tmp_path / "out"), *arguments, timeout=900, **more)
     assert "useful ranks" in done.stdout and not (tmp_path / "out").exists()
 
@@ -113,11 +117,7 @@ CPU_S = 2 * 600
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", MAIN + SWEEPS)
 def test_the_small_form_runs_to_its_end(name, tmp_path):
-    data = os.environ.get("GIDEF_DATA")
-    if name == "modalities" and not data:
-        pytest.skip("modalities runs on MedMNIST's files: set GIDEF_DATA to their folder.")
-    more = {"GIDEF_DATA": data} if data else {}
-    arguments = [] if data or name == "architectures" else ["--data.name", "synthetic"]
+    arguments, more = _images_for(name)
     before = _children_s()
     run(1, f"{name}.py", "--small", "--out", str(tmp_path / "out"), *arguments, timeout=7200, **more)
     assert _children_s() - before < CPU_S
