@@ -10,8 +10,11 @@ functions are closed under any number of derivatives:
 Where the weight is shared, attacks become images of one batch. Where each has its own (a weight's gradient, and its derivative):
 
     on a CPU    large ones are convolved one by one, in channels-last, in which convolutions on a CPU are faster, strided ones' gradients
-                nearly twice; small ones are left to `vmap`
+                nearly twice; small ones are groups of one convolution, as `vmap` makes them
     on a GPU    all are products of matrices, in one batched call: the windows of the images, copied side by side, and the weights
+
+The gradient of a strided convolution to images of few channels, which a CPU's library computes for more of them, is there a convolution of
+stride 1 that gives the s² positions of a stride as channels (Shi et al. 2016, arXiv 1609.07009).
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from torch.overrides import TorchFunctionMode
 LARGE = 10_000_000
 """Operations of one attack's convolution from which on it fills a core by itself, so that a call for each costs nothing."""
 
+FEW_CHANNELS = 4
+"""Of images, up to which a strided convolution is ours on a CPU, be it small."""
+
 _backward = torch.ops.aten.convolution_backward.default
 
 
@@ -35,10 +41,13 @@ class Geometry(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    groups: int = 1
+    small: bool = False
+    """Of an attack's convolution on a CPU."""
 
 
-class LargeConvolutions(TorchFunctionMode):
-    """Within this context, ungrouped 2-D convolutions, on a CPU large ones, run as said above, with the same numbers to rounding.
+class FastConvolutions(TorchFunctionMode):
+    """Within this context, ungrouped 2-D convolutions, on a CPU large ones and the strided ones of few channels, run as said above, with the same numbers to rounding.
 
     For reverse-mode derivatives only: forward-mode raises.
     """
@@ -59,15 +68,22 @@ def _call(
         return None
     geometry = Geometry(*((value, value) if isinstance(value, int) else tuple(value) * (2 // len(value)) for value in (stride, padding, dilation)))
     outputs = math.prod(
-        (length + 2 * p - (k - 1) * d - 1) // s + 1 for length, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry, strict=True)
+        (length + 2 * p - (k - 1) * d - 1) // s + 1 for length, k, s, p, d in zip(input.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
     )
     if input.device.type == "cpu" and 2 * input.shape[0] * outputs * weight.numel() < LARGE:
-        return None
+        if not _few_channels(weight, geometry):
+            return None
+        geometry = geometry._replace(small=True)
     return input, weight, bias, geometry
 
 
-def _last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.device.type == "cpu" else tensor.contiguous()
+def _few_channels(weight: Tensor, geometry: Geometry) -> bool:
+    return weight.shape[1] <= FEW_CHANNELS and max(geometry.stride) > 1 and geometry.dilation == (1, 1)
+
+
+def _laid_out(tensor: Tensor, geometry: Geometry) -> Tensor:
+    last = tensor.device.type == "cpu" and not geometry.small
+    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
 
 
 def _in_products(tensor: Tensor) -> bool:
@@ -106,6 +122,30 @@ def _to_weight_by_products(slope: Tensor, images: Tensor, geometry: Geometry, ke
     count, parts = seen.shape[0], seen.shape[1:4]
     found = slope.transpose(1, 2).reshape(count, slope.shape[2], -1) @ seen.reshape(count, math.prod(parts), -1).mT
     return found.unflatten(2, parts)
+
+
+def _to_input_by_positions(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
+    """(N, G O, P, Q), (G O, C, R, S) → (N, G C, *size).
+
+    In a dimension, an image's position i = s j + a is reached from outputs q through the weight's r = i + p - s q. With the weight led by
+    f = -p mod s zeros, r + f = s t + a and t = j - q + m, where m = (p + f) / s: a convolution over q, whose kernel has every s-th entry from a.
+    """
+    groups, (down, right) = geometry.groups, geometry.stride
+    before = [-p % s for p, s in zip(geometry.padding, geometry.stride, strict=True)]
+    taps = [-(-(k + f) // s) for k, f, s in zip(weight.shape[2:], before, geometry.stride, strict=True)]
+    after = [s * t - k - f for s, t, k, f in zip(geometry.stride, taps, weight.shape[2:], before, strict=True)]
+    padded = F.pad(weight, (before[1], after[1], before[0], after[0]))
+    parts = padded.view(groups, -1, weight.shape[1], taps[0], down, taps[1], right).flip(3, 5)  # (G, O, C, T, s, U, s)
+    kernel = parts.permute(0, 2, 4, 6, 1, 3, 5).reshape(-1, parts.shape[1], *taps)  # (G C s s, O, T, U)
+    places = [-(-length // s) for length, s in zip(size, geometry.stride, strict=True)]
+    moved = [(p + f) // s for p, f, s in zip(geometry.padding, before, geometry.stride, strict=True)]
+    sides = [(t - 1 - m, count + m - seen) for t, m, count, seen in zip(taps, moved, places, slope.shape[2:], strict=True)]
+    if all(a == b >= 0 for a, b in sides):
+        found = F.conv2d(slope, kernel, padding=(sides[0][0], sides[1][0]), groups=groups)
+    else:
+        found = F.conv2d(F.pad(slope, (*sides[1], *sides[0])), kernel, groups=groups)
+    found = found.unflatten(1, (-1, down, right)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    return found[..., : size[0], : size[1]].contiguous()
 
 
 class _ByProducts(torch.autograd.Function):
@@ -151,7 +191,7 @@ class _ByProducts(torch.autograd.Function):
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        return F.conv2d(_last(x), weight, None, *geometry)
+        return F.conv2d(_laid_out(x, geometry), weight, None, *geometry[:4])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -170,14 +210,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
-        return _over_attacks("forward", info.batch_size, in_dims, x, weight, geometry, None, lambda x, weight: _Forward.apply(x, weight, geometry))
+        return _over_attacks("forward", info.batch_size, in_dims, x, weight, geometry, None, _Forward.apply)
 
 
 class _ToInput(torch.autograd.Function):
     @staticmethod
     def forward(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
-        like = slope.new_empty((slope.shape[0], *size, weight.shape[1])).movedim(3, 1)
-        return _backward(_last(slope), like, weight, None, *geometry, False, [0, 0], 1, [True, False, False])[0]
+        stride, padding, dilation, groups, _ = geometry
+        if slope.device.type == "cpu" and _few_channels(weight, geometry):
+            return _to_input_by_positions(slope, weight, geometry, size)
+        like = slope.new_empty((slope.shape[0], *size, groups * weight.shape[1])).movedim(3, 1)
+        return _backward(_laid_out(slope, geometry), like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -197,15 +240,17 @@ class _ToInput(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> tuple[Tensor, int]:
-        apply = lambda slope, weight: _ToInput.apply(slope, weight, geometry, size)  # noqa: E731
+        apply = lambda slope, weight, geometry: _ToInput.apply(slope, weight, geometry, size)  # noqa: E731
         return _over_attacks("to_input", info.batch_size, in_dims, slope, weight, geometry, size, apply)
 
 
 class _ToWeight(torch.autograd.Function):
     @staticmethod
     def forward(slope: Tensor, x: Tensor, geometry: Geometry, kernel: torch.Size) -> Tensor:
-        like = slope.new_empty((slope.shape[1], x.shape[1], *kernel))
-        return _backward(_last(slope), _last(x), like, None, *geometry, False, [0, 0], 1, [False, True, False])[1].contiguous()
+        stride, padding, dilation, groups, _ = geometry
+        slope, x = _laid_out(slope, geometry), _laid_out(x, geometry)
+        like = slope.new_empty((slope.shape[1], x.shape[1] // groups, *kernel))
+        return _backward(slope, x, like, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False])[1].contiguous()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -228,21 +273,35 @@ class _ToWeight(torch.autograd.Function):
         slope, x = (_leading(tensor, dim, info.batch_size) for tensor, dim in zip((slope, x), in_dims, strict=False))
         if _in_products(x):
             return _ByProducts.apply("to_weight", slope, x, geometry, kernel), 0
+        if geometry.small:
+            return _ToWeight.apply(_beside(slope), _beside(x), _grouped(geometry, len(x)), kernel).unflatten(0, (len(x), -1)), 0
         return torch.stack([_ToWeight.apply(a, b, geometry, kernel) for a, b in zip(slope.unbind(), x.unbind(), strict=True)]), 0
 
 
 def _over_attacks(
-    name: str, attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, geometry: Geometry, more: Any, apply: Callable[[Tensor, Tensor], Tensor]
+    name: str, attacks: int, in_dims: tuple, images: Tensor, weight: Tensor, geometry: Geometry, more: Any, apply: Callable[[Tensor, Tensor, Geometry], Tensor]
 ) -> tuple[Tensor, int]:
     """vmap's rule of the two functions of images and a weight."""
     if in_dims[1] is None:  # one weight for all: attacks are images of one batch
         images = images.movedim(in_dims[0], 0)
-        return apply(images.flatten(0, 1), weight).unflatten(0, images.shape[:2]), 0
+        return apply(images.flatten(0, 1), weight, geometry).unflatten(0, images.shape[:2]), 0
     images, weight = (_leading(tensor, dim, attacks) for tensor, dim in zip((images, weight), in_dims, strict=False))
     if _in_products(images):
         return _ByProducts.apply(name, images, weight, geometry, more), 0
-    found = torch.cat([apply(a, b) for a, b in zip(images.unbind(), weight.unbind(), strict=True)])
+    if geometry.small:
+        return apply(_beside(images), weight.flatten(0, 1), _grouped(geometry, attacks)).unflatten(1, (attacks, -1)).movedim(1, 0), 0
+    found = torch.cat([apply(a, b, geometry) for a, b in zip(images.unbind(), weight.unbind(), strict=True)])
     return found.unflatten(0, images.shape[:2]), 0
+
+
+def _beside(images: Tensor) -> Tensor:
+    """(K, N, C, H, W) → (N, K C, H, W)."""
+    return images.transpose(0, 1).flatten(1, 2)
+
+
+def _grouped(geometry: Geometry, attacks: int) -> Geometry:
+    """That of all attacks, each of them a group of channels (or, within a map within attacks, several)."""
+    return geometry._replace(groups=attacks * geometry.groups)
 
 
 def _leading(tensor: Tensor, dim: int | None, attacks: int) -> Tensor:

@@ -26,7 +26,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from gidef.attack.convolutions import LargeConvolutions
+from gidef.attack.convolutions import FastConvolutions
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.matching import RESERVED, Matching, Point, Simulate, distance_and_slope
 from gidef.attack.pools import GatheredPools, pools_need_help
@@ -106,7 +106,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         return now + more, last + more
 
     def by_double_backward(searched: Tensors, given: tuple, target: Tensors, scale: Tensor, knobs: Tensors) -> tuple[Tensor, ...]:
-        with in_context(knobs), LargeConvolutions() if many and precision in ("float32", "tf32") else contextlib.nullcontext():
+        with in_context(knobs), FastConvolutions() if many and precision in ("float32", "tf32") else contextlib.nullcontext():
             update, pull = vjp(lambda searched: simulate(*unpacked(searched, given)), searched)
         fit, slope = distance_and_slope(matching.distance, update, target, scale)
         (through,) = pull(slope)
