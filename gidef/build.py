@@ -55,6 +55,7 @@ from gidef.models import (
     make_backbone,
     move_batch_norm,
     moving_statistics,
+    multiply_over_small_maps,
     running_statistics,
 )
 from gidef.parallel import Costs, Layout, World, mean_over_mesh, mean_over_world, robust_over_world
@@ -557,6 +558,8 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
     for player in players:
         if recipe.speed.channels_last:
             player.model.to(memory_format=torch.channels_last)
+        if recipe.speed.small_maps and not recipe.speed.compile_training and world.device.type == "cpu" and not hasattr(player, "fill_gradients"):
+            multiply_over_small_maps(player.model)
         if recipe.speed.fused_optimisers:
             getattr(player, "fuse", lambda: None)()  # what it optimises by itself
     participation = Participation(

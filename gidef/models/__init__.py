@@ -17,6 +17,7 @@ from gidef.models.norms import (
 )
 from gidef.models.perturbation import Perturbation, latent_norm
 from gidef.models.small import SmallNet
+from gidef.models.small_maps import multiply_over_small_maps
 from gidef.models.split import Outputs, SplitModel
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "move_batch_norm",
     "moving",
     "moving_statistics",
+    "multiply_over_small_maps",
     "running_statistics",
     "stages",
 ]

@@ -14,6 +14,7 @@ decoder; f, b: forward, backward (w: to the weights alone, in: to the inputs alo
     alternating     Ef Hf Df, Db(w), Df, Db(in) Hb Eb           schedule="alternating": one pass of the encoder serves both steps
     simultaneous    Ef Hf Df, Db(w), Db(in) Hb Eb               schedule="simultaneous": both steps at the same weights; another algorithm
       , reversed    Ef Hf Df, Db Hb Eb                          of the MSE and -lambda MSE: one backward pass, reversed on its way out of D
+      , nn.Conv2d   the same without speed.small_maps, which takes the weights' gradients over maps of at most 2×2 as products, and the others do not
 
 The steps written by hand have PyTorch's default optimisers, the plain one and the library's fused ones (speed.fused_optimisers).
 DP-SGD beside bare Opacus (per-sample gradients by hooks, and ghost clipping), BiDO beside its authors' formulas, CVB beside a plain module.
@@ -58,7 +59,7 @@ from gidef.defence.bido import BiDODefence, BiDOSettings
 from gidef.defence.bottleneck import variational_bottleneck
 from gidef.defence.perturbation import MinimaxSettings, decoder_loss
 from gidef.errors import InputError
-from gidef.models import ConvBottleneck, SplitModel, decoder_for, make_backbone
+from gidef.models import ConvBottleneck, SplitModel, decoder_for, make_backbone, multiply_over_small_maps
 from gidef.models.perturbation import Perturbation
 from gidef.precision import full_float32
 from gidef.report import Console
@@ -272,9 +273,13 @@ def played(player: Any, client: Client) -> Step:
     return step
 
 
-def game_player(case: Case, game: str, schedule: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+def game_player(case: Case, game: str, schedule: str, device: torch.device, dtype: torch.dtype = torch.float32, products: bool = True) -> Any:
+    """products: as `speed.small_maps`, which acts on a CPU alone."""
     settings = MinimaxSettings(dependence_weight=WEIGHT, decoder_lr=DECODER_LR, schedule=schedule, **GAMES[game])
-    return LearnedDefence(case.model({}).to(device, dtype), case.decoder().to(device, dtype), settings).player()
+    player = LearnedDefence(case.model({}).to(device, dtype), case.decoder().to(device, dtype), settings).player()
+    if products:
+        multiply_over_small_maps(player.model)
+    return player
 
 
 def minimax(case: Case, options: Options, device: torch.device, console: Console) -> dict[str, Step]:
@@ -289,6 +294,8 @@ def minimax(case: Case, options: Options, device: torch.device, console: Console
             contenders[f"{name} {game}"] = getattr(ByHand(case, game, options.batch, device), name)
         for schedule in ("alternating", "simultaneous"):
             contenders[f"{schedule} {game}"] = played(game_player(case, game, schedule, device), a_client(case, options.batch, device))
+        if device.type == "cpu" and multiply_over_small_maps(case.model({})):
+            contenders[f"simultaneous {game}{PLAIN}"] = played(game_player(case, game, "simultaneous", device, products=False), a_client(case, options.batch, device))
     return contenders
 
 
@@ -451,7 +458,7 @@ def defences(case: Case, options: Options, device: torch.device, console: Consol
 
 PAIRS = {"BiDO": ("BiDO: as its authors",), "CVB": ("CVB: a plain module",), "DP-SGD": ("DP-SGD: Opacus, hooks", "DP-SGD: Opacus, ghost clipping")}
 PAIR_BAR = 1.3
-COMPILED = ", compiled"  # after the name of the step that it is
+COMPILED, PLAIN = ", compiled", ", nn.Conv2d"  # after the name of the step that it is
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def test_a_resumed_run_goes_on_with_what_decides_the_last_bits(tmp_path, capsys)
     job.write_recipe(began, "page", tmp_path)
     mine = Recipe(speed=Speed(threads=1, compile_training=True, workers=3), resume=True)
     resumed = job._continued(mine, tmp_path, World())
-    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, False, "float32", True]
+    assert [getattr(resumed.speed, name) for name in LAST_BITS] == [1, 1, True, True, True, False, "float32", True]
     assert (resumed.speed.workers, resumed.speed.timeout_s) == (3, mine.speed.timeout_s)  # only the seconds depend on these
     said = capsys.readouterr().err
     assert "speed.fused_optimisers=True" in said and "speed.compile_training=False" in said and "threads" not in said
