@@ -363,6 +363,8 @@ def test_the_strongest_attack_is_the_one_whose_interval_ends_highest(make_row):
     assert strongest(rows)["attack"] == "a"
     rows[0]["attacker_accuracy"] = None
     assert strongest(rows[:1], "attacker_accuracy") is None
+    tied = [make_row("x", "a", "A0", 20.0, 2.0), make_row("x", "b", "A3", 21.0, 1.0)]
+    assert strongest(tied)["attack"] == strongest(tied[::-1])["attack"] == "b"
 
 
 def private(results, make_row):
