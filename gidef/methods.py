@@ -21,18 +21,23 @@ from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.labels import LocalSteps
+from gidef.attack.latent import Predictor, read_latent
 from gidef.attack.optimisers import Adam
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
 from gidef.attack.simulate import DRAWS
+from gidef.attack.starts import from_images
 from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import searched_of
-from gidef.rng import generator
+from gidef.errors import InputError
+from gidef.rng import generator, stream_seed
 from gidef.training import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
 
 PUBLIC = 512
 """Public images, at most, of which statistics are estimated."""
+READING = 400
+"""Iterations of the search for a latent where none can be written down."""
 SNAPSHOTS = 8
 """Candidates on the way that are kept of every attack, for the evaluator's curves."""
 
@@ -285,7 +290,7 @@ def _per_thread(make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
-    """A6: A3 with a prior towards D(z̃(x))."""
+    """A6: A3 with a prior towards D(z̃(x)), if asked from D's output of the latent that A5 reads."""
     frozen = [copy.deepcopy(module).requires_grad_(False).eval() for module in (case.model, case.decoder)]
     frozen[0].train(case.moves_statistics)
     mine = _per_thread(lambda: copy.deepcopy(frozen))
@@ -301,7 +306,28 @@ def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simul
         return functional_call(decoder, own, (perturbed,)).clamp(0, 1)
 
     matching = case.matching(noise_shape=case.noise_shape, priors=((case.attack.closeness, decoder_aware(decode)),))
-    return Plan(seen, make, matching)
+    return Plan(seen, make, matching if case.attack.begin == "drawn" else dataclasses.replace(matching, start=_decoded(case, seen, lambda: mine()[1])))
+
+
+def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Module]) -> Callable[[int, int], tuple[Tensor, None]]:
+    """A start at D's output of each observation's latent, read by whoever attacks it first; the restarts beside it are `from_images`'."""
+    if case.steps > 1 or case.attack.labels not in ("known", "recovered"):
+        raise InputError('begin="decoded" reads a latent from one gradient whose labels are known or recovered: set begin="drawn", or evaluation.local_steps=1.')
+    lock, starts = threading.Lock(), {}
+
+    def start(observation: int, restart: int) -> tuple[Tensor, None]:
+        with lock:
+            if observation not in starts:
+                one = seen[observation]
+                own = {n.removeprefix(DECODER): t.float() for n, t in {**one.known, **one.params}.items() if n.startswith(DECODER)}
+                device = next(iter(one.params.values())).device
+                matched = attacks.drain(read_latent([one], Predictor(case.model), seed=case.seed, iterations=READING, device=device))
+                with torch.no_grad():
+                    images = functional_call(decoder(), own, (matched.latents[0].to(device, torch.float32),)).clamp(0, 1)
+                starts[observation] = from_images([images], seed=stream_seed(case.seed, "decoded", observation))
+            return starts[observation](0, restart)
+
+    return start
 
 
 def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:

@@ -152,10 +152,14 @@ class JointMatching(NaiveMatching):
 
 @_config
 class DecoderAware(JointMatching):
-    """A6: A3 that also stays close to what the decoder makes of the candidate, D(z̃(x)). Under share policy `all` the decoder is the server's."""
+    """A6: A3 that also stays close to what the decoder makes of the candidate, D(z̃(x)), or starts from its output. Under share policy `all` the decoder
+    is the server's."""
 
     closeness: float = 1e-2
     """Weight of the mean square distance to D(z̃(x))."""
+    begin: Literal["drawn", "decoded"] = "drawn"
+    """First candidates: as `start` says, or what the decoder makes of the latent that the predictor's gradients tell (A5); of one gradient, not of a
+    delta of several steps, and with labels known or recovered."""
 
 
 @_config

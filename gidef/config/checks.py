@@ -14,6 +14,7 @@ from gidef.config import (
     DPSGD,
     CapacityNoise,
     Censor,
+    DecoderAware,
     DeepLeakage,
     GradDefense,
     GradInversion,
@@ -147,6 +148,11 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
+        if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or recipe.evaluation.local_steps > 1):
+            found.append(
+                f"attacks.{name}.begin=decoded reads a latent from one gradient whose labels are known or recovered, not labels={attack.labels} and "
+                f"evaluation.local_steps={recipe.evaluation.local_steps}: set begin=drawn, or change these."
+            )
     if recipe.evaluation.control and controlled(recipe.attacks) is None and not any(isinstance(attack, Standard) for attack in recipe.attacks.values()):
         found.append("evaluation.control shuffles the gradient of an attack that matches it, and there is none in attacks: add a naive one, or set it to false.")
     if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:

@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from gidef import attack as attacks
 from gidef import build, config, methods, observe
@@ -15,6 +16,7 @@ from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
+from gidef.errors import InputError
 from gidef.models import decoder_for
 from gidef.parallel import World
 from gidef.report import Console
@@ -27,6 +29,7 @@ MATCHING = {
 MATCHING |= {
     "soft": config.NaiveMatching(labels="soft", **SHORT), "searched": config.JointMatching(labels="searched", **SHORT), "langevin": config.NaiveMatching(langevin=0.2, **SHORT),
 }  # fmt: skip
+MATCHING |= {"decoded": config.DecoderAware(begin="decoded", **SHORT)}
 MATCHING |= {"guessed": config.JointMatching(decoder="surrogate", **SHORT), "unused": config.JointMatching(decoder="unused", **SHORT)}
 DELTA_ONLY = ("surrogate-model",)
 
@@ -154,6 +157,28 @@ def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, 
 def test_skipped_layers_are_the_predictor_s_and_the_perturbation_s(trained):
     case, _, _ = case_of(trained, "learned", config.SkipLayers(**SHORT))
     assert set(case.observations[0].update) == set(case.model.parts["encoder"])
+
+
+def test_a_decoded_start_is_what_the_decoder_makes_of_the_true_latent(trained):
+    case, _, (release,) = case_of(trained, "learned", config.DecoderAware(begin="decoded", **SHORT))
+    start, one = methods.plan(case).matching.start, case.observations[1]
+    every = {**one.known, **one.params}
+    weights = {name: tensor for name, tensor in every.items() if not name.startswith("decoder.")}
+    perturbed = functional_call(case.model, weights, (release.images[1], release.noise[1]), {"full": True}).perturbed
+    expected = functional_call(case.decoder, {name.removeprefix("decoder."): t for name, t in every.items() if name.startswith("decoder.")}, (perturbed,))
+    (first, noise), (second, _) = start(1, 0), start(1, 1)
+    assert noise is None and (first - expected.clamp(0, 1)).abs().max() < 1e-3 and (first - start(0, 0)[0]).abs().max() > 0.01
+    assert 0.01 < (first - second).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("wrong", [{"labels": "searched"}, {"labels": "soft"}, {}])
+def test_a_decoded_start_wants_one_gradient_and_its_classes(trained, wrong):
+    evaluation = {} if wrong else {"release": "delta", "local_steps": 2, "batch_size": 2}
+    attack = config.DecoderAware(begin="decoded", **wrong, **SHORT)
+    case, run, _ = case_of(trained, "learned", attack, **evaluation)
+    assert any("attacks.aware.begin=decoded" in text for text in config.problems(dataclasses.replace(run.recipe, attacks={"aware": attack})))
+    with pytest.raises(InputError, match='set begin="drawn"'):
+        methods.plan(case)
 
 
 def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_matching_attack(trained):
