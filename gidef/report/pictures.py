@@ -255,12 +255,13 @@ def _name_points(axes: Axes, points: Sequence[svg.Point], levels: Sequence[tuple
             ends = at(line.get_xydata())
             taken += [(x - 2, y - 2, x + 2, y + 2) for a, b in itertools.pairwise(ends) for x, y in np.linspace(a, b, 1 + int(np.abs(b - a).max() / 8))]
 
-    def write(text: str, spots: Sequence[tuple[float, float]], **style: Any) -> None:
+    def write(text: str, spots: Sequence[tuple[float, float]], **style: Any) -> svg.Box:
         width = letter * len(text)
         inside = [(x, y) for x, y in spots if box.x0 <= x <= box.x1 - width and box.y0 <= y <= box.y1 - high]
         place = svg.free(taken, inside or [(max(box.x0, min(spots[0][0], box.x1 - width)), spots[0][1])], width, high)
         taken.append(place)
         axes.text(*axes.transData.inverted().transform(place[:2]), _literal(text), fontsize=7.5, va="bottom", parse_math=False, **style)
+        return place
 
     for text, value in levels:
         y = at((axes.get_xlim()[0], value))[1]
@@ -270,8 +271,12 @@ def _name_points(axes: Axes, points: Sequence[svg.Point], levels: Sequence[tuple
     for point in points:
         text = point.label
         (x, y), width = at((point.x, point.y)), letter * len(text)
-        rises = (-high / 2, high * 0.5, -high * 1.5, high * 1.5, -high * 2.5, high * 2.5, -high * 3.5)
-        write(text, [(x + side, y + rise) for rise in rises for side in (13, -13 - width, -width / 2)], color=_colour(point.family))
+        rises = (-high / 2, *(high * step for number in range(7) for step in (number + 0.5, -number - 1.5)))
+        named = write(text, [(x + side, y + rise) for rise in rises for side in (13, -13 - width, -width / 2)], color=_colour(point.family))
+        end = svg.nearest(named, x, y)
+        if abs(end[1] - y) > 1.5 * high:  # far away: a line says whose name it is
+            ends = axes.transData.inverted().transform([(x, y), end])
+            axes.plot(*ends.T, color=_colour(point.family), linewidth=0.5, scalex=False, scaley=False)
 
 
 def _sheet(

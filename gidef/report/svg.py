@@ -71,10 +71,13 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
         drawn.append(tag("path", d=_marker(point.family), transform=f"translate({x:.1f},{y:.1f})"))
         text, width = _short(point.label), _LETTER * len(_short(point.label))
         beside = [(x + 10, y - 7), (x - 10 - width, y - 7)]
-        spots = beside + [(x + side, y + rise) for rise in (-22, 8, -37, 23, -52, 38) for side in (10, -10 - width, -width / 2)]
+        spots = beside + [(x + side, y + rise) for rise in (-22, 8, -37, 23, -52, 38, -67, 53, -82, 68, -97, 83) for side in (10, -10 - width, -width / 2)]
         inside = [spot for spot in spots if left <= spot[0] <= _WIDTH - width and top - 8 <= spot[1] <= height - bottom - 13]
         box = free(taken, inside or [(max(left, _WIDTH - width), y - 22)], width, 13)
         taken.append(box)
+        end = nearest(box, x, y)
+        if abs(end[1] - y) > 20:  # far away: a line says whose name it is
+            drawn.append(tag("line", x1=f"{x:.1f}", y1=f"{y:.1f}", x2=f"{end[0]:.1f}", y2=f"{end[1]:.1f}", class_="leader"))
         drawn += [_text(box[0], box[1] + 11, text), tag("title", shown)]
         marks.append(tag("g", *drawn, class_="point", fill=colour(point.family), stroke=colour(point.family), data_x=repr(point.x), data_y=repr(point.y)))
     return _svg(height, name, marks)
@@ -186,6 +189,11 @@ def free(taken: Sequence[Box], spots: Sequence[tuple[float, float]], width: floa
         return sum(max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1])) for b in taken)
 
     return min(((x, y, x + width, y + height) for x, y in spots), key=covered)
+
+
+def nearest(box: Box, x: float, y: float) -> tuple[float, float]:
+    """The point of a box that is nearest to (x, y)."""
+    return min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
 
 
 def _text(x: float, y: float, text: str, **attributes: Any) -> Html:
