@@ -1,4 +1,4 @@
-"""A round of federated averaging: gidef beside a bare PyTorch loop and beside `pfl`, the same net, data and steps, in turns, in one process.
+"""A round of federated averaging: gidef beside a bare PyTorch loop, `pfl` and Flower, the same net, data and steps; all but Flower in turns, in one process.
 
     python recipes/bench/round.py                                       on one core, about ten minutes
     python recipes/bench/round.py --small                               seconds
@@ -11,8 +11,10 @@
     bare      the loop that one would write by hand for this one purpose: float images at hand, weights copied in, torch.optim.SGD, a sum in float32
     gidef     its rounds: uint8 images, a client's own order of batches, checks, the exact sum.  gidef, K: with K clients at once, calibrated
     pfl       its FederatedAveraging without evaluation; the second iteration of two, since the first one always evaluates
+    flower    its simulation with one Ray actor (flower_side.py), if `flwr[simulation]` is installed: rounds after the first, at the wall's clock, beside the
+              bare loop's at that clock; not under torchrun
     recipe    `run_recipe` with the setting's net and data as callables: validation, record and checkpoints in every round included
-    ms        of a client's part in a round: CPU time of this process where it computes on one core, else the wall's. Of the recipe the wall's.
+    ms        of a client's part in a round: CPU time of this process where it computes on one core, else the wall's. Of the recipe and Flower the wall's.
     extra     ms of a client beyond the bare loop's.   peak: share of the fastest rate this machine showed for a product or a convolution.
 
 All start at the same weights; first, every side takes one step on all of a client's images, and their models must agree.
@@ -36,6 +38,7 @@ from typing import Any
 
 import attack  # the benchmarks beside this one
 import clients as parts
+import flower_side
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -74,6 +77,8 @@ class Options:
     threads: int = 1
     device: str = "cpu"
     peer: bool = True
+    flower: bool = True
+    """Measure Flower too, if it is installed."""
     recipe: bool = True
     """Also from end to end."""
     small: bool = False
@@ -290,7 +295,14 @@ def flops(problem: Problem) -> float:
     return counter.get_total_flops() * problem.setting.examples / count
 
 
-def agree(problem: Problem, with_peer: bool) -> dict[str, float]:
+def flower(problem: Problem, batch: int, rounds: int) -> tuple[list[float], Tensors]:
+    """Wall seconds of rounds after the first, and the model after the first."""
+    setting, names = problem.setting, list(problem.start)
+    seconds, weights = flower_side.simulate(setting.name, setting.cohort, batch, rounds, str(problem.world.device), list(problem.start.values()))
+    return seconds, {name: tensor.to(problem.world.device) for name, tensor in zip(names, weights, strict=True)}
+
+
+def agree(problem: Problem, with_peer: bool, with_flower: bool) -> dict[str, float]:
     """Distances of the models of all sides from the bare loop's after one step of each client on all of its images."""
     whole = problem.setting.examples
     expected = bare(problem, whole)()
@@ -298,14 +310,17 @@ def agree(problem: Problem, with_peer: bool) -> dict[str, float]:
     found |= {"gidef, K": ours(problem, whole, min(4, len(problem.clients)))[0]()}
     if with_peer:
         found[PEER] = peer(problem, whole)()[1]
+    if with_flower:
+        found[flower_side.NAME] = flower(problem, whole, 1)[1]
     moved = max(float((tensor - problem.start[name]).abs().max()) for name, tensor in expected.items())
     return {side: max(float((model[name] - expected[name]).abs().max()) for name in expected) / moved for side, model in found.items()}
 
 
 def measure(setting: Setting, options: Options, world: World, console: Console, rate: float) -> dict[str, Any]:
     problem, with_peer = Problem(setting, world), options.peer and peer_is_there()
+    with_flower = options.flower and world.size == 1 and flower_side.is_there()
     by_cpu = world.device.type == "cpu" and options.threads == 1 and world.size == 1
-    apart = agree(problem, with_peer)
+    apart = agree(problem, with_peer, with_flower)
     if max(apart.values()) > TOLERANCE:
         raise RuntimeError(f"setting {setting.name}: the sides do not agree: {apart}")
     together, chosen = ours(problem, setting.batch, None)
@@ -316,6 +331,7 @@ def measure(setting: Setting, options: Options, world: World, console: Console, 
         runs[PEER] = peer(problem, setting.batch)
     ms: dict[str, list[float]] = {name: [] for name in runs}
     memory: dict[str, float | None] = {}
+    bare_wall: list[float] = []
     for turn in range(options.repetitions + 1):  # the first one warms up
         for name, run in runs.items():
             world.barrier()
@@ -327,6 +343,11 @@ def measure(setting: Setting, options: Options, world: World, console: Console, 
                 memory[name] = next(iter(peak.values()), None)
             else:
                 ms[name].append(1e3 * (took.cpu if by_cpu else took.wall) / setting.cohort)
+                if name == "bare":
+                    bare_wall.append(1e3 * took.wall / setting.cohort)
+    if with_flower:
+        seconds, _ = flower(problem, setting.batch, options.repetitions + 1)
+        ms[flower_side.NAME] = [1e3 * value / setting.cohort for value in seconds]
     if options.recipe:
         seconds = from_end_to_end(problem, options.repetitions + 1, options.threads) if world.size == 1 else []
         if seconds:
@@ -334,10 +355,11 @@ def measure(setting: Setting, options: Options, world: World, console: Console, 
     arithmetic = flops(problem)
     row: dict[str, Any] = {"setting": setting.name, "cohort": setting.cohort, "parameters": sum(t.numel() for t in problem.start.values()), "flops": arithmetic, "apart": apart, "sides": {}}
     for name, values in ms.items():
-        ratios = [a / b for a, b in zip(ms["bare"], values, strict=False)] if name != "recipe" else []
+        beside = bare_wall if name == flower_side.NAME else ms["bare"]
+        ratios = [a / b for a, b in zip(beside, values, strict=False)] if name != "recipe" else []
         row["sides"][name] = {
             "ms": values, "median": statistics.median(values), "ratios": ratios, "ratio": statistics.median(ratios) if ratios else None,
-            "extra_ms": statistics.median([b - a for a, b in zip(ms["bare"], values, strict=False)]) if ratios else None,
+            "extra_ms": statistics.median([b - a for a, b in zip(beside, values, strict=False)]) if ratios else None,
             "peak_share": arithmetic / statistics.median(values) / 1e6 / rate / world.size, "peak_mib": memory.get(name),
         }  # fmt: skip
     console.say(f"{setting.name}: " + ", ".join(f"{name} {side['median']:.2f} ms" for name, side in row["sides"].items()))
@@ -401,6 +423,8 @@ def main(options: Options) -> dict[str, Any]:
             console.notice(f"{PEER} joins the ranks of a machine with GPUs by NCCL alone, a GPU for each: it is left out.")
         if options.peer and not peer_is_there():
             console.notice(f'{PEER} is not installed: gidef stands beside the bare loop alone. pip install "gidef[bench]" brings it.')
+        if options.flower and world.size == 1 and not flower_side.is_there():
+            console.notice('Flower is not installed and left out. pip install "flwr[simulation]", in an environment of its own with gidef, brings it.')
         by_cpu = world.device.type == "cpu" and options.threads == 1 and world.size == 1
         rates = attack.peak_gflops(world.device, by_cpu)
         results: dict[str, Any] = {

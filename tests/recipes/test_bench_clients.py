@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -35,7 +36,7 @@ def _neighbours() -> Iterator[None]:
     sys.path.insert(0, str(FOLDER))
     yield
     sys.path.remove(str(FOLDER))
-    for name in ("attack", "clients", "round", "growth"):
+    for name in ("attack", "clients", "flower_side", "round", "growth"):
         if name not in before:
             sys.modules.pop(name, None)
     torch.set_num_threads(kept)
@@ -72,7 +73,7 @@ def test_the_nets_are_those_of_the_settings():
 
 def test_a_round_beside_a_bare_loop(tmp_path):
     round_ = load("round")
-    told = round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=3, out=tmp_path / "round.json"))
+    told = round_.main(round_.Options(small=True, peer=False, flower=False, recipe=False, cohort=3, out=tmp_path / "round.json"))
     (row,) = told["rows"]
     assert {"bare", "gidef"} <= set(row["sides"]) and row["parameters"] == 4882 and told["clock"] == "cpu"
     assert max(row["apart"].values()) < 1e-5
@@ -86,17 +87,42 @@ def test_a_round_beside_a_bare_loop(tmp_path):
 
 def test_sides_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
     round_ = load("round")
-    monkeypatch.setattr(round_, "agree", lambda problem, with_peer: {"gidef": 0.1})
+    monkeypatch.setattr(round_, "agree", lambda problem, with_peer, with_flower: {"gidef": 0.1})
     with pytest.raises(RuntimeError, match="do not agree"):
-        round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=2, out=tmp_path / "round.json"))
+        round_.main(round_.Options(small=True, peer=False, flower=False, recipe=False, cohort=2, out=tmp_path / "round.json"))
 
 
 @pytest.mark.slow
 def test_a_round_beside_the_peer_and_from_end_to_end(tmp_path):
     pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install "gidef[bench]"')
     round_ = load("round")
-    (row,) = round_.main(round_.Options(small=True, out=tmp_path / "round.json"))["rows"]
+    (row,) = round_.main(round_.Options(small=True, flower=False, out=tmp_path / "round.json"))["rows"]
     assert {"bare", "gidef", "pfl", "recipe"} <= set(row["sides"]) and row["apart"]["pfl"] < 1e-5
+
+
+def test_what_an_actor_of_flower_computes_is_the_bare_loop_s_client(tmp_path, monkeypatch, capsys):
+    """Without Flower: its mean over clients' weights after a step on all of their images, by hand. Where it is missing, the run says so."""
+    round_, side = load("round"), load("flower_side")
+    problem = round_.Problem(dataclasses.replace(round_.SETTINGS["tiny"], cohort=3), World(0, 1, 0, torch.device("cpu")))
+    start = [tensor.numpy().copy() for tensor in problem.start.values()]
+    each = [side.trained(start, "tiny", 3, "cpu", 50, place) for place in range(3)]
+    expected = round_.bare(problem, 50)()
+    for number, tensor in enumerate(expected.values()):
+        mean = sum(torch.from_numpy(weights[number]) for weights, _ in each) / 3
+        torch.testing.assert_close(mean, tensor, rtol=1e-5, atol=1e-6)
+    assert {examples for _, examples in each} == {50} and not torch.equal(torch.from_numpy(each[0][0][0]), torch.from_numpy(each[1][0][0]))
+    monkeypatch.setattr(side, "is_there", lambda: False)
+    (row,) = round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=2, out=tmp_path / "round.json"))["rows"]
+    assert "flower" not in row["sides"] and "Flower is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_round_beside_flower(tmp_path):
+    pytest.importorskip("flwr", reason='Flower is not installed here: pip install "flwr[simulation]"')
+    round_ = load("round")
+    (row,) = round_.main(round_.Options(small=True, peer=False, recipe=False, out=tmp_path / "round.json"))["rows"]
+    assert len(row["sides"]["flower"]["ms"]) == 2 and row["apart"]["flower"] < 1e-4
 
 
 def test_the_exponent_of_a_power_is_that_power():
