@@ -391,11 +391,10 @@ def ranks(options: Options) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and options.peer and peer_is_there():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import pfl.internal.ops.pytorch_ops
-            from pfl.internal.ops.selector import get_ops, set_framework_module
+            from pfl.internal.ops import pytorch_ops, selector  # 0.6 joins here, others when the operations are asked for
 
-            set_framework_module(pfl.internal.ops.pytorch_ops)
-            get_ops()
+            selector.set_framework_module(pytorch_ops)
+            getattr(selector, "get_ops", lambda: None)()
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), torch.device(options.device))
         return
