@@ -6,7 +6,9 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +116,17 @@ def test_what_an_actor_of_flower_computes_is_the_bare_loop_s_client(tmp_path, mo
     monkeypatch.setattr(side, "is_there", lambda: False)
     (row,) = round_.main(round_.Options(small=True, peer=False, recipe=False, cohort=2, out=tmp_path / "round.json"))["rows"]
     assert "flower" not in row["sides"] and "Flower is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_round_on_two_ranks_beside_the_peer(tmp_path):
+    """The peer joins the ranks, and gidef goes along."""
+    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install "gidef[bench]"')
+    out = tmp_path / "round.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "round.py"), "--small", "--no-recipe", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"})
+    (row,) = json.loads(out.read_text())["rows"]
+    assert {"bare", "gidef", "pfl"} <= set(row["sides"]) and max(row["apart"].values()) < 1e-5
 
 
 @pytest.mark.slow
