@@ -179,6 +179,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         places[0, column].legend()
         places[1, column].set_xlabel({"clients": "clients in a round", "parameters": "parameters", "pixels": "image side, pixels"}[axis])
         places[1, column].set_ylim(bottom=0)
+        if axis == "pixels":  # less than a decade: its ticks are the sizes
+            sizes = sorted({row["size"] for (name, _), line in lines(rows).items() if name == axis for row in line})
+            places[1, column].set_xticks(sizes, map(str, sizes))
+            places[1, column].minorticks_off()
     for (axis, size), line in against.items():
         ranks, rate = [row["ranks"] for row in line], [row["rounds_per_s"] for row in line]
         places[0, -1].loglog(ranks, rate, marker="o", label=f"{size:,} {axis}")
