@@ -4,7 +4,7 @@ Shows:  the alternating game (the decoder's step, then the client's against the 
         same weights), with the default losses, with a decoder of three steps a batch, and with the MSE as both players' scalar; accuracy, the
         post-hoc decoder's PSNR on the perturbed latent, seconds a round.
 Expect: differences within the spread over seeds, and a simultaneous round that is shorter.
-Costs:  an hour on 2 CPU cores; --small: some minutes.
+Costs:  hours on 2 CPU cores; --small: some minutes.
 """
 
 from dataclasses import replace
