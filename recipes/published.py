@@ -13,7 +13,7 @@ server stand far above, and a hundred images in one gradient last, below even wh
 
 Shows:  each case as near to the published one as these nets and images come; --small takes the small net for ResNet-18, and shorter searches.
 Expect: R-GAP and imprint far above the others, a hundred images in one gradient last, near what an average image has.
-Costs:  half a day of one CPU core, all but ten minutes of it ResNet-18; --small: a quarter of an hour. CIFAR-10 must be in GIDEF_DATA, or be downloaded.
+Costs:  half a day of one CPU core, all but a quarter of an hour of it ResNet-18; --small: a quarter of an hour. CIFAR-10 must be in GIDEF_DATA, or be downloaded.
 """
 
 from dataclasses import replace

@@ -29,6 +29,21 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
+class Heard(Console):
+    """A silent console that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=1)
+        self.notices: list[str] = []
+        self.said: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
 def start(recipe: Recipe, folder: Path) -> Run:
     """A run of a recipe without screen and record."""
     setting = build.load_setting(recipe, world=World(), notice=lambda text: None)

@@ -1,11 +1,12 @@
-"""Convolutions over maps of one to four positions, where a CPU's library takes several times as long for the weight's gradient as its product does.
+"""Convolutions over maps of one to four positions, whose weight's gradient is faster as a product than by a CPU's library.
 
-Such maps are what backbones made for 224 pixels end with at 28 or 32: ResNet-18's last stage there is 1×1, and the gradient of each of its
-weights 512×512×3×3 takes 21 ms on one core, as a product 4 (batch 32; `recipes/bench/minimax.py`).
+Such maps are what backbones made for 224 pixels end with at 28 or 32: ResNet-18's last stage there is 1×1, and its step takes three
+quarters of the time (`recipes/bench/minimax.py`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,10 +36,8 @@ class SmallMapConv2d(nn.Conv2d):
     def _gives_a_small_map(self, input: Tensor) -> bool:
         if input.dim() != 4:
             return False
-        count = 1
-        for length, k, s, p, d in zip(input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True):
-            count *= (length + 2 * p - d * (k - 1) - 1) // s + 1
-        return 0 < count <= POSITIONS
+        sides = zip(input.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True)
+        return 0 < math.prod((length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in sides) <= POSITIONS
 
 
 class _Convolution(torch.autograd.Function):

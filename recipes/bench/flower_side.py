@@ -1,4 +1,4 @@
-"""Flower's side of round.py: its simulation of the same clients, net, batches and steps, in one Ray actor.
+"""Flower's side of round.py: its simulation of the same clients, net, batches and steps, in one Ray actor of one thread.
 
 Actors are processes that import this page and make the clients' data themselves, once; weights travel to each client and back as arrays. Ray opens ports
 on this machine while the simulation lasts. Neither it nor Flower is told to report anything to anyone.

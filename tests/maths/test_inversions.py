@@ -28,7 +28,7 @@ from gidef.report.results import bound_label
 from gidef.scores import Scorer
 from gidef.training import Run, train
 from gidef.types import Reconstruction
-from tests.small_run import evaluated
+from tests.small_run import Heard, evaluated
 
 NAIVE = config.NaiveMatching(iterations=4, restarts=2)
 
@@ -51,20 +51,6 @@ def trained(tmp_path_factory):
     run = Run(setting, World(), tmp_path_factory.mktemp("run"), Console(rank=1), None, "mark")
     yield run, {(name, 0): train(run, name, defence, 0) for name, defence in defences.items()}
     torch.set_num_threads(before)
-
-
-class Heard(Console):
-    """A silent console that remembers."""
-
-    def __init__(self):
-        super().__init__(rank=1)
-        self.notices, self.said = [], []
-
-    def notice(self, text):
-        self.notices.append(text)
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def with_speed(run, console=None, attacks=None, **speed):

@@ -14,9 +14,8 @@ from gidef import attack as attacks
 from gidef import audit, cells, config, job, methods, observe, tuned_attacks
 from gidef.config import IsotropicNoise, JointMatching, NaiveMatching, Tuned, Undefended
 from gidef.errors import InputError
-from gidef.report import Console
 from gidef.rng import stream_seed
-from tests.small_run import RECIPE, trained_once
+from tests.small_run import RECIPE, Heard, trained_once
 
 GRID = {"lr": (0.003, 0.1), "tv": (1e-3, 0.3)}
 NAIVE = NaiveMatching(iterations=6)
@@ -32,18 +31,6 @@ def trained(tmp_path_factory):
     with trained_once(tmp_path_factory.mktemp, recipe) as one:
         run, _ = one("undefended")
         yield run, {(name, 0): one(name)[1] for name in recipe.defences}
-
-
-class Heard(Console):
-    def __init__(self):
-        super().__init__(rank=1)
-        self.notices, self.said = [], []
-
-    def notice(self, text):
-        self.notices.append(text)
-
-    def say(self, text):
-        self.said.append(text)
 
 
 def with_attacks(run, given, **changes):
