@@ -81,20 +81,10 @@ class FixedPointSum:
         if integers:
             raise ValueError(f"integer tensors cannot be averaged; leave them out of updates: {sorted(integers)[:3]}")
         self._template = {name: (tensor.shape, tensor.dtype) for name, tensor in template.items()}
-        self._spans: dict[str, slice] = {}
-        device = next((tensor.device for tensor in template.values()), torch.device("cpu"))
-        most, end = AT_ONCE.get(device.type, 2**24), 0
-        self._parts: list[tuple[slice, list[tuple[str, slice]]]] = []  # of the buffer, and of which tensors
-        for name in sorted(template):
-            size = template[name].numel()
-            self._spans[name] = slice(end, end + size)
-            for first in range(0, size, most):
-                piece = slice(first, min(first + most, size))
-                if not self._parts or self._parts[-1][0].stop - self._parts[-1][0].start + piece.stop - piece.start > most:
-                    self._parts.append((slice(end + first, end + first), []))
-                span, pieces = self._parts[-1]
-                self._parts[-1] = (slice(span.start, end + piece.stop), [*pieces, (name, piece)])
-            end += size
+        self._names = sorted(template)
+        device = _device_of(template)
+        self._parts = _parts_of(template, device)
+        end = sum(tensor.numel() for tensor in template.values())
         self._metric_names = tuple(sorted(metric_names))
         self._tail = end  # first entry after the tensors
         self._max_terms = max_terms
@@ -134,8 +124,8 @@ class FixedPointSum:
         """
         if weight < 0:
             raise ValueError(f"client {client}: weight {weight} is negative")
-        if delta.keys() != self._spans.keys():
-            odd = sorted(delta.keys() ^ self._spans.keys())
+        if delta.keys() != self._template.keys():
+            odd = sorted(delta.keys() ^ self._template.keys())
             raise ValueError(f"client {client}: the update's names differ from the template's: {odd[:3]}")
         if tuple(sorted(metrics)) != self._metric_names:
             raise ValueError(f"client {client}: metrics {sorted(metrics)} instead of {list(self._metric_names)}")
@@ -157,10 +147,12 @@ class FixedPointSum:
         """All after them: a view."""
         return self.buffer[self._tail :]
 
-    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
+    def mean(self, own: Tensors | None = None, *, arriving: Iterable[int] | None = None) -> tuple[Tensors, int, dict[str, float]]:
         """(mean, total weight, mean metrics), all weighted by the weights; the mean has the template's dtypes.
 
         Args:   own: sums in the place of the buffer's, 1-D parts of some of the tensors; the mean is then of those.
+                arriving: counts of the body's first entries that are there, ascending up to all of them: what is there is averaged before the
+                next is asked for. The tail must be there already.
         Raises: InputError if the total weight is 0; ValueError if more than max_terms updates were merged.
         """
         *metrics, weight, count = self._numbers()
@@ -173,10 +165,7 @@ class FixedPointSum:
         if own is not None:
             mean = {name: part.to(torch.float64).div_(divisor).to(self._template[name][1]) for name, part in own.items()}
         else:
-            mean = {
-                name: self.buffer[self._spans[name]].to(torch.float64).div_(divisor).to(dtype).view(shape)
-                for name, (shape, dtype) in self._template.items()
-            }
+            mean = _divided(self.body, divisor, self._template, self._parts, arriving)
         means = {name: value / (self._one * weight) for name, value in zip(self._metric_names, metrics, strict=True)}
         return mean, weight, means
 
@@ -192,12 +181,12 @@ class FixedPointSum:
     @torch.no_grad()
     def _checked(self, delta: Tensors, weight: int, metrics: Mapping[str, float], client: int | str) -> list[int]:
         """The update's [metrics · weight | weight | 1] in fixed point, once all of it is known to fit."""
-        for name in self._spans:
+        for name in self._names:
             if delta[name].shape != self._template[name][0]:
                 wanted = tuple(self._template[name][0])
                 raise ValueError(f"client {client}: {name!r} has shape {tuple(delta[name].shape)} instead of {wanted}")
         factor = weight * self._one
-        names = [name for name in self._spans if delta[name].numel()]
+        names = [name for name in self._names if delta[name].numel()]
         tail = [float(metrics[name]) * factor for name in self._metric_names]
         peaks: list[tuple[str, float]] = []
         if not self._in_parts or not all(peak <= self._limit for peak in self._peaks(self._joined(delta), factor)):  # else which one is asked only now
@@ -210,7 +199,7 @@ class FixedPointSum:
 
     def _joined(self, delta: Tensors) -> Iterator[Tensor]:
         """The entries of each part, on the buffer's device."""
-        flat = {name: delta[name].detach().to(self._buffer.device).flatten() for name in self._spans}
+        flat = {name: delta[name].detach().to(self._buffer.device).flatten() for name in self._names}
         return (torch.cat([flat[name][piece] for name, piece in pieces]) for _, pieces in self._parts)
 
     def _peaks(self, tensors: Iterable[Tensor], factor: float) -> list[float]:
@@ -226,7 +215,7 @@ class FixedPointSum:
         """One update's terms, checked: int64, laid out as the buffer without the counters."""
         tail = torch.tensor(self._checked(delta, weight, metrics, client), device=self._buffer.device)
         factor = weight * self._one
-        terms = [delta[name].detach().to(self._buffer.device, torch.float64).mul(factor).round_().flatten().to(torch.int64) for name in self._spans]
+        terms = [delta[name].detach().to(self._buffer.device, torch.float64).mul(factor).round_().flatten().to(torch.int64) for name in self._names]
         return torch.cat([*terms, tail])
 
     @torch.no_grad()
@@ -235,7 +224,7 @@ class FixedPointSum:
         if not self._parts:
             return
         device, factor = self._buffer.device, weight * self._one  # a power of two times an integer: double(Δ)·factor rounds once
-        flat = {name: delta[name].detach().to(device).flatten() for name in self._spans}
+        flat = {name: delta[name].detach().to(device).flatten() for name in self._names}
         most = max(span.stop - span.start for span, _ in self._parts)
         values, terms = (torch.empty(most, dtype=dtype, device=device) for dtype in (torch.float64, torch.int64))
         for span, pieces in self._parts:
@@ -278,7 +267,7 @@ class Float32Sum:
         self._rest = FixedPointSum({}, metric_names=metric_names, max_terms=max_terms, counters=counters)
         self._template = {name: template[name] for name in sorted(template)}
         self._lock = threading.Lock()
-        device = next((tensor.device for tensor in template.values()), torch.device("cpu"))
+        device = _device_of(template)
         self.body = torch.zeros(sum(tensor.numel() for tensor in template.values()), dtype=torch.float32, device=device)
 
     @property
@@ -306,21 +295,65 @@ class Float32Sum:
             if self.body.is_cuda:
                 torch.cuda.current_stream(self.body.device).synchronize()
 
-    def mean(self, own: Tensors | None = None) -> tuple[Tensors, int, dict[str, float]]:
+    def mean(self, own: Tensors | None = None, *, arriving: Iterable[int] | None = None) -> tuple[Tensors, int, dict[str, float]]:
         """As FixedPointSum.mean."""
         _, weight, metrics = self._rest.mean()
         divisor = torch.tensor(float(weight), dtype=torch.float64, device=self.body.device)
-        parts = own
-        if parts is None:
-            sizes = [tensor.numel() for tensor in self._template.values()]
-            parts = {n: part.view(t.shape) for (n, t), part in zip(self._template.items(), self.body.split(sizes), strict=True)}
-        return {name: part.to(torch.float64).div_(divisor).to(self._template[name].dtype) for name, part in parts.items()}, weight, metrics
+        if own is not None:
+            mean = {name: part.to(torch.float64).div_(divisor).to(self._template[name].dtype) for name, part in own.items()}
+        else:
+            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._template.items()}
+            mean = _divided(self.body, divisor, shapes, _parts_of(self._template, self.body.device), arriving)
+        return mean, weight, metrics
+
+
+Parts = list[tuple[slice, list[tuple[str, slice]]]]
+"""Runs of a flat sum of tensors in name order, each with the pieces of flattened tensors in it."""
+
+
+def _device_of(template: Tensors) -> torch.device:
+    return next((tensor.device for tensor in template.values()), torch.device("cpu"))
+
+
+def _parts_of(template: Tensors, device: torch.device) -> Parts:
+    """Runs of at most `AT_ONCE` entries."""
+    most, end = AT_ONCE.get(device.type, 2**24), 0
+    parts: Parts = []
+    for name in sorted(template):
+        size = template[name].numel()
+        for first in range(0, size, most):
+            piece = slice(first, min(first + most, size))
+            if not parts or parts[-1][0].stop - parts[-1][0].start + piece.stop - piece.start > most:
+                parts.append((slice(end + first, end + first), []))
+            span, pieces = parts[-1]
+            parts[-1] = (slice(span.start, end + piece.stop), [*pieces, (name, piece)])
+        end += size
+    return parts
+
+
+def _divided(body: Tensor, divisor: Tensor, template: Mapping[str, tuple[torch.Size, torch.dtype]], parts: Parts, arriving: Iterable[int] | None) -> Tensors:
+    """body / divisor in float64, cut into the template's tensors, part by part as they arrive."""
+    mean = {name: torch.empty(shape, dtype=dtype, device=body.device) for name, (shape, dtype) in template.items()}
+    flat, left = {name: tensor.view(-1) for name, tensor in mean.items()}, iter(parts)
+    values = torch.empty(max((span.stop - span.start for span, _ in parts), default=0), dtype=torch.float64, device=body.device)
+    part = next(left, None)
+    for there in (len(body),) if arriving is None else arriving:
+        while part is not None and part[0].stop <= there:
+            span, pieces = part
+            value = values[: span.stop - span.start].copy_(body[span]).div_(divisor)
+            for (name, piece), entries in zip(pieces, value.split([piece.stop - piece.start for _, piece in pieces]), strict=True):
+                flat[name][piece].copy_(entries)
+            part = next(left, None)
+    if part is not None:
+        raise ValueError(f"the sum stopped arriving before entry {part[0].stop} of {len(body)}")
+    return mean
 
 
 @dataclass(frozen=True, slots=True)
 class CohortMean:
     """Σ n_k Δ_k / Σ n_k over a cohort: delta with the template's dtypes, Σ n_k, metrics weighted alike, and the clients counted.
-    seconds: that each client took, in the cohort's order, where they were measured.  sum_seconds: of the sum over ranks, once all had come."""
+    seconds: that each client took, in the cohort's order, where they were measured.  sum_seconds: of the sum over ranks, once all had come; where it came
+    in buckets, of averaging them too."""
 
     delta: Tensors
     num_examples: int

@@ -20,7 +20,9 @@ from gidef.types import Client, Tensors, Update
 from gidef.updates import CohortMean, FixedPointSum, Float32Sum
 
 OVERLAP_ABOVE = 0.05
-"""Share of a round's seconds above which the sum over ranks is worth a word."""
+"""Share of a round's seconds above which averaging is overlapped with the sum over ranks, which is then worth a word, too."""
+BUCKET = 1 << 22
+"""Entries of the sum that then travel at a time: a quarter of it costs more in calls than averaging beside them saves."""
 
 Groups = Callable[[Sequence[Client]], list[list[int]]]
 
@@ -28,14 +30,14 @@ Groups = Callable[[Sequence[Client]], list[list[int]]]
 def mean_over_world(
     world: World, *, workers: int = 1, threads: int = 1, costs: Callable[[Client], float] | None = None, schedule: Schedule = "longest_first",
     learn: Callable[[Sequence[Client], Sequence[float]], None] | None = None, groups: Groups | None = None,
-    reduction: Literal["fixed_point", "float32"] = "fixed_point", slices: Slices | None = None,
+    reduction: Literal["fixed_point", "float32"] = "fixed_point", slices: Slices | None = None, overlap_above: float = OVERLAP_ABOVE,
 ) -> Callable[..., CohortMean]:  # fmt: skip
     """`mean_over(shared_update, cohort, *, template, metric_names)` over all ranks, for `run_round`'s `over_cohort`.
 
     Clients go to ranks by `schedule`, and within a rank to `workers` threads, each computing with `threads` threads;
     `shared_update(client, worker=i)` is told which worker it is on, since two threads must not share a model. The mean
     has the same bits for any number of ranks and workers and any schedule, and as the serial one if that computes with `threads` threads too.
-    One all-reduce a round, and a small gather of the seconds that each client took; a rank without a client adds zeros. Every
+    One all-reduce a round, cut into buckets where it takes long, and a small gather of the seconds that each client took; a rank without a client adds zeros. Every
     rank must pass the same cohort and template.
 
     Args:    sum_of (of the returned callable): makes the sum, in place of what `reduction` says.
@@ -45,47 +47,59 @@ def mean_over_world(
              takes a group's clients in the place of one, and returns their updates in order.
              reduction: "float32" halves the bytes, and lets the last bits depend on ranks, workers and schedule.
              slices: the mean's delta is this rank's slice alone; a reduce-scatter and a small all-reduce take the all-reduce's place.
-    Deviates: nothing of the all-reduce is hidden behind training, also where it takes more than `OVERLAP_ABOVE` of a round. A part of the sum that goes
-             out early, while clients train, would have to be entered by every rank within the collective's time limit, whereas ranks come to
-             any common point minutes apart, between two clients; with a limit as long as the longest client, a rank that stops inside would hold the
-             others as long, unnoticed by the watch's meeting, and the group could not be closed before. What the sum takes is measured
-             once all have come (`CohortMean.sum_seconds`), and a training that spends more than that share on it says what halves it.
+             overlap_above: once the sum took more than this share of a round on any rank, it travels, from the round after the next on, in buckets of
+             `BUCKET` entries, each averaged while the next ones are on their way: the same bits but for "float32", and a small all-reduce before them.
+    Deviates: nothing of the all-reduce is hidden behind training. A part of the sum that went out while clients train would save no time, as what is
+             left has as many bytes; and it would have to be entered by every rank within the collective's time limit, whereas ranks come to
+             any common point minutes apart. What the sum takes is measured once all have come (`CohortMean.sum_seconds`), and a training that spends more
+             than that share on it says what halves it. Sums that clients mask, and slices of the server, are not cut into buckets.
              Measured on two ranks of one machine, shares of a round: 0.04 to 0.2 % with 1.6 M parameters and 50 clients of five steps, 0.1 to 1.5 % with 4,882.
     Raises:  (by the returned callable, on every rank) InputError if the first failing client, in the cohort's order, raised one,
              else RuntimeError with that client, its rank and its error; RuntimeError if the ranks held different cohorts or plans;
              ValueError for an empty cohort.
     """
     cost_of = costs or (lambda client: client.num_examples)
+    slow = overlapped = False  # the last sum took long here; one did on some rank
 
     def over_cohort(
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = (),
         sum_of: Callable[..., FixedPointSum] | None = None,
     ) -> CohortMean:
+        nonlocal slow, overlapped
+        started = time.perf_counter()
         make = sum_of or (FixedPointSum if reduction == "fixed_point" else Float32Sum)
-        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
+        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=3)
+        in_buckets = overlapped and sum_of is None and slices is None
+        at_once = reduction == "fixed_point" and slices is None and not in_buckets
 
         def add(position: int, update: Update) -> None:
             total.add(update.delta, update.num_examples, update.metrics, client=cohort[position].id)
 
         costs = [cost_of(client) for client in cohort]
         part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
-        total.counters.copy_(part.counters())
-        own = None
+        total.counters.copy_(torch.cat([part.counters(), torch.tensor([int(slow)])]))
         world.meet("the sum of a round")  # so that what follows is the sum's time, and no waiting for a rank that still trains
         began = time.perf_counter()
-        world.all_reduce_sum_(total.buffer if reduction == "fixed_point" and slices is None else total.tail, met=True)
-        counters = total.counters.tolist()  # waits for the device
+        world.all_reduce_sum_(total.buffer if at_once else total.tail, met=True)
+        *counters, slow_ranks = total.counters.tolist()  # waits for the device
         summing = time.perf_counter() - began
         seconds, _ = part.settle(counters)
-        began = time.perf_counter()
-        if slices is not None:
-            own = slices.cut(slices.reduce(total.body))
-        elif reduction == "float32":
-            world.all_reduce_sum_(total.body)
-        summing += time.perf_counter() - began
+        own = mean = None
+        if not at_once:
+            began = time.perf_counter()
+            if in_buckets:
+                mean = total.mean(arriving=world.all_reduce_buckets_(total.body, entries=BUCKET))
+            elif slices is not None:
+                own = slices.cut(slices.reduce(total.body))
+            else:
+                world.all_reduce_sum_(total.body)
+            total.counters.tolist()  # waits for the device
+            summing += time.perf_counter() - began
+        mean = mean or total.mean(own)
+        slow, overlapped = world.size > 1 and summing > overlap_above * (time.perf_counter() - started), overlapped or slow_ranks > 0
         if learn is not None:
             learn(cohort, seconds)
-        return CohortMean(*total.mean(own), count=total.count, seconds=tuple(seconds), sum_seconds=summing if world.size > 1 else 0.0)
+        return CohortMean(*mean, count=total.count, seconds=tuple(seconds), sum_seconds=summing if world.size > 1 else 0.0)
 
     return over_cohort
 

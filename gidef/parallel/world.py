@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -92,6 +93,27 @@ class World:
         with self._together("all_reduce_sum_", met=met):
             dist.all_reduce(tensor, group=self.nccl if tensor.is_cuda else self.group)
         return tensor
+
+    def all_reduce_buckets_(self, tensor: Tensor, *, entries: int) -> Iterator[int]:
+        """As `all_reduce_sum_` of a flat tensor (n,), in buckets of so many entries: yields how many of the first entries are summed, while the next two
+        buckets are on their way. All ranks have just met, and take all the buckets; no other collective meanwhile.
+        """
+        spans = [slice(first, min(first + entries, len(tensor))) for first in range(0, len(tensor), entries)]
+        group = self.nccl if tensor.is_cuda else self.group
+        on_the_way: deque[tuple[Tensor, Any]] = deque()
+        for place, span in enumerate(spans):
+            while self.size > 1 and len(on_the_way) < min(3, len(spans) - place):
+                ahead = tensor[spans[place + len(on_the_way)]]
+                part = ahead.cpu() if ahead.is_cuda and self.nccl is None else ahead  # ranks that share a GPU: NCCL refuses them
+                with self._together("all_reduce_buckets_", met=True):
+                    on_the_way.append((part, dist.all_reduce(part, group=group, async_op=True)))
+            if on_the_way:
+                part, work = on_the_way.popleft()
+                with self._together("all_reduce_buckets_", met=True):
+                    work.wait()
+                if part.device != tensor.device:
+                    tensor[span].copy_(part)
+            yield span.stop
 
     def all_to_all(self, parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
         """parts[r], 1-D and of one dtype and device, goes to rank r; returns what every rank sent here, by rank, of those lengths."""

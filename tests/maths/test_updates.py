@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from gidef import updates as updates_module
 from gidef.errors import InputError
 from gidef.types import Client, Update
-from gidef.updates import FixedPointSum, add, mean_over, norm, scale, subtract
+from gidef.updates import FixedPointSum, Float32Sum, add, mean_over, norm, scale, subtract
 from tests.stand_in import DEVICE, watched
 
 SHAPES = {"scalar": (), "empty": (0, 3), "bias": (7,), "weight": (4, 3, 2)}
@@ -82,6 +83,29 @@ def test_every_order_and_every_split_into_partial_sums_gives_the_same_bits_where
         parts[0].buffer.add_(part.buffer)
     assert all(same_bits(mean, seen[0]) for mean in [*seen, parts[0].mean()[0]])
     assert len(naive) > 1, "the case does not show what the fixed point is for"
+
+
+@pytest.mark.parametrize("make", [FixedPointSum, Float32Sum])
+def test_a_mean_taken_as_its_parts_arrive_has_the_same_bits_and_touches_nothing_too_early(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(updates_module.AT_ONCE, "cpu", 5)  # parts that cut tensors and hold several
+    updates = [{**draw(seed), "half": draw(seed + 9)["weight"].bfloat16()} for seed in range(3)]
+    total = make(updates[0], metric_names=("loss",), max_terms=3)
+    for update in updates:
+        total.add(update, 7, {"loss": 1.0})
+    whole = total.mean()
+    for step in (1, 4, 5, 100):
+        sums = total.body.clone()
+        total.body.zero_()
+
+        def arrive(step: int = step, sums: torch.Tensor = sums) -> Iterator[int]:
+            for first in range(0, len(sums), step):
+                total.body[first : first + step] = sums[first : first + step]
+                yield min(first + step, len(sums))
+
+        mean, *rest = total.mean(arriving=arrive())
+        assert same_bits(mean, whole[0]) and rest == list(whole[1:])
+    with pytest.raises(ValueError, match="stopped arriving"):
+        total.mean(arriving=[3])
 
 
 def test_threads_that_add_at_once_give_the_bits_of_one_thread() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ import torch.distributed as dist
 import gidef
 from gidef.errors import InputError
 from gidef.parallel import Costs, World, mean_over_world, open_world, run_tasks
+from gidef.parallel import cohort as cohort_module
 from gidef.rng import generator
 from gidef.types import Client, Update
-from gidef.updates import mean_over
+from gidef.updates import CohortMean, mean_over
 
 pytestmark = pytest.mark.ranks
 TEMPLATE = {"w": torch.zeros(301, 7), "b": torch.zeros(3, dtype=torch.float64), "s": torch.zeros(())}
@@ -89,6 +91,7 @@ def collectives(world: World, folder: Path) -> None:
         mean = mean_over_world(world)(shared_update, clients(), template=TEMPLATE, metric_names=names)
         assert same(mean, serial) and (mean.sum_seconds >= 0.1 if world.size > 1 else mean.sum_seconds == 0)
     assert met is None or [call.args[1] for call in met.call_args_list] == ["the sum of a round", "all_gather_json"], "no meeting within the time of the sum"
+    overlapped_sums(world, serial)
     for schedule in ("longest_first", "static", "dynamic"):
         costs, took = Costs(), []
         run = mean_over_world(world, schedule=schedule, costs=costs, learn=lambda cohort, seconds, took=took: took.append(seconds))
@@ -159,6 +162,42 @@ def collectives(world: World, folder: Path) -> None:
         count = 5 if world.rank else 6
         raises(RuntimeError, "ranks disagree on the tasks", lambda: run_tasks(world, tasks[:count], costs[:count], do))
     world.barrier()
+
+
+def overlapped_sums(world: World, serial: CohortMean) -> None:
+    """The first rank alone finds its sums slow: all go on in buckets, from the third round on, and a part is averaged while others travel."""
+    entries = sum(tensor.numel() for tensor in TEMPLATE.values())
+    buckets, names = -(-entries // 500), ["accuracy", "loss"]
+    for reduction in ("fixed_point", "float32"):
+        run = mean_over_world(world, reduction=reduction, overlap_above=-1.0 if world.rank == 0 else math.inf)
+        with mock.patch.object(cohort_module, "BUCKET", 500), mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            calls = []
+            for _ in range(4):
+                all_reduce.reset_mock()
+                mean = run(shared_update, clients(), template=TEMPLATE, metric_names=names)
+                calls.append(all_reduce.call_count)
+                if reduction == "fixed_point":
+                    assert same(mean, serial)
+                assert all(torch.allclose(mean.delta[name], serial.delta[name], rtol=1e-5, atol=1e-6) for name in TEMPLATE) and mean.metrics == serial.metrics
+            once = 1 if reduction == "fixed_point" else 2
+            assert calls == ([once, once, 1 + buckets, 1 + buckets] if world.size > 1 else [0] * 4), calls
+
+            def broken(client: Client, worker: int) -> Update:
+                raise KeyError(client.id)
+
+            raises(RuntimeError, "client 1 failed on rank 0: KeyError: 1", lambda run=run: run(broken, clients(), template=TEMPLATE, metric_names=names))
+            assert same(run(shared_update, clients(), template=TEMPLATE, metric_names=names), serial) or reduction == "float32"
+        never = mean_over_world(world, reduction=reduction, overlap_above=math.inf)
+        with mock.patch.object(World, "all_reduce_buckets_") as cut:
+            for _ in range(3):
+                never(shared_update, clients(), template=TEMPLATE, metric_names=names)
+        assert not cut.called
+    flat = torch.arange(1050) * (world.rank + 1)
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        for place, there in enumerate(world.all_reduce_buckets_(flat, entries=100)):
+            assert there == min(100 * (place + 1), 1050)
+            assert torch.equal(flat[:there], torch.arange(there) * (world.size * (world.size + 1) // 2))
+            assert all_reduce.call_count == (min(place + 3, 11) if world.size > 1 else 0), "two buckets are on their way"
 
 
 def stopped(world: World, folder: Path) -> None:

@@ -173,6 +173,14 @@ def inside(world: World, folder: Path) -> None:
         dist.all_reduce(torch.ones(4))
 
 
+def buckets(world: World, folder: Path) -> None:
+    """A sum in buckets, of which one rank takes two and is dead."""
+    world.meet("a sum")
+    for there in world.all_reduce_buckets_(torch.ones(1000), entries=100):
+        if world.rank == 1 and there == 200:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def sharded(world: World, folder: Path) -> None:
     """All ranks of a group train a client, while a thread of each writes a checkpoint; the one to be stopped comes to neither. The groups' own timeout
     is longer than the test."""
@@ -195,7 +203,7 @@ def sharded(world: World, folder: Path) -> None:
                 saving.result()
 
 
-CASES = {one.__name__: one for one in (busy, first_works, pulling, patient, raising, mismatched, inside, sharded)}
+CASES = {one.__name__: one for one in (busy, first_works, pulling, patient, raising, mismatched, inside, buckets, sharded)}
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -255,8 +263,9 @@ def test_ranks_in_different_collectives_are_told_so(tmp_path: Path, nursery: Nur
     assert any("the ranks are in different collectives: rank" in output and "broadcast_json" in output for output in outputs), outputs
 
 
-def test_a_rank_that_dies_inside_a_collective_is_named_too(tmp_path: Path, nursery: Nursery) -> None:
-    codes, outputs = nursery.finish(nursery.start("inside", 3, tmp_path, timeout_s=5))
+@pytest.mark.parametrize("case", ["inside", "buckets"])
+def test_a_rank_that_dies_inside_a_collective_is_named_too(case: str, tmp_path: Path, nursery: Nursery) -> None:
+    codes, outputs = nursery.finish(nursery.start(case, 3, tmp_path, timeout_s=5))
     assert codes == [3, -signal.SIGKILL, 3], "\n".join(outputs)
     assert all("rank 1 on host" in outputs[rank] for rank in (0, 2)), outputs
 
