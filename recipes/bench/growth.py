@@ -178,7 +178,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         places[0, column].set_title(axis)
         places[0, column].legend()
         places[1, column].set_xlabel({"clients": "clients in a round", "parameters": "parameters", "pixels": "image side, pixels"}[axis])
-        places[1, column].set_ylim(bottom=0)
+        places[1, column].set_ylim(0, 1.05 * places[1, column].get_ylim()[1])
         if axis == "pixels":  # less than a decade: its ticks are the sizes
             sizes = sorted({row["size"] for (name, _), line in lines(rows).items() if name == axis for row in line})
             places[1, column].set_xticks(sizes, map(str, sizes))
@@ -193,7 +193,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         places[0, -1].set_title("ranks")
         places[0, -1].legend()
         places[1, -1].set_xlabel("ranks")
-        places[1, -1].set_ylim(bottom=0)
+        places[1, -1].set_ylim(0, 1.05 * places[1, -1].get_ylim()[1])
         shown = sorted({row["ranks"] for line in against.values() for row in line})
         places[1, -1].set_xticks(shown, map(str, shown))
         places[1, -1].minorticks_off()
