@@ -16,7 +16,7 @@ from gidef import config, fits, observe
 from gidef.attack import local_sgd
 from gidef.attack.analytic import analytic, can_invert
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
-from gidef.attack.latent import Predictor
+from gidef.attack.predictor import Predictor
 from gidef.cells import Cell, Task, mark, note_of
 from gidef.checkpoint import save_file
 from gidef.clients.local import load_parameters
@@ -24,7 +24,7 @@ from gidef.clients.participate import DECODER
 from gidef.errors import StorageError
 from gidef.inversions import failures, load_marked, sound, worded
 from gidef.rng import generator
-from gidef.training import Run
+from gidef.runs import Run
 from gidef.types import Observation, Reconstruction
 
 GAIN = 0.1

@@ -18,8 +18,8 @@ from gidef.cells import Cell, Task, make_cells, not_applicable
 from gidef.inversions import collect, in_groups, matching_tasks
 from gidef.parallel import run_tasks
 from gidef.releases import Releases
+from gidef.runs import Run, Trained
 from gidef.scores import Scorer
-from gidef.training import Run, Trained
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any
 from gidef import config, observe
 from gidef.attack import Calibration
 from gidef.defence.encode import searched_of
-from gidef.training import Run, Snapshot, Trained, run_key
+from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)

@@ -22,7 +22,7 @@ from gidef.models import SplitModel
 from gidef.models.surgery import changes_between
 from gidef.report.files import write_atomically
 from gidef.rng import generator
-from gidef.training import Run
+from gidef.runs import Run
 from gidef.types import Tensors
 
 FILE = "nets.json"

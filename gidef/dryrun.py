@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gidef import attack as attacks
-from gidef import build, config, fits, methods, training
+from gidef import build, config, evaluation, fits, methods, runs
 from gidef.attack.ladder import is_lack_of_memory
 from gidef.cells import Cell, make_cells
 from gidef.clients.evaluate import num_chunks, predict_chunk
@@ -278,8 +278,8 @@ def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: Wo
     times = {name: 1 + len(one.points()) * evaluation.num_tuning / evaluation.num_victims for name, one in recipe.attacks.items() if isinstance(one, config.Tuned)}
     plain = {name: one.attack if isinstance(one, config.Tuned) else one for name, one in recipe.attacks.items()}
     setting = dataclasses.replace(setting, recipe=dataclasses.replace(recipe, attacks=plain))
-    run = training.Run(setting, world, scratch, Console(rank=1), None, "")
-    one = training.Trained(made, {name: training.Snapshot(name, 0, 0.0, made.server.params) for name in checkpoints}, {}, "")
+    run = runs.Run(setting, world, scratch, Console(rank=1), None, "")
+    one = runs.Trained(made, {name: runs.Snapshot(name, 0, 0.0, made.server.params) for name in checkpoints}, {}, "")
     releases, found = Releases(run), {}
     for cell in make_cells(run, {(key, seed): one}, scratch / "attacks"):
         if cell.checkpoint == checkpoints[0] and cell.twin is None:
@@ -289,7 +289,7 @@ def _attacks_s(made: build.Training, key: str, setting: build.Setting, world: Wo
     return found
 
 
-def _attack_s(run: training.Run, cell: Cell, releases: Releases, ranks: int) -> float | None:
+def _attack_s(run: runs.Run, cell: Cell, releases: Releases, ranks: int) -> float | None:
     if isinstance(cell.attack, config.GenerativePrior) or getattr(cell.attack, "decoder", "") == "surrogate":
         return None
     cell.releases = releases.of(cell)
@@ -339,7 +339,7 @@ def _measure(made: build.Training, setting: build.Setting, world: World) -> Cost
 
 def _chunk_s(made: build.Training, setting: build.Setting, world: World) -> float:
     model, val = made.participation.players[0].model, setting.dataset.val.images
-    [tensors, *_] = training.fronts(made, made.server.params, [0])
+    [tensors, *_] = evaluation.fronts(made, made.server.params, [0])
     load_parameters(model, tensors)
     model.eval()
     times = []

@@ -20,9 +20,9 @@ from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
+from gidef.runs import Run
 from gidef.scores import ABOVE, GUESSES, JUDGED, MEASURES, Scorer, by_judge, measured
 from gidef.strengths import levelled
-from gidef.training import Run
 
 Scored = dict[int, dict[str, Tensor]]
 """Values per victim of a cell, by id(cell); see `Scorer.score`."""

@@ -14,21 +14,24 @@ from torch import Tensor, nn
 
 from gidef import config, metrics, observe
 from gidef.attack.generative import fit_autoencoder, fit_gan
-from gidef.attack.latent import Predictor, fit_shadow, front_latents, invert_latent
+from gidef.attack.latent import invert_latent
 from gidef.attack.learned import fit_inverter, invert_learned, seen_length
+from gidef.attack.predictor import Predictor
+from gidef.attack.shadow import fit_shadow, front_latents
 from gidef.cells import Cell, Task, keeps_decoder, mark
 from gidef.checkpoint import load_file, save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.data import Images
 from gidef.errors import StorageError
+from gidef.evaluation import fronts
 from gidef.fit import fit_decoder, fit_judge
 from gidef.inversions import Unfit, failures, load_marked, sound, worded
 from gidef.models import decoder_for, judge_called
 from gidef.models.inverter import inverter_for
 from gidef.models.prior import Generator, autoencoder_for, gan_for
 from gidef.rng import generator, stream_seed
-from gidef.training import Run, fronts
+from gidef.runs import Run
 from gidef.types import Observation, Reconstruction, Tensors
 
 

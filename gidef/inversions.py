@@ -28,7 +28,7 @@ from gidef.errors import InputError, StorageError
 from gidef.models import SplitModel
 from gidef.models.cuts import BEFORE
 from gidef.report.files import write_atomically
-from gidef.training import Run
+from gidef.runs import Run
 from gidef.types import Reconstruction, Tensors
 
 REPORT_S = 0.5

@@ -27,8 +27,9 @@ from gidef.report import Console, Record, choice, html, joined, learning_curves,
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
 from gidef.report.verdict import compare
+from gidef.runs import Run, Trained, fingerprint, run_key
 from gidef.stopping import leave_on_sigterm
-from gidef.training import Run, Trained, fingerprint, reload, run_key
+from gidef.training import reload
 
 RECIPE = restart.RECIPE
 

@@ -21,8 +21,9 @@ from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.labels import LocalSteps
-from gidef.attack.latent import Predictor, read_latent
+from gidef.attack.latent import read_latent
 from gidef.attack.optimisers import Adam
+from gidef.attack.predictor import Predictor
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
 from gidef.attack.simulate import DRAWS
 from gidef.attack.starts import from_images
@@ -31,7 +32,7 @@ from gidef.clients.participate import DECODER
 from gidef.defence.encode import searched_of
 from gidef.errors import InputError
 from gidef.rng import generator, stream_seed
-from gidef.training import Run, Snapshot, Trained
+from gidef.runs import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
 
 PUBLIC = 512

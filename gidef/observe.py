@@ -22,7 +22,7 @@ from gidef.defence.encode import imitating
 from gidef.defence.share import imitated, revealed
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
-from gidef.training import Run, Snapshot, Trained
+from gidef.runs import Run, Snapshot, Trained
 from gidef.types import Client, Observation, Own, Tensors
 
 Simulate = Callable[..., Tensors]

@@ -14,7 +14,7 @@ from gidef import attack as attacks
 from gidef import config, methods, metrics, observe
 from gidef.cells import Cell
 from gidef.report.files import write_atomically
-from gidef.training import Run
+from gidef.runs import Run
 
 SHIFT_DB = 0.1
 """Largest shift of the mean PSNR that low precision may cause."""

@@ -15,7 +15,8 @@ from gidef.errors import InputError, StorageError
 from gidef.parallel import open_world, seated
 from gidef.report import Console, Record, read, results
 from gidef.report.files import held, write_atomically, writing
-from gidef.training import Run, fingerprint, reload, run_key
+from gidef.runs import Run, fingerprint, run_key
+from gidef.training import reload
 
 FOLDER = "parts"
 """In the run's folder: those of its parts."""

@@ -26,8 +26,9 @@ from gidef.main import parse
 from gidef.parallel import World, open_world
 from gidef.report import Console
 from gidef.report.files import writing
+from gidef.runs import Run, fingerprint, run_key
 from gidef.spans import PREFIX, watched
-from gidef.training import Run, fingerprint, run_key, train
+from gidef.training import train
 
 SHARES = {
     "arithmetic": "arithmetic: operators of the clients' passes",

@@ -9,7 +9,7 @@ from gidef import config, observe
 from gidef.attack.imprint import zeroed_level
 from gidef.cells import Cell
 from gidef.rng import stream_seed
-from gidef.training import Run
+from gidef.runs import Run
 
 
 class Releases:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gidef import metrics
 from gidef.metrics import bounds
 from gidef.observe import Victims
-from gidef.training import Run
+from gidef.runs import Run
 from gidef.types import Reconstruction
 
 MEASURES = ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy", "iip", "feature_distance")

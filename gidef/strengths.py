@@ -19,8 +19,9 @@ from torch import nn
 
 from gidef.defence import Defence
 from gidef.errors import InputError
+from gidef.evaluation import scores_on_test
 from gidef.models.perturbation import Perturbation
-from gidef.training import Run, Trained, scores_on_test
+from gidef.runs import Run, Trained
 
 
 def levelled(defence: Defence) -> bool:

@@ -17,7 +17,7 @@ from gidef import config, metrics
 from gidef.cells import Cell, make_cells
 from gidef.releases import Releases
 from gidef.report.files import write_atomically
-from gidef.training import Run, Trained
+from gidef.runs import Run, Trained
 
 FILE = "tuned_attacks.json"
 SAME_DB = 0.01

@@ -12,7 +12,8 @@ from gidef import config
 from gidef.errors import InputError
 from gidef.report.claim import MATCHED
 from gidef.report.files import write_atomically
-from gidef.training import Run, Trained, train
+from gidef.runs import Run, Trained
+from gidef.training import train
 
 FILE = "tuning.json"
 CLOSE = 0.002

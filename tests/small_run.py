@@ -15,7 +15,8 @@ from gidef.config import Data, Evaluation, LocalTraining, Model, Recipe, Rounds,
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.parallel import World
 from gidef.report import Console
-from gidef.training import Run, Trained, train
+from gidef.runs import Run, Trained
+from gidef.training import train
 
 
 def few_cells() -> Dataset:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from gidef import build, cells, config, fits, inversions, observe
 from gidef.config import CVB, BiDO, IsotropicNoise, LearnedPerturbation, Model, Precode, Speed, Undefended
+from gidef.evaluation import logits
 from gidef.releases import Releases
-from gidef.training import logits
 from tests.small_run import RECIPE, trained_once
 
 SHORT = {"iterations": 3, "restarts": 1}

@@ -22,9 +22,11 @@ from gidef.checkpoint import load_file
 from gidef.clients.local import batches
 from gidef.config import DPSGD, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Rounds, Speed, Undefended
 from gidef.errors import InputError
+from gidef.evaluation import logits
 from gidef.parallel import World
 from gidef.rng import stream_seed
-from gidef.training import logits, reload, run_key, train
+from gidef.runs import run_key
+from gidef.training import reload, train
 from tests import normed
 from tests.small_run import RECIPE, evaluated, one_thread, start
 

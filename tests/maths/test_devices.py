@@ -8,12 +8,13 @@ import dataclasses
 import pytest
 import torch
 
-from gidef import build, config, training
+from gidef import build, config, evaluation
 from gidef.errors import InputError
 from gidef.parallel import Beside, World, cohort
 from gidef.parallel.world import _choose_device
 from gidef.report import Console
-from gidef.training import Run, train
+from gidef.runs import Run
+from gidef.training import train
 from tests.small_run import RECIPE
 from tests.stand_in import DEVICE, Mixed, watched
 
@@ -42,7 +43,7 @@ def one_thread_and_values_made_up(monkeypatch):
     def call(beside, function, *args):
         beside.found = function(*args)
 
-    monkeypatch.setattr(training, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
+    monkeypatch.setattr(evaluation, "ThreadPoolExecutor", lambda workers: Pool(Pool()))
     monkeypatch.setattr(Beside, "call", call)
     monkeypatch.setattr(Beside, "wait", lambda beside: beside.found)
     monkeypatch.setattr(build, "_home", lambda images, device, notice: device)

@@ -25,8 +25,9 @@ from gidef.parallel import World
 from gidef.releases import Releases
 from gidef.report import Console
 from gidef.report.results import bound_label
+from gidef.runs import Run
 from gidef.scores import Scorer
-from gidef.training import Run, train
+from gidef.training import train
 from gidef.types import Reconstruction
 from tests.small_run import Heard, evaluated
 

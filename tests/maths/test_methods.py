@@ -20,7 +20,8 @@ from gidef.errors import InputError
 from gidef.models import decoder_for
 from gidef.parallel import World
 from gidef.report import Console
-from gidef.training import Run, train
+from gidef.runs import Run
+from gidef.training import train
 
 SHORT = {"iterations": 3}
 MATCHING = {

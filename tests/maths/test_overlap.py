@@ -10,13 +10,14 @@ import threading
 import pytest
 import torch
 
-from gidef import build, config, metrics, training
+from gidef import build, config, evaluation, metrics, training
 from gidef.checkpoint import load_file
 from gidef.errors import InputError
 from gidef.parallel import Beside, World
 from gidef.report import Console
+from gidef.runs import Run
 from gidef.stopping import leave_on_sigterm
-from gidef.training import Run, train
+from gidef.training import train
 from tests.small_run import RECIPE, one_thread
 
 PRIVATE = {"chosen": config.LearnedPerturbation(ramp=0.0), "share_policy": "head", "cohort_size": 2}
@@ -70,13 +71,13 @@ def files(folder):
 @pytest.fixture
 def begun(monkeypatch):
     """The rounds whose evaluation began beside the next one, by number of the server's state."""
-    seen, begin = [], training._EvaluationBeside.begin
+    seen, begin = [], evaluation.EvaluationBeside.begin
 
     def counted(self, params, clients, versions):
         seen.append(max(versions.values()) + 1)
         begin(self, params, clients, versions)
 
-    monkeypatch.setattr(training._EvaluationBeside, "begin", counted)
+    monkeypatch.setattr(evaluation.EvaluationBeside, "begin", counted)
     return seen
 
 
@@ -111,7 +112,7 @@ def test_record_checkpoints_snapshots_states_and_model_are_those_of_an_evaluatio
 
 def test_an_evaluation_runs_while_the_next_round_trains_and_its_line_and_checkpoint_follow_in_order(tmp_path, monkeypatch):
     told, begins = [], {number: threading.Event() for number in range(5)}
-    evaluate, save, rounds = training._EvaluationBeside._evaluate, training._save_checkpoint, training.federate
+    evaluate, save, rounds = evaluation.EvaluationBeside._evaluate, training.save_state, training.federate
 
     def evaluated(self, params, clients, versions):
         number = max(versions.values()) + 1
@@ -139,9 +140,9 @@ def test_an_evaluation_runs_while_the_next_round_trains_and_its_line_and_checkpo
         save(run, key, number, held)
         told.append(f"saved {number}")
 
-    monkeypatch.setattr(training._EvaluationBeside, "_evaluate", evaluated)
+    monkeypatch.setattr(evaluation.EvaluationBeside, "_evaluate", evaluated)
     monkeypatch.setattr(training, "federate", told_rounds)
-    monkeypatch.setattr(training, "_save_checkpoint", saved)
+    monkeypatch.setattr(training, "save_state", saved)
     start(tmp_path, count=4, record=Told())
     expected = ["computed 1", "evaluated 1", "computed 2", "line 1", "evaluated 2", "computed 3", "line 2", "evaluated 3", "computed 4", "line 3", "line 4", "trained"]
     order = [one for one in told if not one.startswith("saved")]
@@ -247,7 +248,7 @@ def beside_threads():
 
 @pytest.mark.parametrize("error", [InputError("a chunk is bad"), torch.OutOfMemoryError("no memory")], ids=["input", "memory"])
 def test_an_error_of_the_evaluation_is_raised_once_by_the_training_and_nothing_stays_behind(error, tmp_path, monkeypatch):
-    predict, calls = training.predict_chunk, []
+    predict, calls = evaluation.predict_chunk, []
 
     def fails(*args):
         calls.append(threading.current_thread())
@@ -255,7 +256,7 @@ def test_an_error_of_the_evaluation_is_raised_once_by_the_training_and_nothing_s
             raise error
         return predict(*args)
 
-    monkeypatch.setattr(training, "predict_chunk", fails)
+    monkeypatch.setattr(evaluation, "predict_chunk", fails)
     record = Lines()
     with pytest.raises(type(error)) as caught:
         start(tmp_path, record=record)
@@ -285,9 +286,9 @@ def test_a_failing_round_does_not_wait_for_the_evaluation_beside_it_which_then_s
         return rounds(server, clients, run=one, **options)
 
     rounds = training.federate
-    monkeypatch.setattr(training, "CHUNK", 8)
-    monkeypatch.setattr(training, "num_chunks", lambda images: 3)
-    monkeypatch.setattr(training, "predict_chunk", slow)
+    monkeypatch.setattr(evaluation, "CHUNK", 8)
+    monkeypatch.setattr(evaluation, "num_chunks", lambda images: 3)
+    monkeypatch.setattr(evaluation, "predict_chunk", slow)
     monkeypatch.setattr(training, "federate", failing)
     with pytest.raises(Killed):
         start(tmp_path)  # returns although the chunk hangs
@@ -313,7 +314,7 @@ def test_sigterm_while_a_round_waits_for_its_evaluation_ends_the_training_at_onc
         return wait(self)
 
     monkeypatch.setattr(Beside, "wait", waits)
-    monkeypatch.setattr(training, "predict_chunk", slow)
+    monkeypatch.setattr(evaluation, "predict_chunk", slow)
     leave_on_sigterm(tmp_path)
     try:
         with pytest.raises(SystemExit) as end:

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from gidef.config import IsotropicNoise
-from gidef.training import logits, train
+from gidef.evaluation import logits
+from gidef.training import train
 from tests.small_run import RECIPE, one_thread, start
 
 

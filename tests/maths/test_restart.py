@@ -10,7 +10,7 @@ import pytest
 
 from gidef import restart
 from gidef.errors import InputError
-from gidef.training import _compare_states
+from gidef.states import compare_states
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "t1"}
 SLURM = {"SLURM_JOB_ID": "7"}
@@ -67,6 +67,6 @@ class Told:
 
 
 def test_ranks_at_other_rounds_or_states_are_named():
-    _compare_states(Told(None, [5, "a", "h2"]), "k", 5, "a")
+    compare_states(Told(None, [5, "a", "h2"]), "k", 5, "a")
     with pytest.raises(InputError, match=r"k: rank 0 on host .* starts after round 98, and rank 1 on host h2 \(round 40\), rank 2 on host h3 \(round 98\) with another"):
-        _compare_states(Told(None, [40, "a", "h2"], [98, "b", "h3"], [98, "a", "h4"]), "k", 98, "a")
+        compare_states(Told(None, [40, "a", "h2"], [98, "b", "h3"], [98, "a", "h4"]), "k", 98, "a")

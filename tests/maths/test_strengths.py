@@ -16,7 +16,8 @@ from gidef.errors import InputError
 from gidef.metrics import auc, psnr_db
 from gidef.report import kinds
 from gidef.rng import generator
-from gidef.training import Snapshot, Trained, train
+from gidef.runs import Snapshot, Trained
+from gidef.training import train
 from tests.small_run import RECIPE, evaluated, few_cells, one_thread, start, trained_once
 
 ATTACKS = {"naive": NaiveMatching(iterations=8), "joint": JointMatching(iterations=8), "decoder": PostHocDecoder(steps=4)}

@@ -71,7 +71,8 @@ def trained(recipe: Recipe, folder: Path, world, *, killed: bool = False) -> dic
     """Train the recipe's defence, without the rest of a run: the final model's hash and the folder."""
     from gidef.build import load_setting
     from gidef.report import Console
-    from gidef.training import Run, train
+    from gidef.runs import Run
+    from gidef.training import train
 
     setting = load_setting(recipe, world=world, notice=lambda text: None)
     run = Run(setting, world, folder, Console(rank=1), _Fuse(folder) if killed else None, "a mark")

@@ -30,7 +30,8 @@ def attacked(recipe: Recipe, folder: Path, world: World, *, groups: bool) -> dic
     from gidef.cells import make_cells
     from gidef.releases import Releases
     from gidef.report import Console
-    from gidef.training import Run, train
+    from gidef.runs import Run
+    from gidef.training import train
 
     setting = build.load_setting(recipe, world=world, notice=lambda text: None)
     run = Run(setting, world, folder, Console(rank=1), None, "a mark")

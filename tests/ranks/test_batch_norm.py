@@ -28,7 +28,8 @@ def trainings(norm: str, rank: int, folder: Path, port: str) -> dict[str, Any]:
     from gidef.importing import load
     from gidef.parallel import World, open_world, with_mesh
     from gidef.report import Console
-    from gidef.training import Run, run_key, train
+    from gidef.runs import Run, run_key
+    from gidef.training import train
     from tests import normed
     from tests.small_run import RECIPE
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gidef import build, training
+from gidef import build, evaluation
 from gidef.config import LearnedPerturbation, Rounds
 from gidef.errors import InputError, RankFailure
 from gidef.parallel import World, open_world
 from gidef.report import Console
-from gidef.training import Run, train
+from gidef.runs import Run
+from gidef.training import train
 from tests.ranks.launch import ROOT, environment, free_port
 from tests.small_run import RECIPE
 
@@ -43,7 +44,7 @@ def in_small_chunks() -> list[float]:
     from gidef import metrics
     from gidef.clients import evaluate
 
-    training.CHUNK = evaluate.CHUNK = CHUNK
+    evaluation.CHUNK = evaluate.CHUNK = CHUNK
     told, accuracy = [], metrics.accuracy
 
     def telling(logits, labels):
@@ -56,13 +57,13 @@ def in_small_chunks() -> list[float]:
 
 def begins_beside() -> list[int]:
     """Of each evaluation that this rank begins beside a round from now on: how many fronts."""
-    seen, begin = [], training._EvaluationBeside.begin
+    seen, begin = [], evaluation.EvaluationBeside.begin
 
     def counted(self, params, clients, versions):
         seen.append(len(clients))
         begin(self, params, clients, versions)
 
-    training._EvaluationBeside.begin = counted
+    evaluation.EvaluationBeside.begin = counted
     return seen
 
 
@@ -73,7 +74,7 @@ def worker(rank: int, folder: Path, ports: list[str]) -> None:
     def meet(number: int):
         return open_world("cpu", 60, init_method=f"tcp://127.0.0.1:{ports[number]}", rank=rank, size=2)
 
-    predict = training.predict_chunk
+    predict = evaluation.predict_chunk
     with meet(0) as world:
         found |= {"sha256": trained(world, folder / "beside"), "accuracies": told[:], "begun": begun[:]}
 
@@ -85,7 +86,7 @@ def worker(rank: int, folder: Path, ports: list[str]) -> None:
             raise InputError("a state is damaged")
         return predict(*args)
 
-    training.predict_chunk = fails
+    evaluation.predict_chunk = fails
     try:
         with meet(1) as world:
             trained(world, folder / "fails")
@@ -98,7 +99,7 @@ def worker(rank: int, folder: Path, ports: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return predict(*args)
 
-    training.predict_chunk = dies
+    evaluation.predict_chunk = dies
     try:
         with meet(2) as world:
             trained(world, folder / "dies")

@@ -11,19 +11,10 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from gidef.attack import latent
-from gidef.attack.latent import (
-    Predictor,
-    Reader,
-    decode,
-    fit_shadow,
-    front_latents,
-    invert_latent,
-    latent_basis,
-    latent_simulator,
-    match_latent,
-    read_latent,
-    unmix,
-)
+from gidef.attack.latent import decode, invert_latent, match_latent, read_latent
+from gidef.attack.predictor import Predictor, Reader, latent_simulator
+from gidef.attack.shadow import fit_shadow, front_latents
+from gidef.attack.unmix import UNMIXED, _Parts, latent_basis, unmix
 from gidef.data import synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.fit import fit_decoder
@@ -196,7 +187,7 @@ def test_an_image_s_part_of_the_gradient_serves_for_the_whole_one(make, size):
     draw, predictor = torch.Generator().manual_seed(5), Predictor(model)
     flat = torch.randn(size, *model.latent_shape, generator=draw, dtype=torch.float64).flatten(1)
     mix, wanted = torch.randn(size, size, generator=draw, dtype=torch.float64), F.one_hot(labels, CLASSES).double()
-    parts = latent._Parts(observation, predictor, flat, wanted, 4)
+    parts = _Parts(observation, predictor, flat, wanted, 4)
     assert bool(parts._read) == (make is not Normed)
     weights = {name: 1 / (tensor.norm() * len(predictor.names) ** 0.5) for name, tensor in observation.update.items()}
     observed = torch.cat([(observation.update[name] * weights[name]).flatten() for name in predictor.names])
@@ -430,7 +421,7 @@ def test_large_batches_are_matched_in_bounded_time(monkeypatch):
     assert [latent._tries(32, size, size, False) for size in (1, 2, 4, 8)] == [2, 32, 32, 8]
     assert [latent._tries(32, size, 16 * size, False) for size in (1, 2)] == [32, 8] and latent._tries(32, 8, 8, True) == 32
     model = split(dtype=torch.float32)
-    size = latent.UNMIXED + 1
+    size = UNMIXED + 1
     seen, *_ = observe(model, size, labels=[number % CLASSES for number in range(size)])
     monkeypatch.setattr(latent, "unmix", lambda *_, **__: pytest.fail("unmixed"))
     read = result(latent.read_latent([seen], Predictor(model), seed=0, iterations=3, restarts=2))

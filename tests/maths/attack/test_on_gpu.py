@@ -24,9 +24,10 @@ from gidef.attack import (
 from gidef.attack.client import gradient_of, observed
 from gidef.attack.engine import CURVE_POINTS
 from gidef.attack.ladder import climb
-from gidef.attack.latent import Reader, latent_basis
 from gidef.attack.lbfgs import Lbfgs
 from gidef.attack.optimisers import Momentum
+from gidef.attack.predictor import Reader
+from gidef.attack.unmix import latent_basis
 from gidef.metrics import psnr_db
 from gidef.types import Observation
 

@@ -45,7 +45,8 @@ from gidef.models import SmallNet, SplitModel, make_backbone
 from gidef.parallel import World
 from gidef.report import Console, results, tables
 from gidef.rng import generator
-from gidef.training import Run, train
+from gidef.runs import Run
+from gidef.training import train
 from gidef.types import Client
 
 SIDE, CLASSES = 8, 4
