@@ -38,6 +38,7 @@ from gidef.defence.perturbation import MinimaxSettings
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
 from gidef.defence.secure_sum import SecureCohorts
+from gidef.defence.seeing import SeeingDecoder
 from gidef.defence.share import Transform
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
@@ -311,10 +312,13 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
             )  # fmt: skip
             decoder = None
             if chosen.dependence_weight > 0:
-                decoder = decoder_for(
-                    model.latent_shape, model.channel_dim, dataset.image_shape, size="loop",
-                    width_factor=chosen.decoder_width, seed=stream_seed(seed, "decoder") % 2**31,
-                )  # fmt: skip
+                sees = chosen.decoder_sees == "gradient"
+                make = functools.partial(SeeingDecoder, sketch=chosen.decoder_sketch) if sees else functools.partial(decoder_for, size="loop")
+                decoder = make(
+                    model.latent_shape, model.channel_dim, dataset.image_shape, width_factor=chosen.decoder_width, seed=stream_seed(seed, "decoder") % 2**31
+                )
+                if sees and chosen.decoder_sketch < (tensors := len(list(model.parameters()))):
+                    raise InputError(f"decoder_sketch={chosen.decoder_sketch} cannot hold the gradient of {tensors} tensors: give at least as many numbers.")
             fields = {spec.name for spec in dataclasses.fields(MinimaxSettings)} & {spec.name for spec in dataclasses.fields(chosen)}
             return LearnedDefence(model, decoder, MinimaxSettings(**{name: getattr(chosen, name) for name in fields}))
         case config.CapacityNoise():

@@ -13,6 +13,7 @@ from typing import Any
 from gidef import config, observe
 from gidef.attack import Calibration
 from gidef.defence.encode import searched_of
+from gidef.defence.seeing import SeeingDecoder
 from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
@@ -160,6 +161,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a defence with noise on the latent"
     if (isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known") and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"
+    if isinstance(attack, config.DecoderAware) and isinstance(one.training.defence.decoder, SeeingDecoder):
+        return "it needs a decoder that is handed the latent alone"
     if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
         return "it needs a noise level that the server sends"
     if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)) and run.recipe.share_policy == "head":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +41,12 @@ def fit_judge(judge: nn.Module, train: Images, *, epochs: int, seed: int, batch_
 
 
 def fit_decoder(
-    decoder: nn.Module, latents: Callable[[Tensor, torch.Generator, int], Tensor], public: Images,
+    decoder: nn.Module, latents: Callable[[Tensor, torch.Generator, int, Tensor], Any], public: Images,
     *, steps: int, seed: int, batch_size: int = 64, lr: float = 1e-3,
 ) -> Iterator[int]:  # fmt: skip
     """Fit a decoder in place to reconstruct public images from their latents (L_d of the minimax); yields the steps done.
 
-    latents: latents(images float (B, C, H, W), generator, step) → what the attacker is given of them, without gradients.
+    latents: latents(images float (B, C, H, W), generator, step, labels int64 (B,)) → what the attacker is given of them, without gradients.
     Adam with the rate falling to zero along a cosine.
     """
     device = next(decoder.parameters()).device
@@ -57,7 +58,7 @@ def fit_decoder(
         rows = torch.randint(len(public), (min(batch_size, len(public)),), generator=order).to(public.images.device)
         images = public.images[rows].to(device, torch.float32).div_(255)
         with torch.no_grad():
-            given = latents(images, noise, step)
+            given = latents(images, noise, step, public.labels[rows].to(device))
         optimiser.zero_grad(set_to_none=True)
         decoder_loss(images, decoder(given)).backward()
         optimiser.step()

@@ -103,26 +103,29 @@ def _new_judge(run: Run, which: str | None) -> torch.nn.Module:
 # --- decoders of the latent ----------------------------------------------------------------------------------------------
 
 
-def _public_latents(run: Run, cell: Cell) -> Callable[[Tensor, torch.Generator, int], Tensor]:
-    """latents(images, generator, step): z̃ of public images through the front at hand; under `head` the owners' fronts in turn."""
+Latents = Callable[[Tensor, torch.Generator, int, Tensor], Any]
+"""latents(images, generator, step, labels): what a decoder of public images is given."""
+
+
+def _public_latents(run: Run, cell: Cell, *, game: bool = False) -> Latents:
+    """z̃ of public images through the front at hand; under `head` the owners' fronts in turn. game: what the game's decoder is given."""
     training = cell.trained.training
     training.participation.versions = dict(cell.snapshot.versions)
-    models = []
-    for tensors in fronts(training, {**cell.snapshot.params, **cell.snapshot.statistics}, sorted(set(cell.victims.owners))):
+    models, weights = [], list(fronts(training, {**cell.snapshot.params, **cell.snapshot.statistics}, sorted(set(cell.victims.owners))))
+    for tensors in weights:
         model = copy.deepcopy(training.defence.model)
         load_parameters(model, tensors)
         models.append(model.eval())
 
-    def latents(images: Tensor, noise: torch.Generator, step: int) -> Tensor:
-        drawn = training.defence.draw_noise(len(images), generator=noise)
-        return models[step % len(models)].run(images, drawn).perturbed
+    def latents(images: Tensor, noise: torch.Generator, step: int, labels: Tensor) -> Any:
+        drawn, model = training.defence.draw_noise(len(images), generator=noise), models[step % len(models)]
+        perturbed = model.run(images, drawn).perturbed
+        return training.defence.given(model, weights[step % len(models)], images, labels, drawn, perturbed) if game else perturbed
 
     return _as_clients_do(run, cell, models, latents)
 
 
-def _as_clients_do(
-    run: Run, cell: Cell, models: list[nn.Module], latents: Callable[[Tensor, torch.Generator, int], Tensor]
-) -> Callable[[Tensor, torch.Generator, int], Tensor]:  # fmt: skip
+def _as_clients_do(run: Run, cell: Cell, models: list[nn.Module], latents: Latents) -> Latents:
     """The latents in batches of the victims' size, by their statistics, where clients normalise so."""
     if not cell.trained.training.participation.moves_statistics:
         return latents
@@ -130,7 +133,7 @@ def _as_clients_do(
     size = evaluation.batch_size // (evaluation.local_steps if evaluation.release == "delta" else 1)
     for model in models:
         model.train()
-    return lambda images, noise, step: torch.cat([latents(part, noise, step) for part in images.tensor_split(max(1, len(images) // size))])
+    return lambda images, noise, step, labels: torch.cat([latents(part, noise, step, labels) for part in images.tensor_split(max(1, len(images) // size))])
 
 
 def decoder_task(run: Run, cell: Cell) -> Task:
@@ -157,11 +160,13 @@ def decoder_task(run: Run, cell: Cell) -> Task:
                 held = {**private, **cell.snapshot.params}
                 load_parameters(model, {n: t for n, t in held.items() if not n.startswith(DECODER)})
                 noise = training.defence.draw_noise(len(batch), generator=generator(cell.seed, "given-latent", len(images)))
-                perturbed = model.run(batch, None if noise is None else noise.to(batch.device)).perturbed
+                noise = None if noise is None else noise.to(batch.device)
+                perturbed = model.run(batch, noise).perturbed
                 images.append(decoder(perturbed).clamp(0, 1).cpu())
                 if in_loop is not None:  # the opponent that the client trained against, for the gap
                     load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})
-                    guesses.append(in_loop(perturbed).clamp(0, 1).cpu())
+                    weights = {n: t for n, t in held.items() if not n.startswith(DECODER)}
+                    guesses.append(in_loop(training.defence.given(model, weights, batch, labels.to(batch.device), noise, perturbed)).clamp(0, 1).cpu())
         return {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
 
     return _task(run, cell.label, "the decoder", cell.attack.steps, path, mark(run, cell), fit)
@@ -196,7 +201,7 @@ def _surrogate_mark(run: Run, cell: Cell) -> str:
 
 def surrogate_task(run: Run, cell: Cell) -> Task:
     """The attacker's own decoder of the in-loop kind, fitted on public images."""
-    latents, path, steps = _public_latents(run, cell), surrogate_path(run, cell), cell.attack.surrogate_steps
+    latents, path, steps = _public_latents(run, cell, game=True), surrogate_path(run, cell), cell.attack.surrogate_steps
 
     def fit(report: Callable[[float], None]) -> Tensors:
         decoder = copy.deepcopy(cell.trained.training.defence.decoder)

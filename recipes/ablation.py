@@ -1,7 +1,7 @@
 """What of the method does the work (E9): noise alone, a learned level, a decoder to play against, its size, the measure, the place.
 
 Shows:  latent norm and isotropic noise; a level learned without a decoder; the full game with decoders of a quarter and four times the size;
-        each measure of dependence; the full game, a level alone and isotropic noise after block 0, 1 (the other rows' place), 2 and before the head.
+        each measure of dependence; a decoder of three steps a batch, and one that also sees each image's own gradient; the full game, a level alone and isotropic noise after block 0, 1 (the other rows' place), 2 and before the head.
         Strengths are the defaults: read accuracy beside PSNR.
 Expect: isotropic noise of the same accuracy does as well, unless a row says otherwise.
 Costs:  two hours on 2 CPU cores, or in parts (--part I/N); --small: ten minutes.
@@ -38,7 +38,8 @@ RECIPE = Recipe(
         "full": LearnedPerturbation(), "weight 5": LearnedPerturbation(dependence_weight=5.0),
         "decoder quarter": LearnedPerturbation(decoder_width=0.25), "decoder fourfold": LearnedPerturbation(decoder_width=4.0),
         **{f"measure {name}": LearnedPerturbation(dependence=name) for name in ("ssim", "neg_mse", "dcor", "cka")},
-        "conditional": LearnedPerturbation(level="conditional"),
+        "conditional": LearnedPerturbation(level="conditional"), "three steps": LearnedPerturbation(decoder_steps=3),
+        "decoder sees gradient": LearnedPerturbation(decoder_sees="gradient"),
         **{f"full {place}": LearnedPerturbation(cut=cut) for place, cut in PLACES.items()},
         **{f"level alone {place}": LearnedPerturbation(dependence_weight=0.0, cut=cut) for place, cut in PLACES.items()},
         **{f"isotropic 1 {place}": IsotropicNoise(std=1.0, cut=cut) for place, cut in PLACES.items()},

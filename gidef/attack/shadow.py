@@ -64,10 +64,10 @@ def fit_shadow(
     yield steps
 
 
-def front_latents(model: SplitModel, draw_noise: DrawNoise | None = None) -> Callable[[Tensor, Generator, int], Tensor]:
-    """latents(images (B, C, H, W), generator, step) → z̃ through a front, the shadow or the true one: what a decoder is trained on."""
+def front_latents(model: SplitModel, draw_noise: DrawNoise | None = None) -> Callable[[Tensor, Generator, int, Tensor], Tensor]:
+    """latents(images (B, C, H, W), generator, step, labels) → z̃ through a front, the shadow or the true one: what a decoder is trained on."""
 
-    def latents(images: Tensor, noises: Generator, step: int) -> Tensor:
+    def latents(images: Tensor, noises: Generator, step: int, labels: Tensor) -> Tensor:
         return model.run(images, _drawn(draw_noise, len(images), noises, images.device)).perturbed
 
     return latents

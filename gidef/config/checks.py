@@ -43,7 +43,7 @@ from gidef.config import (
 
 _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of these pages that has the field
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
-    "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
+    "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_sketch": 1, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
     "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "surrogate_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
@@ -133,6 +133,8 @@ def problems(recipe: Recipe) -> list[str]:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")
                 if part.kl_weight and not part.strength and not part.std_floor:
                     found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at strength=0 and std_floor=0: raise one.")
+                if part.decoder_sees == "gradient" and part.dependence_weight:
+                    found += [f"defences.{name}: decoder_sees=gradient {text}" for text in _seeing_problems(part, recipe)]
                 if part.dependence == "cka" and part.dependence_weight and recipe.clients.batch_size < 4:
                     found.append(f"defences.{name}: dependence=cka needs 4 images or more, not clients.batch_size={recipe.clients.batch_size}.")
     for name, attack in _each_attack(recipe, found):
@@ -180,6 +182,18 @@ def problems(recipe: Recipe) -> list[str]:
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
     return list(dict.fromkeys(found + _strength_problems(recipe)))
+
+
+def _seeing_problems(part: LearnedPerturbation, recipe: Recipe) -> list[str]:
+    """What a decoder that sees each image's own gradient cannot be played against with."""
+    found = []
+    if part.schedule != "alternating":
+        found.append(f"is played in turn, not schedule={part.schedule}: set schedule=alternating.")
+    if recipe.model.norm == "keep":
+        found.append("needs gradients of single images, which model.norm=keep does not have: set model.norm=group or frozen.")
+    if recipe.speed.shard_size > 1:
+        found.append(f"needs the whole network on a rank, not speed.shard_size={recipe.speed.shard_size}: set it to 1.")
+    return found
 
 
 def _strength_problems(recipe: Recipe) -> list[str]:

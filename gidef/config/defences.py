@@ -42,6 +42,10 @@ class LearnedPerturbation:
     decoder_lr: float = 1e-3
     decoder_width: float = 1.0
     """Multiplies the decoder's channels."""
+    decoder_sees: Literal["latent", "gradient"] = "latent"
+    """What the decoder of the game is handed: the perturbed latent, or with it each image's own gradient of the cross-entropy, sketched (slower; ours)."""
+    decoder_sketch: int = 1024
+    """Numbers that such a gradient is hashed to."""
     decoder_loss: Literal["mse_ssim", "mse"] = "mse_ssim"
     """L_d: MSE + (1 - SSIM) / 2, or the MSE alone, for which with dependence="neg_mse" both players play for one scalar."""
     schedule: Literal["alternating", "simultaneous"] = "alternating"

@@ -89,6 +89,10 @@ class Defence:
         """The client's noise (n, *latent_shape) where every image keeps one draw for ever, else None."""
         return None
 
+    def given(self, model: nn.Module, weights: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None, perturbed: Tensor) -> Any:
+        """What the decoder is called with. weights: of the model, by name.  labels: int64 (B,) or probabilities.  perturbed: z̃ of these images."""
+        return perturbed
+
     def share(self, update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
         """What leaves the client of its update, a gradient or a delta of the shared tensors. own: what the client has at hand."""
         return apply_all(self.transforms, update, generator=generator, own=own)

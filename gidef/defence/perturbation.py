@@ -26,6 +26,7 @@ from torch.func import functional_call, grad
 from gidef.defence.base import DECODER, Defence, Simulate
 from gidef.defence.capacity import capacity_bits
 from gidef.defence.compiled import Compiled
+from gidef.defence.seeing import SeeingDecoder, told_by_gradients
 from gidef.defence.stacked import StackedMinimax
 from gidef.errors import InputError
 from gidef.models import Outputs, SplitModel
@@ -80,7 +81,7 @@ def client_loss(
     *,
     settings: MinimaxSettings,
     weight: float,
-    reconstruct: Callable[[Tensor], Tensor],
+    reconstruct: Callable[[Tensor], Tensor],  # of z̃
     kl: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """L_c, scalar in nats. labels: int64 (B,) or probabilities (B, K). weight: λ now; at 0 the decoder is not called."""
@@ -165,10 +166,10 @@ class MinimaxPlayer:
         """k, the decoder's steps beside this batch."""
         return self._settings.decoder_steps_first if self._first and epoch == 0 else self._settings.decoder_steps
 
-    def _train_decoder(self, images: Tensor, perturbed: Tensor, steps: int) -> None:
+    def _train_decoder(self, images: Tensor, given: Any, steps: int) -> None:
         for _ in range(steps):
             self._decoder_step.zero_grad(set_to_none=True)
-            decoder_loss(images, self.kept(perturbed), self._settings.decoder_loss).backward()
+            decoder_loss(images, self.kept(given), self._settings.decoder_loss).backward()
             self._decoder_step.step()
         self._decoder_step.zero_grad(set_to_none=True)
 
@@ -179,6 +180,26 @@ class MinimaxPlayer:
         if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
             return None
         return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
+
+
+class SeeingPlayer(MinimaxPlayer):
+    """The same game against a `SeeingDecoder`, which is also told each image's gradient at the weights before the step."""
+
+    def __init__(self, model: SplitModel, decoder: SeeingDecoder, settings: MinimaxSettings, frozen_noise: Callable[..., Tensor | None]) -> None:
+        super().__init__(model, decoder, settings, frozen_noise)
+        self._shown = copy.deepcopy(model)  # whose layers nobody exchanges for faster ones that know no second derivative
+
+    def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
+        noise = self._draw(images, rows)
+        outputs = self._forward(images, noise)
+        weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.set_grad_enabled(self._weight > 0):
+            told = told_by_gradients(self._shown, weights, images, labels, noise, length=self.kept.sketch)
+        self._train_decoder(images, (outputs.perturbed.detach(), told.detach()), self._steps(epoch))
+        self.kept.requires_grad_(False)
+        loss = self._client_loss(outputs, images, labels, self._weight, lambda perturbed: self.kept((perturbed, told)))
+        self.kept.requires_grad_(True)
+        return loss
 
 
 class SimultaneousPlayer(MinimaxPlayer):
@@ -280,6 +301,8 @@ class LearnedDefence(Defence):
             raise ValueError("LearnedDefence needs a model with a perturbation layer")
         if decoder is None and settings.dependence_weight > 0:
             raise ValueError("dependence_weight > 0 needs a decoder")
+        if isinstance(decoder, SeeingDecoder) and settings.schedule != "alternating":
+            raise ValueError("a decoder that sees the gradient plays in turn: schedule=alternating")
         self.settings = settings
 
     @property
@@ -288,7 +311,8 @@ class LearnedDefence(Defence):
 
     def player(self) -> MinimaxPlayer:
         at_once = self.decoder is not None and self.settings.schedule == "simultaneous"
-        return (SimultaneousPlayer if at_once else MinimaxPlayer)(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)
+        made = SeeingPlayer if isinstance(self.decoder, SeeingDecoder) else SimultaneousPlayer if at_once else MinimaxPlayer
+        return made(copy.deepcopy(self.model), copy.deepcopy(self.decoder), self.settings, self.frozen_noise)
 
     def draw_noise(self, count: int, *, generator: Generator) -> Tensor:
         return self.model.perturbation.draw(count, generator=generator, device=generator.device, dtype=torch.float32)
@@ -297,6 +321,12 @@ class LearnedDefence(Defence):
         if not self.settings.frozen:
             return None
         return self.draw_noise(client.num_examples, generator=generator(seed, "frozen-noise", client.id))
+
+    def given(self, model: nn.Module, weights: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None, perturbed: Tensor) -> Any:
+        """z̃, and for a decoder that sees the gradient what it is told."""
+        if not isinstance(self.decoder, SeeingDecoder):
+            return perturbed
+        return perturbed, told_by_gradients(model, weights, images, labels, noise, length=self.decoder.sketch)
 
     def cross_entropy_alone(self, progress: float) -> bool:
         settings = self.settings
@@ -320,11 +350,14 @@ class LearnedDefence(Defence):
             def forward(shared: Tensors, rest: Tensors, images: Tensor, noise: Tensor | None) -> Outputs:
                 return functional_call(model, {**rest, **shared}, (images, noise), {"full": True})
 
+            def shown(own: Tensors, rest: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None, perturbed: Tensor) -> Any:
+                return self.given(model, {**dict(model.named_parameters()), **rest, **own}, images, labels, noise, perturbed)
+
             def loss(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
                 own, rest, fixed_decoder = parted(params, known)
                 return client_loss(
                     forward(own, rest, images, noise), images, labels, settings=settings, weight=weight, kl=model.perturbation.kl,
-                    reconstruct=lambda perturbed: functional_call(decoder, fixed_decoder, (perturbed,)),
+                    reconstruct=lambda perturbed: functional_call(decoder, fixed_decoder, (shown(own, rest, images, labels, noise, perturbed),)),
                 )  # fmt: skip
 
             def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
@@ -332,9 +365,9 @@ class LearnedDefence(Defence):
                 beside = {DECODER + name: tensor for name, tensor in fixed_decoder.items()}
                 gradients = grad(loss)(own, {**rest, **beside}, images, labels, noise)
                 if len(own) < len(params):  # policy `all`: the decoder's gradient is released as well
-                    perturbed = forward(own, rest, images, noise).perturbed
+                    given = shown(own, rest, images, labels, noise, forward(own, rest, images, noise).perturbed)
                     shared_decoder = {name: params[DECODER + name] for name in fixed_decoder}
-                    opponent = grad(lambda psi: decoder_loss(images, functional_call(decoder, psi, (perturbed,)), measure))(shared_decoder)
+                    opponent = grad(lambda psi: decoder_loss(images, functional_call(decoder, psi, (given,)), measure))(shared_decoder)
                     gradients |= {DECODER + name: g for name, g in opponent.items()}
                 return {name: gradients[name] for name in params}
 

@@ -11,11 +11,12 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from gidef.attack.labels import LabelsHidden
-from gidef.attack.learned import _set_loss, _shares, fit_inverter, image_loss, invert_learned, seen, seen_length, sketch
+from gidef.attack.learned import _set_loss, fit_inverter, image_loss, invert_learned, seen, seen_length
 from gidef.data import synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.models.inverter import inverter_for
 from gidef.rng import stream_seed
+from gidef.sketches import shares, sketch
 from gidef.types import Observation
 
 CLASSES, SHAPE = 8, (3, 12, 12)
@@ -41,7 +42,7 @@ def test_a_small_update_is_kept_whole_in_name_order_at_unit_mean_square():
 
 def test_a_large_tensor_is_hashed_as_the_formula_says_beside_small_ones_kept_whole():
     given = update(big=(7, 11), bias=3)
-    assert _shares([77, 3], 20) == [17, 3]
+    assert shares([77, 3], 20) == [17, 3]
     mask = 2**64 - 1
     summed = [0.0] * 17
     for place, value in enumerate(given["big"].flatten().tolist()):  # SplitMix64, one number at a time
@@ -56,10 +57,10 @@ def test_a_large_tensor_is_hashed_as_the_formula_says_beside_small_ones_kept_who
 
 def test_shares_fill_the_sketch_and_give_small_tensors_all_they_have():
     sizes = [864, 32, 32, 18_432, 64, 73_728, 8, 4_096]
-    shares = _shares(sizes, 4_096)
-    assert all(share == size for share, size in zip(shares, sizes, strict=True) if size <= 900)
-    assert 4_096 - 12 <= sum(shares) <= 4_096 and all(share % 2 and share % 3 for share, size in zip(shares, sizes, strict=True) if share < size)
-    assert _shares([5, 5, 5], 3) == [1, 1, 1]
+    found = shares(sizes, 4_096)
+    assert all(share == size for share, size in zip(found, sizes, strict=True) if size <= 900)
+    assert 4_096 - 12 <= sum(found) <= 4_096 and all(share % 2 and share % 3 for share, size in zip(found, sizes, strict=True) if share < size)
+    assert shares([5, 5, 5], 3) == [1, 1, 1]
 
 
 def test_stacked_updates_have_the_sketches_of_single_ones():
