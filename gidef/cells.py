@@ -197,6 +197,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         if keeps_decoder(run, one):
             words = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}
             said.append(words[attack.decoder])
+    if isinstance(one.training.defence.decoder, SeeingDecoder) and (isinstance(attack, config.LatentDecoding) or getattr(attack, "decoder", "") == "unused"):
+        said.append("matches the gradient of cross-entropy alone, and the decoder's term is in the released one")
     if one.training.defence.encoders:
         said.append("the client trains on encoded images; scored against the private ones")
     if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):

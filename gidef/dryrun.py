@@ -316,20 +316,21 @@ def _measure(made: build.Training, setting: build.Setting, world: World) -> Cost
     settings = build.local_settings(setting.recipe.clients)
     largest = max(setting.clients, key=lambda client: client.num_examples)
     batch = settings.batch_size * settings.accumulate
+    late = dataclasses.replace(made.server, round=setting.rounds - 1)  # when terms of the loss that set in by and by are there
 
     def few(steps: int) -> Client:
         return Client(largest.id, largest.images[: batch * steps], largest.labels[: batch * steps])
 
     def seconds(client: Client) -> float:
         began = time.perf_counter()
-        made.participation.train(made.server, client)
+        made.participation.train(late, client)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         return time.perf_counter() - began
 
     with _peak_gib(world.device) as memory:
         seconds(few(STEPS[0]))
-    made.participation.versions[largest.id] = made.server.round  # so that what a client does in its first round only is left out
+    made.participation.versions[largest.id] = late.round  # so that what a client does in its first round only is left out
     times = [[seconds(few(steps)) for _ in range(REPEATS)] for steps in STEPS]
     short, long = (statistics.median(one) for one in times)
     few_steps, many_steps = (settings.steps_in_round(few(steps).num_examples) for steps in STEPS)

@@ -154,7 +154,7 @@ def decoder_task(run: Run, cell: Cell) -> Task:
         with torch.no_grad():
             victims = cell.victims
             for batch, labels, owner, private in zip(victims.images, victims.labels, victims.owners, victims.private, strict=True):
-                batch, _ = observe.trained_on(
+                batch, targets = observe.trained_on(
                     run, cell.trained, cell.snapshot, batch, labels, owner=owner, private=private, batch=len(images), seed=cell.seed
                 )  # fmt: skip
                 held = {**private, **cell.snapshot.params}
@@ -166,7 +166,7 @@ def decoder_task(run: Run, cell: Cell) -> Task:
                 if in_loop is not None:  # the opponent that the client trained against, for the gap
                     load_parameters(in_loop, {n.removeprefix(DECODER): t for n, t in held.items() if n.startswith(DECODER)})
                     weights = {n: t for n, t in held.items() if not n.startswith(DECODER)}
-                    guesses.append(in_loop(training.defence.given(model, weights, batch, labels.to(batch.device), noise, perturbed)).clamp(0, 1).cpu())
+                    guesses.append(in_loop(training.defence.given(model, weights, batch, targets, noise, perturbed)).clamp(0, 1).cpu())
         return {"images": torch.stack(images)} | ({"in_loop": torch.stack(guesses)} if guesses else {})
 
     return _task(run, cell.label, "the decoder", cell.attack.steps, path, mark(run, cell), fit)

@@ -41,8 +41,9 @@ def norm(tensors: Tensors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-AT_ONCE = {"cpu": 2**16, "cuda": 2**24}
-"""Entries of an update that are taken to float64 at the same time: on a CPU few enough to stay in the cache, which halves the time of the sum."""
+AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
+"""Entries of an update that are taken to float64 at the same time: on a CPU few enough to stay in the cache, which halves the time of the sum; on
+a GPU no more than come at a time over ranks (`parallel.cohort.BUCKET`)."""
 
 
 class FixedPointSum:
@@ -317,7 +318,7 @@ def _device_of(template: Tensors) -> torch.device:
 
 def _parts_of(template: Tensors, device: torch.device) -> Parts:
     """Runs of at most `AT_ONCE` entries."""
-    most, end = AT_ONCE.get(device.type, 2**24), 0
+    most, end = AT_ONCE.get(device.type, AT_ONCE["cuda"]), 0
     parts: Parts = []
     for name in sorted(template):
         size = template[name].numel()

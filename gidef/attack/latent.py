@@ -1,6 +1,6 @@
 """A5: the perturbed latent z̃ from the predictor's gradients, then a decoder. The attack on private fronts.
 
-The server knows the predictor φ and sees ∂L/∂φ, a function of z̃ and the labels alone. The span of a batch's latents can often be
+The server knows the predictor φ and sees ∂L/∂φ, a function of z̃ and the labels alone (but where a decoder in the game sees gradients, see defence.seeing). The span of a batch's latents can often be
 written down (`latent_basis`), and then few numbers are left to find (`unmix`); otherwise all of z̃ is matched (`match_latent`).
 The decoder is trained on public images through a front: the true one (a bound), or a shadow that the attacker trains in front of
 the known φ (`fit_shadow`).

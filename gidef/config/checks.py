@@ -191,6 +191,11 @@ def _seeing_problems(part: LearnedPerturbation, recipe: Recipe) -> list[str]:
         found.append(f"is played in turn, not schedule={part.schedule}: set schedule=alternating.")
     if recipe.model.norm == "keep":
         found.append("needs gradients of single images, which model.norm=keep does not have: set model.norm=group or frozen.")
+    if recipe.share_policy == "head":
+        found.append(
+            "tells the decoder no more than the latent does where only the predictor's gradient leaves, and would put images into that: set "
+            "decoder_sees=latent, or share_policy=full."
+        )
     if recipe.speed.shard_size > 1:
         found.append(f"needs the whole network on a rank, not speed.shard_size={recipe.speed.shard_size}: set it to 1.")
     return found

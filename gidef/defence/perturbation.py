@@ -133,14 +133,20 @@ class MinimaxPlayer:
             self._decoder_step = torch.optim.Adam(self.kept.parameters(), lr=self._settings.decoder_lr, **{"fused" if self._fused else "foreach": True})
 
     def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
-        outputs = self._run(images, rows)
-        if self.kept is not None:
-            self._train_decoder(images, outputs.perturbed.detach(), self._steps(epoch))
-            self.kept.requires_grad_(False)  # ψ frozen, while gradients still flow through it to z̃
-        loss = self._client_loss(outputs, images, labels, self._weight, self.kept)
-        if self.kept is not None:
-            self.kept.requires_grad_(True)
+        noise = self._draw(images, rows)
+        outputs = self._forward(images, noise)
+        if self.kept is None:
+            return self._client_loss(outputs, images, labels, self._weight, self.kept)
+        beside = self._beside(images, labels, noise)
+        self._train_decoder(images, _given(outputs.perturbed.detach(), beside.detach() if beside is not None else None), self._steps(epoch))
+        self.kept.requires_grad_(False)  # ψ frozen, while gradients still flow through it to what it is given
+        loss = self._client_loss(outputs, images, labels, self._weight, lambda perturbed: self.kept(_given(perturbed, beside)))
+        self.kept.requires_grad_(True)
         return loss
+
+    def _beside(self, images: Tensor, labels: Tensor, noise: Tensor) -> Tensor | None:
+        """What the decoder is told beside z̃."""
+        return None
 
     def _client_loss(self, outputs: Outputs, images: Tensor, labels: Tensor, weight: float, reconstruct: Callable[[Tensor], Tensor]) -> Tensor:
         kl = self.model.perturbation.kl
@@ -176,10 +182,15 @@ class MinimaxPlayer:
     def stacked(self) -> StackedMinimax | None:
         """This game as functions (see clients.vectorised.Stacked); None where a term couples the images of a batch, for a decoder's loss without
         SSIM, and for a player that plays another."""
-        same = type(self).loss is MinimaxPlayer.loss and type(self).begin is MinimaxPlayer.begin and self._settings.decoder_loss == "mse_ssim"
+        same = type(self).loss is MinimaxPlayer.loss and type(self)._beside is MinimaxPlayer._beside and type(self).begin is MinimaxPlayer.begin and self._settings.decoder_loss == "mse_ssim"
         if not same or self._settings.dependence_weight > 0 and self._settings.dependence in COUPLES_BATCH:
             return None
         return StackedMinimax(self.model, self.kept, self._settings, self._frozen_noise)
+
+
+def _given(perturbed: Tensor, beside: Tensor | None) -> Any:
+    """What a decoder is called with."""
+    return perturbed if beside is None else (perturbed, beside)
 
 
 class SeeingPlayer(MinimaxPlayer):
@@ -189,17 +200,10 @@ class SeeingPlayer(MinimaxPlayer):
         super().__init__(model, decoder, settings, frozen_noise)
         self._shown = copy.deepcopy(model)  # whose layers nobody exchanges for faster ones that know no second derivative
 
-    def loss(self, images: Tensor, labels: Tensor, *, rows: Tensor, epoch: int) -> Tensor:
-        noise = self._draw(images, rows)
-        outputs = self._forward(images, noise)
+    def _beside(self, images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         weights = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         with torch.set_grad_enabled(self._weight > 0):
-            told = told_by_gradients(self._shown, weights, images, labels, noise, length=self.kept.sketch)
-        self._train_decoder(images, (outputs.perturbed.detach(), told.detach()), self._steps(epoch))
-        self.kept.requires_grad_(False)
-        loss = self._client_loss(outputs, images, labels, self._weight, lambda perturbed: self.kept((perturbed, told)))
-        self.kept.requires_grad_(True)
-        return loss
+            return told_by_gradients(self._shown, weights, images, labels, noise, length=self.kept.sketch)
 
 
 class SimultaneousPlayer(MinimaxPlayer):
@@ -324,9 +328,8 @@ class LearnedDefence(Defence):
 
     def given(self, model: nn.Module, weights: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None, perturbed: Tensor) -> Any:
         """z̃, and for a decoder that sees the gradient what it is told."""
-        if not isinstance(self.decoder, SeeingDecoder):
-            return perturbed
-        return perturbed, told_by_gradients(model, weights, images, labels, noise, length=self.decoder.sketch)
+        sees = isinstance(self.decoder, SeeingDecoder)
+        return _given(perturbed, told_by_gradients(model, weights, images, labels, noise, length=self.decoder.sketch) if sees else None)
 
     def cross_entropy_alone(self, progress: float) -> bool:
         settings = self.settings

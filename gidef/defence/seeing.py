@@ -3,7 +3,8 @@
     s = sketch(∂CE(C(z̃), y) / ∂(θ, η, φ)) of one image,   x̂ = D(z̃, s)
 
 The decoder of the published game is handed z̃ alone, as if nothing of x left by another way. Under the share policy `full` the front's gradient
-does: it is made of the images themselves. Ours; the client's loss is differentiated through s too, a second derivative per step.
+does: it is made of the images themselves. Ours; the client's loss is differentiated through s too, a second derivative per step. As s depends on φ,
+so does R, and the predictor's gradient is no longer a function of z̃ and the labels alone.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class SeeingDecoder(nn.Module):
 
 
 def told_by_gradients(model: nn.Module, weights: Tensors, images: Tensor, labels: Tensor, noise: Tensor, *, length: int) -> Tensor:
-    """s of each image, (B, length), of root mean square 1 (0 for a zero gradient); differentiable.
+    """s of each image, (B, length), of root mean square 1 where nothing is hashed and of about 1 else, 0 for a zero gradient; differentiable.
 
-    Args:    model: model(images, noise) → logits, each image's of it alone.  weights: of all of its parameters and buffers that are not the model's own; the gradient is
-             by the parameters.  labels: int64 (B,) or probabilities (B, K).  noise: (B, *latent).
+    Args:    model: model(images, noise) → logits, those of an image from it alone.  weights: all of its parameters, by which the gradient is, and buffers
+             that take the place of the model's.  labels: int64 (B,) or probabilities (B, K).  noise: (B, *latent).
     Raises:  InputError where length is below the number of parameters' tensors.
     """
     names = [name for name, parameter in model.named_parameters()]

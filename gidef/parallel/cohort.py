@@ -47,8 +47,8 @@ def mean_over_world(
              takes a group's clients in the place of one, and returns their updates in order.
              reduction: "float32" halves the bytes, and lets the last bits depend on ranks, workers and schedule.
              slices: the mean's delta is this rank's slice alone; a reduce-scatter and a small all-reduce take the all-reduce's place.
-             overlap_above: once the sum took more than this share of a round on any rank, it travels, from the round after the next on, in buckets of
-             `BUCKET` entries, each averaged while the next ones are on their way: the same bits but for "float32", and a small all-reduce before them.
+             overlap_above: once the sum took more than this share of a round on any rank, one of more than `BUCKET` entries travels, from the round
+             after the next on, in buckets of so many, each averaged while the next ones are on their way: the same bits but for "float32", and a small all-reduce before them.
     Deviates: nothing of the all-reduce is hidden behind training. A part of the sum that went out while clients train would save no time, as what is
              left has as many bytes; and it would have to be entered by every rank within the collective's time limit, whereas ranks come to
              any common point minutes apart. What the sum takes is measured once all have come (`CohortMean.sum_seconds`), and a training that spends more
@@ -69,7 +69,7 @@ def mean_over_world(
         started = time.perf_counter()
         make = sum_of or (FixedPointSum if reduction == "fixed_point" else Float32Sum)
         total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=3)
-        in_buckets = overlapped and sum_of is None and slices is None
+        in_buckets = overlapped and sum_of is None and slices is None and len(total.body) > BUCKET  # the same on all ranks
         at_once = reduction == "fixed_point" and slices is None and not in_buckets
 
         def add(position: int, update: Update) -> None:
@@ -93,7 +93,7 @@ def mean_over_world(
                 own = slices.cut(slices.reduce(total.body))
             else:
                 world.all_reduce_sum_(total.body)
-            total.counters.tolist()  # waits for the device
+            total.body[:1].tolist()  # waits for the device
             summing += time.perf_counter() - began
         mean = mean or total.mean(own)
         slow, overlapped = world.size > 1 and summing > overlap_above * (time.perf_counter() - started), overlapped or slow_ranks > 0

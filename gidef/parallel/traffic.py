@@ -14,7 +14,7 @@ class Traffic:
     """One round's. entries: float32 numbers in an update, on a rank that holds a slice of it its own.  cohort: clients of the round.  entry_bytes: of one
     entry in the sum.  robust: whether a rule combines the clients' own updates, which travel then, in place of a sum.  chosen: how many of them it chooses by
     their distances, whose updates travel again; 0 for a rule that combines all.  sharded_server: whether ranks hold slices of the server.  slots: tensors that its optimiser keeps for each parameter, gathered for a checkpoint.
-    tail_bytes: of the exact numbers beside an update: metrics, weight, counters.
+    tail_bytes: of the exact numbers beside an update: a metric, weight, count and counters; they travel apart where the sum comes in buckets.
     """
 
     entries: int
@@ -24,7 +24,7 @@ class Traffic:
     chosen: int = 0
     sharded_server: bool = False
     slots: int = 0
-    tail_bytes: int = 40
+    tail_bytes: int = 48
 
     def reduced(self, ranks: int) -> float:
         """Bytes of the all-reduce over so many ranks that moves as much from each rank, on average, as all of the round's collectives.

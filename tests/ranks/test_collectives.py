@@ -187,11 +187,12 @@ def overlapped_sums(world: World, serial: CohortMean) -> None:
 
             raises(RuntimeError, "client 1 failed on rank 0: KeyError: 1", lambda run=run: run(broken, clients(), template=TEMPLATE, metric_names=names))
             assert same(run(shared_update, clients(), template=TEMPLATE, metric_names=names), serial) or reduction == "float32"
-        never = mean_over_world(world, reduction=reduction, overlap_above=math.inf)
-        with mock.patch.object(World, "all_reduce_buckets_") as cut:
-            for _ in range(3):
-                never(shared_update, clients(), template=TEMPLATE, metric_names=names)
-        assert not cut.called
+        for share, bucket in ((math.inf, 500), (-1.0, entries)):  # never, and a sum no larger than a bucket
+            never = mean_over_world(world, reduction=reduction, overlap_above=share)
+            with mock.patch.object(cohort_module, "BUCKET", bucket), mock.patch.object(World, "all_reduce_buckets_") as cut:
+                for _ in range(3):
+                    never(shared_update, clients(), template=TEMPLATE, metric_names=names)
+            assert not cut.called
     flat = torch.arange(1050) * (world.rank + 1)
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         for place, there in enumerate(world.all_reduce_buckets_(flat, entries=100)):

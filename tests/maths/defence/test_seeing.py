@@ -138,6 +138,23 @@ def test_a_run_trains_attacks_and_says_what_has_nothing_to_do(tmp_path):
     assert nothing["attack"] == "aware" and "handed the latent alone" in nothing["reason"]
 
 
+def test_the_opponent_of_mixed_images_is_told_their_mixed_labels(tmp_path, monkeypatch):
+    recipe = dataclasses.replace(small_run.RECIPE, defences={"both": (GAME, config.MixUp())}, attacks={"decoder": config.PostHocDecoder(steps=3)}, out=str(tmp_path))
+    seen, given = [], LearnedDefence.given
+
+    def watched(self, model, weights, images, labels, *rest):
+        seen.append((images, labels))
+        return given(self, model, weights, images, labels, *rest)
+
+    monkeypatch.setattr(LearnedDefence, "given", watched)
+    with small_run.one_thread():
+        [row] = [row for row in run_recipe(recipe, "both")["rows"] if row["attack"] == "decoder"]
+    assert row["failed"] == 0 and seen
+    for images, labels in seen:
+        assert len(labels) == len(images) and labels.ndim == 2 and torch.allclose(labels.sum(1), torch.ones(len(labels)))
+    assert any(((labels > 0) & (labels < 1)).any() for _, labels in seen)
+
+
 def test_what_cannot_be_played_is_refused():
     def told(game=GAME, **changes):
         return problems(dataclasses.replace(small_run.RECIPE, defences={"seeing": game}, **changes))
@@ -145,6 +162,7 @@ def test_what_cannot_be_played_is_refused():
     assert not told()
     assert "schedule=alternating" in told(dataclasses.replace(GAME, schedule="simultaneous"))[0]
     assert "model.norm" in told(model=dataclasses.replace(small_run.RECIPE.model, norm="keep"))[0]
+    assert "share_policy=full" in told(share_policy="head")[0]
     assert any("shard_size" in text for text in told(speed=dataclasses.replace(small_run.RECIPE.speed, shard_size=2)))
     assert not told(dataclasses.replace(GAME, schedule="simultaneous", dependence_weight=0.0))  # no decoder
     with pytest.raises(InputError, match="decoder_sketch=3 cannot hold"), small_run.one_thread():
