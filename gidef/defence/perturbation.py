@@ -4,7 +4,8 @@
     decoder:  min_ψ  L_d = MSE(x, x̂) + ½ (1 − SSIM(x, x̂))
     client:   min_θηφ  L_c = CE(C(z̃), y) + λ R(x, x̂) + β KL(N(m, σ²) ‖ N(0, 1))
 
-The steps come in turn, the decoder's first (MinimaxPlayer), or at once, from one pass (SimultaneousPlayer).
+The steps come in turn, the decoder's first (MinimaxPlayer), or at once, from one pass (SimultaneousPlayer). A decoder may be told each image's own
+gradient beside z̃ (SeeingPlayer).
 
 Source: Jiang, Firouzi, Chakrabarty, arXiv 2503.16542. Deviates: the paper's layers, noise law and correlation are not
 public, so this reconstructs the published idea; the choices are the defaults here.
