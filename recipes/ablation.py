@@ -2,7 +2,7 @@
 
 Shows:  latent norm and isotropic noise; a level learned without a decoder; the full game with decoders of a quarter and four times the size;
         each measure of dependence; a decoder of three steps a batch, and one that also sees each image's own gradient; the full game, a level alone and isotropic noise after block 0, 1 (the other rows' place), 2 and before the head.
-        Strengths are the defaults: read accuracy beside PSNR.
+        Strengths are the defaults: read accuracy beside PSNR. Under --share-policy head leave "decoder sees gradient" out by --only.
 Expect: isotropic noise of the same accuracy does as well, unless a row says otherwise.
 Costs:  three hours on 2 CPU cores, or in parts (--part I/N); --small: ten minutes.
 """

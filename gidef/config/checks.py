@@ -133,7 +133,7 @@ def problems(recipe: Recipe) -> list[str]:
                     found.append(f"defences.{name}: kl_weight={part.kl_weight} needs law=gaussian; the KL term has no Laplace form here.")
                 if part.kl_weight and not part.strength and not part.std_floor:
                     found.append(f"defences.{name}: the KL term (kl_weight={part.kl_weight}) is infinite at strength=0 and std_floor=0: raise one.")
-                if part.decoder_sees == "gradient" and part.dependence_weight:
+                if part.decoder_sees == "gradient" and part.dependence_weight and name in recipe.chosen:
                     found += [f"defences.{name}: decoder_sees=gradient {text}" for text in _seeing_problems(part, recipe)]
                 if part.dependence == "cka" and part.dependence_weight and recipe.clients.batch_size < 4:
                     found.append(f"defences.{name}: dependence=cka needs 4 images or more, not clients.batch_size={recipe.clients.batch_size}.")

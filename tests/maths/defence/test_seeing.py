@@ -163,6 +163,8 @@ def test_what_cannot_be_played_is_refused():
     assert "schedule=alternating" in told(dataclasses.replace(GAME, schedule="simultaneous"))[0]
     assert "model.norm" in told(model=dataclasses.replace(small_run.RECIPE.model, norm="keep"))[0]
     assert "share_policy=full" in told(share_policy="head")[0]
+    others = {"seeing": GAME, "plain": LearnedPerturbation()}
+    assert not problems(dataclasses.replace(small_run.RECIPE, defences=others, only=("plain",), share_policy="head"))
     assert any("shard_size" in text for text in told(speed=dataclasses.replace(small_run.RECIPE.speed, shard_size=2)))
     assert not told(dataclasses.replace(GAME, schedule="simultaneous", dependence_weight=0.0))  # no decoder
     with pytest.raises(InputError, match="decoder_sketch=3 cannot hold"), small_run.one_thread():
