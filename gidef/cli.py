@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument("--labels", choices=("known", "counts", "recovered", "searched", "soft"), default=None)
     attack.add_argument("--control", action="store_true", help="also attack a shuffled gradient: what the priors draw by themselves, per defence and checkpoint")
     attack.add_argument("--release", choices=("gradient", "delta"), default=None)
+    attack.add_argument("--released-loss", choices=("client", "utility"), default=None, help="whose gradient leaves: the client's whole loss, or its cross-entropy alone")
     attack.add_argument("--local-steps", type=int, default=None)
     attack.add_argument("--device", default=None)
     attack.add_argument("--threads", type=int, default=None, help="threads inside one operator (default: as the run; they decide the last bits)")

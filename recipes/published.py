@@ -8,12 +8,12 @@
     imprint                47.1 dB: Robbing the Fed, ImageNet                             64 CIFAR-10 images behind an imprint block of 512 bins
 
 On 5,000 CIFAR-10 images, one seed: DLG 16.5 dB [15.9, 17.3] (8 images), R-GAP 100 (8; 100 is the cap), a hundred images 11.6 [11.4, 11.8], imprint 83.5 (64): the closed form and the malicious
-server stand far above, and a hundred images in one gradient last, below even what a class mean has (13.3), as published. Inverting Gradients on ResNet-18 was not run; with --small (the small net, 4 images,
-400 iterations) it reached 14.6.
+server stand far above, and a hundred images in one gradient last, below even what a class mean has (13.3), as published. Inverting Gradients on ResNet-18 is not where it was published: 10.9 dB [9.9, 12.1] (4 images,
+two hours of a core), below a class mean (12.7); with --small (the small net, 4 images, 400 iterations) it reached 14.6.
 
 Shows:  each case as near to the published one as these nets and images come; --small takes the small net for ResNet-18, and shorter searches.
 Expect: R-GAP and imprint far above the others, a hundred images in one gradient last, near what an average image has.
-Costs:  half a day of one CPU core, all but a quarter of an hour of it ResNet-18; --small: a quarter of an hour. CIFAR-10 must be in GIDEF_DATA, or be downloaded.
+Costs:  four hours of one CPU core, all but a quarter of an hour of it ResNet-18; --small: a quarter of an hour. CIFAR-10 must be in GIDEF_DATA, or be downloaded.
 """
 
 from dataclasses import replace

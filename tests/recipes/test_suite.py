@@ -66,6 +66,15 @@ def test_a_surrogate_model_attacks_deltas(finished, tmp_path):
     assert refused.returncode == 2 and "release=gradient" in refused.stderr and not (tmp_path / "no").exists()
 
 
+def test_the_gradient_of_cross_entropy_alone_can_be_attacked_too(finished, tmp_path):
+    found = {}
+    for terms in ("client", "utility"):
+        attack(finished, tmp_path / terms, "--attack", "joint", "--victims", "2", "--iterations", "3", "--defence", "learned", "--checkpoint", "final", "--released-loss", terms)
+        [line] = [line for line in record(tmp_path / terms) if line["kind"] == "attempt" and line["observation"] == 0]
+        found[terms] = line["loss"]
+    assert found["client"] != found["utility"]
+
+
 def test_the_standard_ensemble_counts_the_worst_case_per_victim_beside_a_control(finished, tmp_path):
     attack(finished, tmp_path / "out", "--attack", "smoke", "--victims", "2", "--defence", "learned")
     content = results(tmp_path / "out")
