@@ -485,7 +485,7 @@ def traffic(recipe: config.Recipe, server: ServerState, template: Tensors) -> Tr
     return Traffic(
         entries=sum(tensor.numel() for tensor in template.values()), cohort=recipe.rounds.cohort_size or recipe.data.num_clients,
         entry_bytes=8 if speed.reduction == "fixed_point" else 4, robust=rule is not None, chosen=getattr(recipe.rounds.aggregate, "chosen", 0),
-        sharded_server=speed.sharded_server, slots=len(server.slots), tail_bytes=8 * (3 + (2 if rule is not None or speed.shard_size > 1 else 3)),
+        sharded_server=speed.sharded_server, slots=len(server.slots),
     )  # fmt: skip
 
 

@@ -161,9 +161,6 @@ class MinimaxPlayer:
         """Encoder and predictor as a program, see `Compiled`; the decoder's steps run as they are."""
         self._forward = Compiled(self.model.run, modules=[self.model], **options)
 
-    def _run(self, images: Tensor, rows: Tensor) -> Outputs:
-        return self._forward(images, self._draw(images, rows))
-
     def _draw(self, images: Tensor, rows: Tensor) -> Tensor:
         if self._table is not None:
             return self._table[rows.to(self._table.device)]
@@ -235,7 +232,7 @@ class SimultaneousPlayer(MinimaxPlayer):
             both, loss, self._perturbed = self._program(images, labels, self._draw(images, rows), weight)
             self._pending = [(both, None)]
             return loss
-        outputs = self._run(images, rows)
+        outputs = self._forward(images, self._draw(images, rows))
         self._perturbed = outputs.perturbed.detach()
         reversible = self._settings.decoder_loss == "mse" and self._settings.dependence == "neg_mse" and self._weight > 0
         loss, self._pending = (self._reversed if reversible else self._shared)(outputs, images, labels)

@@ -24,6 +24,9 @@ OVERLAP_ABOVE = 0.05
 BUCKET = 1 << 22
 """Entries of the sum that then travel at a time: a quarter of it costs more in calls than averaging beside them saves."""
 
+COUNTERS = 3
+"""Numbers of `Part.counters` in a sum."""
+
 Groups = Callable[[Sequence[Client]], list[list[int]]]
 
 
@@ -68,7 +71,7 @@ def mean_over_world(
         nonlocal slow, overlapped
         started = time.perf_counter()
         make = sum_of or (FixedPointSum if reduction == "fixed_point" else Float32Sum)
-        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=3)
+        total = make(template, metric_names=metric_names, max_terms=len(cohort), counters=COUNTERS)
         in_buckets = overlapped and sum_of is None and slices is None and len(total.body) > BUCKET  # the same on all ranks
         at_once = reduction == "fixed_point" and slices is None and not in_buckets
 
@@ -77,11 +80,11 @@ def mean_over_world(
 
         costs = [cost_of(client) for client in cohort]
         part = take_part(world, shared_update, cohort, add, costs, schedule=schedule, workers=workers, threads=threads, groups=groups)
-        total.counters.copy_(torch.cat([part.counters(), torch.tensor([int(slow)])]))
+        total.counters.copy_(part.counters(slow=slow))
         world.meet("the sum of a round")  # so that what follows is the sum's time, and no waiting for a rank that still trains
         began = time.perf_counter()
         world.all_reduce_sum_(total.buffer if at_once else total.tail, met=True)
-        *counters, slow_ranks = total.counters.tolist()  # waits for the device
+        counters = total.counters.tolist()  # waits for the device
         summing = time.perf_counter() - began
         seconds, _ = part.settle(counters)
         own = mean = None
@@ -96,7 +99,7 @@ def mean_over_world(
             total.body[:1].tolist()  # waits for the device
             summing += time.perf_counter() - began
         mean = mean or total.mean(own)
-        slow, overlapped = world.size > 1 and summing > overlap_above * (time.perf_counter() - started), overlapped or slow_ranks > 0
+        slow, overlapped = world.size > 1 and summing > overlap_above * (time.perf_counter() - started), overlapped or counters[2] > 0
         if learn is not None:
             learn(cohort, seconds)
         return CohortMean(*mean, count=total.count, seconds=tuple(seconds), sum_seconds=summing if world.size > 1 else 0.0)
@@ -114,13 +117,14 @@ class Part:
     errors: dict[int, Exception]
     seconds: dict[int, float]
 
-    def counters(self) -> Tensor:
-        """int64 (2,), which the ranks add up: failures, and who was trained. Of one length whatever the cohort, so that unlike cohorts are noticed."""
-        return torch.tensor([len(self.errors), sum(_mark(self.cohort[position]) for position in self.taken)])
+    def counters(self, *, slow: bool = False) -> Tensor:
+        """int64 (COUNTERS,), which the ranks add up: failures, who was trained, and how many found the sum before slow. Of one length whatever the cohort,
+        so that unlike cohorts are noticed."""
+        return torch.tensor([len(self.errors), sum(_mark(self.cohort[position]) for position in self.taken), int(slow)])
 
     def settle(self, counters: list[int]) -> tuple[list[float], list[int]]:
         """(seconds, rank) of every client, in the cohort's order, once the ranks' counters are added up. Raises as `mean_over_world` says."""
-        failures, roll = counters
+        failures, roll, _ = counters
         if failures:
             _raise_first(self.world, self.cohort, self.errors)
         # before the cohorts are compared: a rank that finds them alike must not wait here for one that does not

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gidef.errors import InputError
-from gidef.parallel.cohort import Part
+from gidef.parallel.cohort import COUNTERS, Part
 from gidef.parallel.plan import longest_first
 from gidef.parallel.world import World
 from gidef.types import Client, Tensors, Update
@@ -185,7 +185,7 @@ def mean_over_mesh(
     def over_cohort(
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
     ) -> CohortMean:
-        total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort), counters=2)
+        total = FixedPointSum(template, metric_names=metric_names, max_terms=len(cohort), counters=COUNTERS)
         mine = longest_first([cost_of(client) for client in cohort], mesh.clients.size)[mesh.clients.rank]
         errors: dict[int, Exception] = {}
         seconds: dict[int, float] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gidef.errors import InputError
 from gidef.parallel import traffic
-from gidef.parallel.cohort import Groups, take_part
+from gidef.parallel.cohort import COUNTERS, Groups, take_part
 from gidef.parallel.work import Schedule
 from gidef.parallel.world import World
 from gidef.types import Client, Tensors, Update, check_same_names
@@ -42,7 +42,7 @@ def robust_over_world(
     def over_cohort(
         shared_update: Callable[..., Update], cohort: Sequence[Client], *, template: Tensors, metric_names: Sequence[str] = ()
     ) -> CohortMean:
-        rest = FixedPointSum({}, metric_names=metric_names, max_terms=len(cohort), counters=2)
+        rest = FixedPointSum({}, metric_names=metric_names, max_terms=len(cohort), counters=COUNTERS)
         kept: dict[int, Tensor] = {}
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in template.values()) else torch.float32
         lock = threading.Lock()

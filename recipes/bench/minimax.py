@@ -37,7 +37,6 @@ Before the clock runs, the simultaneous step's gradients, of all players, are he
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import warnings
 from collections.abc import Callable
@@ -51,6 +50,7 @@ import torch.nn.functional as F
 import tyro
 from rich import box
 from rich.table import Table
+from saving import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -584,9 +584,7 @@ def main(options: Options) -> dict[str, Any]:
             "format": 1, "options": {**vars(options), "out": str(options.out)}, "peak_gflops": rates, "rows": found, "bars": told, "gradients_apart": apart,
             "hardware": attack.hardware(attack.Options(device=options.device, threads=options.threads)), "versions": attack.versions(),
         }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1))
-        console.say(f"saved {options.out}")
+        save(content, options.out, console)
     return content
 
 

@@ -10,7 +10,6 @@ caches, the clock's boost) shows here, too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import attack  # the benchmark beside this one
 import torch
 import tyro
+from saving import save
 
 from gidef.attack import drain, run_chunk
 from gidef.errors import InputError
@@ -89,9 +89,7 @@ def main(options: Options) -> None:
         if world.rank == 0:
             told = {"format": 1, "options": {**vars(options), "out": str(options.out)}, "ranks": world.size, "one_s": one, "all_s": all_ranks, "ratio": ratio}
             told |= {"hardware": attack.hardware(attack.Options(device=options.device)), "versions": attack.versions()}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(told, indent=1))
-            console.say(f"saved {options.out}")
+            save(told, options.out, console)
 
 
 if __name__ == "__main__":

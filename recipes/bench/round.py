@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import tyro
 from rich import box
 from rich.table import Table
+from saving import save
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -435,9 +436,7 @@ def main(options: Options) -> dict[str, Any]:
             results["rows"].append(measure(setting, options, world, console, max(rates.values())))
         console.table(table(results["rows"], world.size, results["clock"]))
         if world.rank == 0:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(results, indent=1))
-            console.say(f"saved {options.out}")
+            save(results, options.out, console)
     return results
 
 

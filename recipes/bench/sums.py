@@ -8,7 +8,6 @@ and the mean. Turns of both forms alternate, and their means must agree.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -20,9 +19,11 @@ from typing import Literal
 import attack  # the benchmark beside this one
 import torch
 import tyro
+from saving import save
 
 from gidef.errors import InputError
 from gidef.parallel import mean_over_world, open_world
+from gidef.parallel.cohort import BUCKET
 from gidef.parallel.world import World
 from gidef.report import Console
 from gidef.rng import generator
@@ -57,6 +58,8 @@ def main(options: Options) -> None:
     if min(options.parameters, options.tensors, options.repetitions) < 1 or options.parameters < options.tensors:
         given = f"--parameters {options.parameters} --tensors {options.tensors} --repetitions {options.repetitions}"
         raise InputError(f"{given}: each is at least 1, and there are not more tensors than parameters.")
+    if options.parameters <= BUCKET:
+        raise InputError(f"--parameters {options.parameters}: a sum is cut into buckets from {BUCKET + 1} on. Give more.")
     torch.set_num_threads(1)
     with open_world(options.device) as world, Console(world.rank) as console:
         if world.size == 1:
@@ -90,9 +93,7 @@ def main(options: Options) -> None:
         if world.rank == 0:
             told = {"format": 1, "options": {**vars(options), "out": str(options.out)}, "ranks": world.size, "plain_s": plain, "overlapped_s": overlapped}
             told |= {"ratio": statistics.median(ratios), "hardware": attack.hardware(attack.Options(device=options.device)), "versions": attack.versions()}
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(told, indent=1))
-            console.say(f"saved {options.out}")
+            save(told, options.out, console)
 
 
 if __name__ == "__main__":

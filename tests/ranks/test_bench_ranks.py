@@ -26,11 +26,12 @@ def test_a_number_that_means_nothing_is_refused(tmp_path):
 
 
 def test_sums_over_two_ranks_at_once_and_in_buckets(tmp_path):
-    small = ("--parameters", "6000", "--tensors", "3", "--repetitions", "2", "--device", "cpu", "--out", str(tmp_path / "sums.json"))
+    small = ("--parameters", "4800000", "--tensors", "3", "--repetitions", "2", "--device", "cpu", "--out", str(tmp_path / "sums.json"))
     for reduction in ("fixed_point", "float32"):
         done = launch.run(2, "bench/sums.py", *small, "--reduction", reduction)
         told = json.loads((tmp_path / "sums.json").read_text())
         assert len(told["plain_s"]) == len(told["overlapped_s"]) == 2 and min(told["plain_s"] + told["overlapped_s"]) > 0
-        assert done.stdout.count("2 ranks, 6,000 parameters") == 1
-    done = launch.run(1, "bench/sums.py", *small, check=False)
-    assert done.returncode and "torchrun" in done.stderr
+        assert done.stdout.count("2 ranks, 4,800,000 parameters") == 1
+    for more, text in ((), "torchrun"), (("--parameters", "6000"), "--parameters 6000"):
+        done = launch.run(1, "bench/sums.py", *small, *more, check=False)
+        assert done.returncode and text in done.stderr

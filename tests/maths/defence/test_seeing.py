@@ -63,10 +63,10 @@ def test_every_kind_of_latent_takes_more_channels_which_the_sketch_alone_fills(l
     assert all(torch.equal(one, other) for one, other in zip(decoder.parameters(), again.parameters(), strict=True))
 
 
-def losses(defence, images, labels, noise, decoder=None):
+def losses(defence, images, labels, noise):
     """Both players' losses, written down plainly."""
-    outputs, decoder = defence.model.run(images, noise), decoder or defence.decoder
-    reconstruction = decoder((outputs.perturbed, plainly_told(defence.model, images, labels, noise)))
+    outputs = defence.model.run(images, noise)
+    reconstruction = defence.decoder((outputs.perturbed, plainly_told(defence.model, images, labels, noise)))
     mine = F.cross_entropy(outputs.logits, labels) + defence.settings.dependence_weight * dependence(defence.settings.dependence, images, reconstruction)
     return mine, decoder_loss(images, reconstruction)
 
