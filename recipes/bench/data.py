@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import platform
 import statistics
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image
-from saving import save
 
 import gidef
 from gidef import build, config
@@ -175,7 +175,9 @@ def main(options: Options) -> None:
             )
         told = {"format": 1, "options": {**dataclasses.asdict(options), "out": str(options.out)}, "rates": rates, "ratios": ratios, "alone": alone}
         told |= {"device": name, "platform": platform.platform(), "torch": torch.__version__, "gidef": gidef.__version__}
-        save(told, options.out, console)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(told, indent=1))
+        console.say(f"saved {options.out}")
 
 
 if __name__ == "__main__":
