@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import pytest
 
-from gidef import config, job
+from gidef import cli, config, job
 from gidef.errors import InputError
 from tests.small_run import RECIPE
 
 HERE = __file__
-FIELDS = (
-    "defence", "victims", "checkpoint", "batch_size", "release", "local_steps", "device", "at_once", "mode", "compile", "schedule", "threads", "iterations",
-    "restarts", "labels", "steps", "control", "strength",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +37,8 @@ STRONG = config.NaiveMatching(iterations=11)
 
 
 def altered(*attacks, allow_code=True, **more):
-    arguments = argparse.Namespace(**{**dict.fromkeys(FIELDS), "attack": list(attacks), "allow_code": allow_code, "folder": "run", **more})
+    arguments = cli._parser().parse_args(["attack", "run", "--attack", *attacks])
+    vars(arguments).update(allow_code=allow_code, **more)
     return job._altered(RECIPE, arguments).attacks
 
 
