@@ -210,7 +210,7 @@ def make_net(recipe: config.Recipe, dataset: Dataset | Shape, *, seed: int, unto
     backbone = make_backbone(
         model.name, num_classes=dataset.num_classes, image_shape=dataset.image_shape, small_stem=model.small_stem, norm="group" if model.norm == "group" else "keep",
         pretrained=model.pretrained, activation=model.activation if model.name == "small" else None, seed=stream_seed(seed, "weights") % 2**31,
-        options={} if model.neck is None else {"neck": model.neck}, untouched=untouched,
+        options=model.options if model.neck is None else model.options | {"neck": model.neck}, untouched=untouched,
     )  # fmt: skip
     if untouched:
         return backbone.train(model.norm == "keep")

@@ -152,6 +152,9 @@ class Model:
     """Of the small net only."""
     neck: int | None = None
     """Of the small net only: a linear layer to so many features before its head; a late, small latent for cut="neck"."""
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Further keyword arguments of the model's constructor, e.g. {"depth": 6}, or of your own callable; not its dropout, which is off. timm's ResNets start each residual
+    branch at nought, so that of an untrained one hardly a gradient depends on the image: {"zero_init_last": False} starts them as torchvision does."""
     normalise: Literal["half", "timm", "none"] = "half"
     """What the net makes of pixels in [0, 1] first: (x - 0.5) / 0.25, the mean and std of the timm model's own
     configuration (for pretrained weights), or nothing."""

@@ -91,6 +91,8 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"name {name!r} of a defence or attack becomes a folder: use letters, digits, spaces, '-', '_', '+', '.'.")
     if recipe.model.neck is not None and recipe.model.name != "small":
         found.append(f"model.neck={recipe.model.neck} is the small net's, not {recipe.model.name}'s: leave it out, or set model.name=small.")
+    if drops := [option for option in recipe.model.options if "drop" in option]:
+        found.append(f"model.options: networks are trained and attacked without dropout, so {drops} cannot be set. Leave them out.")
     if isinstance(rounds.server, Scaffold):
         plain = isinstance(recipe.clients, SingleGradient) or (recipe.clients.optimiser == "sgd" and recipe.clients.momentum == 0)
         if not plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ SMALL_SIDE = 64
 
 _SMALL_PATCH_FILES = ("vision_transformer", "deit", "beit", "eva", "cait")
 """timm's source files whose models take a patch_size of 4; the others keep their own."""
+
+_OURS = ("num_classes", "in_chans", "image_shape", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir", "type")
+"""Options that the caller's other arguments settle, or that would have timm read files or fetch them."""
 
 
 def make_backbone(
@@ -63,11 +67,13 @@ def make_backbone(
     image_shape, options = tuple(image_shape), dict(options or {})
     if norm not in ("group", "keep"):
         raise InputError(f'norm={norm!r} is unknown: choose "group" or "keep".')
+    if settled := [option for option in options if option in _OURS]:
+        raise InputError(f"model options {settled} cannot be set: data, classes and weights (pretrained=, a local .safetensors file) are settled elsewhere. Leave them out.")
     with seeded(seed, "backbone"):
         if name == "small":
-            backbone = SmallNet(num_classes, image_shape[0], activation or "leaky_relu", **options)
+            backbone = _with_options(SmallNet, name, options, num_classes=num_classes, in_channels=image_shape[0], activation=activation or "leaky_relu")
         elif callable(name) or ":" in name:
-            backbone = _own(name, num_classes=num_classes, image_shape=image_shape, **options)
+            backbone = _own(name, options, num_classes=num_classes, image_shape=image_shape)
         else:
             backbone = _from_timm(name, num_classes, image_shape, small_stem, options)
     if norm == "group":
@@ -81,12 +87,18 @@ def make_backbone(
     return backbone
 
 
-def _own(name: str | Callable[..., nn.Module], **arguments: Any) -> nn.Module:
+def _with_options(make: Callable[..., nn.Module], name: object, options: Mapping[str, Any], **settled: Any) -> nn.Module:
+    """make(**settled, **options); InputError where it takes no such option."""
+    try:
+        inspect.signature(make).bind(**settled, **options)
+    except TypeError as error:
+        raise InputError(f"model {name!r} does not take {sorted([*settled, *options])} as keyword arguments: {error}.") from error
+    return make(**settled, **options)
+
+
+def _own(name: str | Callable[..., nn.Module], options: Mapping[str, Any], **settled: Any) -> nn.Module:
     """The user's own network."""
-    make = name
-    if isinstance(name, str):
-        make = importing.load(name)
-    backbone = make(**arguments)
+    backbone = _with_options(importing.load(name) if isinstance(name, str) else name, name, options, **settled)
     if not isinstance(backbone, nn.Module):
         raise InputError(f"model {name!r} returned {type(backbone).__name__}: expected a torch.nn.Module.")
     return backbone

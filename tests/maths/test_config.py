@@ -398,3 +398,10 @@ assert not {"torch", "timm", "gidef.build"} & set(sys.modules)
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "--rounds.cohort-size" in done.stdout
+
+
+def test_a_models_options_survive_json_and_its_dropout_is_refused():
+    model = Model(name="resnet18", options={"zero_init_last": False, "act_layer": "gelu", "output_stride": 16})
+    assert from_json(json.loads(json.dumps(to_json(Recipe(model=model))))).model == model
+    (found,) = problems(Recipe(model=Model(name="resnet18", options={"drop_rate": 0.1})))
+    assert "['drop_rate']" in found and "without dropout" in found

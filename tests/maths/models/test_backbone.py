@@ -162,6 +162,10 @@ def test_an_unknown_model_is_refused_with_near_matches():
         ({"name": "resnet18", "norm": "batch"}, "norm='batch'"),
         ({"name": "small", "activation": "tanh"}, "activation='tanh'"),
         ({"name": "resnet18", "options": {"no_such": 1}}, "no_such"),
+        ({"name": "small", "options": {"no_such": 1}}, r"'small' does not take.*no_such"),
+        ({"name": SmallNet, "options": {"no_such": 1}}, "does not take.*no_such"),
+        ({"name": "resnet18", "options": {"checkpoint_path": "weights.pth"}}, r"\['checkpoint_path'\] cannot be set.*Leave them out"),
+        ({"name": "resnet18", "options": {"num_classes": 3}}, r"\['num_classes'\] cannot be set"),
         ({"name": "no_such_package:net"}, "no_such_package"),
         ({"name": "math:no_such"}, "math:no_such"),
         ({"name": lambda num_classes, image_shape: 3}, "torch.nn.Module"),
@@ -232,3 +236,11 @@ def test_a_pretrained_file_that_is_absent_or_broken_is_refused(tmp_path):
     for name in ("absent.safetensors", "broken.safetensors"):
         with pytest.raises(InputError, match=name):
             backbone("small", pretrained=str(tmp_path / name))
+
+
+def test_a_resnets_residual_branches_share_nothing_of_an_image_until_they_are_asked_to():
+    """timm's zero_init_last: the last norm of a branch multiplies by 0, and so are the gradients of what lies before it."""
+    for options, silent in (({}, 16), ({"zero_init_last": False}, 0)):
+        net = backbone("resnet18", options=options)
+        F.cross_entropy(net(torch.rand(1, 3, 32, 32)), torch.tensor([1])).backward()
+        assert sum(bool((weight.grad == 0).all()) for name, weight in net.named_parameters() if ".conv" in name) == silent
