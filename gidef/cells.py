@@ -12,6 +12,7 @@ from typing import Any
 
 from gidef import config, observe
 from gidef.attack import Calibration
+from gidef.defence.bido import BiDODefence
 from gidef.defence.encode import searched_of
 from gidef.defence.seeing import SeeingDecoder
 from gidef.runs import Run, Snapshot, Trained, run_key
@@ -199,6 +200,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
             said.append(words[attack.decoder])
     if isinstance(one.training.defence.decoder, SeeingDecoder) and (isinstance(attack, config.LatentDecoding) or getattr(attack, "decoder", "") == "unused"):
         said.append("matches the gradient of cross-entropy alone, and the decoder's term is in the released one")
+    if isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size == 1:
+        said.append("BiDO's terms vanish in a batch of one image: it is undefended")
     if one.training.defence.encoders:
         said.append("the client trains on encoded images; scored against the private ones")
     if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):

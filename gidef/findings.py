@@ -15,7 +15,9 @@ from torch.func import functional_call
 from gidef import build, config, metrics, observe, tuned_attacks
 from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
+from gidef.defence.base import Defence
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
+from gidef.defence.private import PrivateNoise
 from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
@@ -161,6 +163,8 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
         found = certify(stds, level=noise.mode, law=noise.law, policy=policy, frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
         if defence.model.statistics["encoder"]:
             raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
+        if reason := _clipped_together(run, defence, still=front_frozen and (noise.mode == "fixed" or settings.level_still)):
+            raise InputError(reason)
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
         if once and strength != 1:
@@ -183,6 +187,20 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     if not once:
         said += f"; {count * found.bits:.1f} bits in the {count} releases of the whole training ({100 * told['lifetime_fano']:.0f} %)"
     return told, said
+
+
+def _clipped_together(run: Run, defence: Defence, *, still: bool) -> str:
+    """Why what leaves would tell of gradients that stay with the client: one norm of both has scaled it; "" if none has. still: no private tensor is trained."""
+    if still:
+        return ""
+    if run.recipe.clients.grad_clip > 0:
+        return (
+            f"clients.grad_clip={run.recipe.clients.grad_clip:g} scales the head's gradient by a norm that the private layers' gradient, a function of the image "
+            "itself, is part of. Set clients.grad_clip=0, or leave the private layers as they are (front=frozen, level=fixed)."
+        )
+    if isinstance(defence, PrivateNoise):
+        return "DP-SGD's clipping scales the head's gradient by a norm that the private layers' gradient, a function of the image itself, is part of. Take one of the two."
+    return ""
 
 
 def _asks(chosen: Any) -> bool:

@@ -45,7 +45,7 @@ RECIPE = Recipe(
         **{f"isotropic 1 {place}": IsotropicNoise(std=1.0, cut=cut) for place, cut in PLACES.items()},
     },
     attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "decoder": PostHocDecoder(steps=500)},
-    evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
+    evaluation=Evaluation(num_victims=32, checkpoints=("final",)),
     seeds=(0, 1, 2),
 )  # fmt: skip
 SMALL = replace(

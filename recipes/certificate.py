@@ -1,7 +1,10 @@
 """Noise with a certificate on three kinds of images: blood cells, chest X-rays, natural images. Only the head leaves the client.
 
 Shows:  capacity noise on a late latent of 64 numbers beside isotropic noise there: accuracy, the strongest attack, bits per release and Fano's bound.
-        Clients predict for themselves, so without noise. "hardly any" noise is the control: what the attacks get from the latent as it is.
+        Clients predict for themselves, so without noise. "hardly any" noise is the control: what the attacks get from the latent as it is. Before a frozen
+        front the releases of the whole training are bounded too (lifetime bits); it is worth its name with weights of public images:
+        --model.name resnet18 --model.norm frozen --model.cut before:classifier --model.neck None --model.pretrained FILE.safetensors --only undefended "frozen front".
+        Gradients are not clipped: the norm would tell of the private front.
 Expect: the strongest attack (the latent read off the gradients and decoded, or a decoder handed the latent) gets within 1 dB of the class mean,
         for two points of accuracy at most.
 Costs:  three hours of a CPU core; --small: some minutes.
@@ -27,12 +30,13 @@ from gidef.main import sweep
 RECIPE = Recipe(
     data=Data(num_clients=10),
     model=Model(name="small", cut="neck", neck=64, noisy_prediction=False),
-    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
+    clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3, grad_clip=0.0),
     rounds=Rounds(count=20),
     defences={
         "undefended": Undefended(), "isotropic 1": IsotropicNoise(std=1.0), "hardly any": IsotropicNoise(std=0.01),
         "capacity 0.005": CapacityNoise(bits_weight=5e-3), "capacity 0.02": CapacityNoise(bits_weight=2e-2),
         "level 0.5": CapacityNoise(bits_weight=0.0, level="fixed", std_init=0.5),
+        "frozen front": CapacityNoise(bits_weight=0.0, level="fixed", std_init=0.5, front="frozen"),
     },
     share_policy="head",
     attacks={"latent": LatentDecoding(front="known", steps=400, batch_size=32), "decoder": PostHocDecoder(steps=400, batch_size=32)},

@@ -46,11 +46,12 @@ RECIPE = Recipe(
 FOUR = replace(RECIPE.evaluation, num_victims=8, batch_size=4, release="delta", local_steps=4, local_lr=1e-4)
 HUNDRED = replace(RECIPE.evaluation, num_victims=100, batch_size=100)
 SIXTY_FOUR = replace(RECIPE.evaluation, num_victims=64, batch_size=64)
+RESNET = Model(name="resnet18", cut="layer1", norm="frozen", options={"zero_init_last": False})
 FEW = replace(RECIPE.evaluation, num_victims=2)
 ROWS = {
     "DLG": replace(RECIPE, attacks={"DLG": DeepLeakage()}),
     "R-GAP": replace(RECIPE, model=Model(name="published:cnn6", cut="1"), attacks={"R-GAP": Analytic()}),
-    "Inverting Gradients": replace(RECIPE, model=Model(name="resnet18", cut="layer1"), attacks={"Inverting Gradients": InvertingGradients()}, evaluation=FOUR),
+    "Inverting Gradients": replace(RECIPE, model=RESNET, attacks={"Inverting Gradients": InvertingGradients(iterations=2000)}, evaluation=FOUR),
     "hundred images": replace(RECIPE, attacks={"Inverting Gradients": InvertingGradients()}, evaluation=HUNDRED),
     "imprint": replace(RECIPE, attacks={"imprint": ImprintServer(bins=512)}, evaluation=SIXTY_FOUR),
 }

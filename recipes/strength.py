@@ -4,7 +4,7 @@ Shows:  lambda, the weight of the game, over a grid of trainings, and kappa over
         after training, in what is released and in the accuracy beside it, as a level that is trained at another kappa learns it away. Batches of one
         image and of eight. kappa 0 is the net with the latent norm alone.
 Expect: accuracy falls before the joint attack does.
-Costs:  some five hours on 2 CPU cores, reckoned from shorter runs; --small: some minutes. Rows: one, eight. An array job gives each task --part I/N.
+Costs:  some ten hours on 2 CPU cores, reckoned from shorter runs; --small: some minutes. Rows: one, eight. An array job gives each task --part I/N.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ RECIPE = Recipe(
         **{f"lambda {value:g}": LearnedPerturbation(dependence_weight=value) for value in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
     },
     attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "decoder": PostHocDecoder(steps=500)},
-    evaluation=Evaluation(num_victims=32, checkpoints=("early",), strengths=(0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
+    evaluation=Evaluation(num_victims=32, checkpoints=("early", "final"), strengths=(0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,

@@ -181,7 +181,8 @@ class LocalTraining:
     """Of sgd."""
     weight_decay: float = 0.0
     grad_clip: float = 5.0
-    """Largest global gradient norm of a step; 0 switches clipping off."""
+    """Largest global gradient norm of a step, over private layers as well as shared ones; 0 switches clipping off, which noise with a certificate asks for
+    while private layers train."""
     accumulate: int = 1
     """Batches whose gradients are averaged before one step."""
     proximal: float = 0.0

@@ -86,7 +86,8 @@ def compare(results: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[di
 def strongest(rows: list[Row], measure: str = "psnr_db") -> Row | None:
     """The attack whose interval of a measure ends highest, of equal ones that of the highest mean, among those of the run's own threat model; None where there is none.
 
-    Args: rows: of one defence, checkpoint and share policy. Bounds, malicious servers, ensembles and the control do not compete.
+    Args: rows: of one defence, checkpoint and share policy. A decoder that is handed the latent, malicious servers, ensembles and the control do not compete;
+    an attack that is granted the client's private decoder or front, as its note says, does: no weaker attacker than that is assumed.
     """
     fair = [row for row in rows if row["attack_id"] not in _APART and mean_of(row["psnr_db"]) is not None]
     return max((row for row in _pooled(fair) if mean_of(row.get(measure)) is not None), key=lambda row: (_high(row[measure]), mean_of(row[measure])), default=None)

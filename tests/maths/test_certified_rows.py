@@ -1,5 +1,6 @@
 """What a row of the table says of the bits that a noisy latent lets through: small synthetic cells, the small net, one round of training."""
 
+import copy
 import dataclasses
 import math
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from gidef import config, findings, observe
 from gidef.cells import make_cells
 from gidef.config import (
+    DPSGD,
     CapacityNoise,
     Data,
     Evaluation,
@@ -32,7 +34,7 @@ DEFENCES = {
     "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
     "still": CapacityNoise(front="frozen", level="fixed", std_init=4.0), "moving": CapacityNoise(front="frozen"),
     "mixed": (CapacityNoise(front="frozen", level="fixed"), MixUp()), "looking": (CapacityNoise(), Soteria()),
-    "searched": config.Matched(defence=CapacityNoise(), field="bits_weight", accuracy=0.5), "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
+    "searched": config.Matched(defence=CapacityNoise(), field="bits_weight", accuracy=0.5), "private": (CapacityNoise(), DPSGD(target_epsilon=50.0)), "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def row_of(tmp_path_factory):
     def one(policy, name, attack=None, rounds=None, clients=None):
         recipe = dataclasses.replace(
             RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=rounds or RECIPE.rounds,
-            clients=clients or RECIPE.clients, defences=DEFENCES, share_policy=policy, attacks={"a": attack or NaiveMatching()},
+            clients=clients or dataclasses.replace(RECIPE.clients, grad_clip=0.0), defences=DEFENCES, share_policy=policy, attacks={"a": attack or NaiveMatching()},
             evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)),
         )  # fmt: skip
         run = start(recipe, tmp_path_factory.mktemp(f"{policy}-{name}"))
@@ -116,3 +118,27 @@ def test_where_releases_cannot_be_counted_there_is_no_lifetime_bound_and_a_reaso
 def test_a_defence_that_looks_at_the_images_when_it_shares_voids_the_certificate(row_of):
     told, words, _ = row_of("head", "looking")
     assert told["certified_bits"] is None and "looks at the images" in told["uncertified"] and words == f"no certificate: {told['uncertified']}"
+
+
+def test_a_norm_of_private_and_shared_gradients_together_tells_of_the_image_and_voids_the_certificate(row_of):
+    """Two images behind the same noisy latent and label: without a clip the same gradient leaves, with it another, so that the channel's bits do not bound it."""
+    clipping = dataclasses.replace(RECIPE.clients, grad_clip=0.05)
+    told, _, cell = row_of("head", "capacity", None, None, clipping)
+    assert told["certified_bits"] is None and "clients.grad_clip=0.05" in told["uncertified"] and "Set clients.grad_clip=0" in told["uncertified"]
+    assert row_of("head", "still", None, None, clipping)[0]["certified_bits"] > 0, "nothing private is trained: the norm is the head's own"
+    assert "DP-SGD's clipping" in row_of("head", "private")[0]["uncertified"]
+
+    model = copy.deepcopy(cell.trained.training.defence.model)
+    named = dict(model.named_parameters())
+    shared, front = ([named[name] for name in model.parts[part]] for part in ("predictor", "encoder"))
+    images, label, left = torch.rand(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([1]), {}
+    seen = model.run(images[0]).latent.detach() + 1.0
+    for clip in (0.0, 0.05):
+        left[clip] = []
+        for image in images:
+            latent = model.run(image).latent
+            gradients = torch.autograd.grad(F.cross_entropy(model.predict(latent + (seen - latent.detach())), label), shared + front)
+            head, norm = (torch.cat([one.flatten() for one in some]) for some in (gradients[: len(shared)], gradients))
+            left[clip].append(head * (min(1.0, clip / float(norm.norm())) if clip else 1.0))
+    (plain, same), (clipped, other) = left[0.0], left[0.05]
+    assert (plain - same).norm() < 1e-5 * plain.norm() and (clipped - other).norm() > 1e-2 * clipped.norm()

@@ -11,7 +11,7 @@ import pytest
 
 from gidef import build
 from gidef.config import BiDO, Matched, Recipe, problems
-from gidef.data import synthetic_blood_cells
+from gidef.data import medmnist_sets, synthetic_blood_cells
 from tests.ranks.launch import ROOT, results, run
 
 MAIN = ("paper_table", "ablation", "adaptive", "combinations", "bido_grid", "attackers_and_judges", "schedules_of_play")
@@ -51,7 +51,7 @@ def test_every_defence_of_every_recipe_can_be_built_and_its_noise_is_where_the_n
                 shape = build.Shape(8, (3, recipe.data.size or 28, recipe.data.size or 28))
                 for key, one in recipe.chosen.items():
                     one = one.at(one.low) if isinstance(one, Matched) else one
-                    if (place := (recipe.model, recipe.data.size, recipe.share_policy, str(one))) not in built:
+                    if (place := (str(recipe.model), recipe.data.size, recipe.share_policy, str(one))) not in built:
                         built[place] = build.make_defence(one, recipe, shape, seed=0).model.latent_shape
                     if name == "ablation":
                         built[key] = built[place]
@@ -91,6 +91,11 @@ def test_the_search_of_bido_keeps_the_ratio_of_its_weights(monkeypatch):
     assert [matched.at(value).label_weight for value in (0.005, 0.1, 5.0)] == pytest.approx([0.05, 1.0, 50.0])
 
 
+def test_every_set_of_the_modalities_is_one_that_can_be_trained_on():
+    page = runpy.run_path(str(ROOT / "recipes" / "modalities.py"), run_name="page")
+    assert set(page["SETS"]) == {name for name, one in medmnist_sets.entries().items() if one.supported}
+
+
 def _images_for(name):
     """(arguments, environment): real images where they are at hand, synthetic ones otherwise."""
     data = os.environ.get("GIDEF_DATA")
@@ -127,7 +132,7 @@ def test_the_small_form_runs_to_its_end(name, tmp_path):
         assert {"table.csv", "table.tex", "tradeoff.png", "tradeoff.csv"} <= {path.name for path in (tmp_path / "out").iterdir()}
     for folder in folders:
         told = results(folder)
-        assert told["rows"] and told["verdict"] and all(row["psnr_db"] is not None for row in told["rows"]), folder
+        assert told["rows"] and told["verdict"] and all(row["psnr_db"] is not None and row["failed"] == 0 for row in told["rows"]), folder
         assert json.dumps(told["recipe"])
 
 
