@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from gidef import config, findings, observe
 from gidef.cells import make_cells
@@ -27,6 +28,7 @@ from gidef.config import (
     Soteria,
 )
 from gidef.defence.capacity import capacity_bits
+from gidef.models import make_backbone
 from gidef.training import train
 from tests.small_run import CELLS, RECIPE, one_thread, start
 
@@ -142,3 +144,32 @@ def test_a_norm_of_private_and_shared_gradients_together_tells_of_the_image_and_
             left[clip].append(head * (min(1.0, clip / float(norm.norm())) if clip else 1.0))
     (plain, same), (clipped, other) = left[0.0], left[0.05]
     assert (plain - same).norm() < 1e-5 * plain.norm() and (clipped - other).norm() > 1e-2 * clipped.norm()
+
+
+def test_a_frozen_front_of_pretrained_weights_bounds_the_whole_training(tmp_path):
+    """The practical case: a timm net from a local file, whose front stays what it was while the head learns behind the noise."""
+    net = make_backbone("test_resnet", num_classes=5, image_shape=(3, 16, 16), norm="keep", seed=7, untouched=True)
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_var"):
+            buffer.fill_(1.5)
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "net.safetensors")
+    chosen = CapacityNoise(front="frozen", level="fixed", std_init=4.0, bits_weight=0.0)
+    recipe = dataclasses.replace(
+        RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), defences={"front": chosen}, share_policy="head", attacks={"a": NaiveMatching()},
+        model=Model(name="test_resnet", norm="frozen", cut="before:classifier", normalise="timm", pretrained=str(tmp_path / "net.safetensors")),
+        rounds=Rounds(count=2), evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)),
+    )  # fmt: skip
+    run = start(recipe, tmp_path / "run")
+    with one_thread():
+        trained = train(run, "front", chosen, 0)
+        [cell] = make_cells(run, {("front", 0): trained}, run.folder)
+        cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
+        told, words = findings._certificate(run, [cell])
+    model, weights = trained.training.defence.model, net.state_dict()
+    assert model.parts["encoder"] and not set(model.parts["encoder"]) & set(cell.snapshot.params)
+    for private in cell.victims.private:
+        for name in model.parts["encoder"]:
+            assert private[name].equal(weights[name.removeprefix("backbone.")])
+    bits = math.prod(model.latent_shape) / 2 * math.log2(1 + 1 / 16)
+    assert told["certified_bits"] == pytest.approx(bits, rel=1e-5) and told["lifetime_releases"] == 2 and told["lifetime_bits"] == pytest.approx(2 * bits, rel=1e-5)
+    assert "in the 2 releases of the whole training" in words
