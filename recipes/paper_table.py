@@ -50,7 +50,7 @@ RECIPE = Recipe(
     },
     attacks={
         "naive": Tuned(attack=NaiveMatching(iterations=2000), grid=TV), "joint": Tuned(attack=JointMatching(iterations=2000), grid=TV),
-        "joint guessed decoder": JointMatching(iterations=2000, decoder="surrogate"), "EoT": EotMatching(iterations=500), "decoder": PostHocDecoder(steps=1000),
+        "joint-guessed": JointMatching(iterations=2000, decoder="surrogate"), "EoT": EotMatching(iterations=500), "decoder": PostHocDecoder(steps=1000),
     },
     evaluation=Evaluation(num_victims=64, num_tuning=8, checkpoints=("early", "final")),
     seeds=(0, 1, 2),
