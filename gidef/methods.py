@@ -332,7 +332,7 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
 
 
 def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
-    """A8: codes first, then pixels from the image of the best code."""
+    """A8: codes first, by Adam as it is, then pixels from the image of the best code, with the signs and the noise that the attack asks for: both are of pixels."""
     attack = case.attack
     frozen = copy.deepcopy(case.fitted["generator"]).requires_grad_(False).eval()
     mine = _per_thread(lambda: copy.deepcopy(frozen))
@@ -344,6 +344,7 @@ def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate
     common = {"noise_shape": case.noise_shape}
     first = case.matching(
         **common, render=render, code_shape=(attack.code,), code_weight=1e-3, lr=attack.code_lr, iterations=codes, kink_width=attack.kink_width,
+        signed=False, optimiser=None,
     )  # fmt: skip
     return Plan(seen, make, first, refine=case.matching(**common, iterations=max(1, attack.iterations - codes)))
 

@@ -164,7 +164,7 @@ class DecoderAware(JointMatching):
 
 @_config
 class GenerativePrior(JointMatching):
-    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there."""
+    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
 
     code: int = 64
     """Numbers per image."""

@@ -197,6 +197,18 @@ def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_ma
     assert not dlg
 
 
+@pytest.mark.parametrize("how", [{"signed": True}, {"soft_sign": True}, {"langevin": 0.2}, {"soft_sign": True, "langevin": 0.2}])
+def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_generator_alone(trained, how):
+    plain, asked = (methods.plan(case_of(trained, "learned", config.GenerativePrior(iterations=6, code_share=0.5, **one))[0]) for one in ({}, how))
+    assert plain.matching.descent() == asked.matching.descent() == Adam()
+    sign = "soft" if "soft_sign" in how else "hard" if "signed" in how else "none"
+    assert asked.refine.descent() == Adam(sign=sign, langevin=how.get("langevin", 0.0)) and plain.refine.descent() == Adam()
+    codes = [attacks.drain(attacks.run_chunk(((0, 0),), one.observations, one.make_simulate(), one.matching, seed=0))["code"] for one in (plain, asked)]
+    assert torch.equal(*codes)
+    ends = [reconstructed(one) for one in (plain, asked)]
+    assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
+
+
 def test_labels_read_off_as_probabilities_are_those_that_a_client_mixed(trained):
     """At the true image the simulated gradient is the observed one, whatever mixture of classes the client trained on."""
     case, _, releases = case_of(trained, "undefended", config.NaiveMatching(labels="soft", **SHORT))
