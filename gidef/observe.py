@@ -88,9 +88,11 @@ def members(run: Run, trained: Trained) -> int:
 
 
 def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate]) -> Callable[[], Simulate]:
-    """A factory of simulators of what the server sees, from one of a client's update."""
-    count = members(run, trained)
-    return make if trained.training.defence.secure is None else lambda: cohort_mean(make(), count, stepped=run.recipe.evaluation.release == "delta")
+    """A factory of simulators of what the server sees, from one of a client's update. It is bound to numbers: attacks hold it, and a run holds the images."""
+    if trained.training.defence.secure is None:
+        return make
+    count, stepped = members(run, trained), run.recipe.evaluation.release == "delta"
+    return lambda: cohort_mean(make(), count, stepped=stepped)
 
 
 def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:

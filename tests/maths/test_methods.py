@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
+import types
 
 import pytest
 import torch
@@ -14,7 +17,20 @@ from gidef import attack as attacks
 from gidef import build, config, methods, observe
 from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE
-from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    LearnedPerturbation,
+    LocalTraining,
+    MixUp,
+    Model,
+    Pruning,
+    Recipe,
+    Rounds,
+    SecureAggregation,
+    Speed,
+    Undefended,
+)
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.models import decoder_for
@@ -44,7 +60,11 @@ def trained(tmp_path_factory):
     """(run, {defence: what one round of it left}) under share policy full."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    defences = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0, std_floor=0.2)}
+    learned = LearnedPerturbation(ramp=0.0, std_floor=0.2)
+    defences = {
+        "undefended": Undefended(), "learned": learned, "frozen": dataclasses.replace(learned, frozen=True), "mixup": (MixUp(), Pruning(share=0.5)),
+        "secure": (learned, SecureAggregation()),
+    }  # fmt: skip
     recipe = Recipe(
         data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
         clients=LocalTraining(batch_size=8), defences=defences, speed=Speed(device="cpu", workers=1),
@@ -108,26 +128,86 @@ def test_no_attack_can_see_the_truth(trained, defence, attack, delta):
             client.images.copy_(client.images.flip(0))
 
 
-def test_a_case_holds_no_tensor_of_the_private_images(trained):
-    case, run, releases = case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))
-    private = {tuple(image.flatten()[:50].tolist()) for image in releases[0].images.flatten(0, 1)}
+def reachable(root):
+    """All that can be reached from a value without its modules' globals: fields, attributes, items, and what functions and methods are bound to."""
+    seen, left = {}, [root]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex)):
+            continue
+        seen[id(value)] = value  # kept, or another could get its id
+        yield value
+        if isinstance(value, (dict, types.MappingProxyType)):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            left += value
+        elif isinstance(value, types.FunctionType):
+            left += [cell.cell_contents for cell in value.__closure__ or ()]
+            left += [value.__defaults__, value.__kwdefaults__]
+        elif isinstance(value, types.MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, functools.partial):
+            left += [value.func, value.args, value.keywords]
+        slots = itertools.chain.from_iterable(vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+        left += [getattr(value, name) for name in slots if hasattr(value, name)]
+        left.append(getattr(value, "__dict__", None))
 
-    def tensors(value, depth=0):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for part in value.values():
-                yield from tensors(part, depth + 1)
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                yield from tensors(part, depth + 1)
-        elif dataclasses.is_dataclass(value):
-            for spec in dataclasses.fields(value):
-                yield from tensors(getattr(value, spec.name), depth + 1)
 
-    found = list(tensors(case))
-    assert len(found) > 20 and not any(tuple(t.flatten()[:50].tolist()) in private for t in found)
-    assert not any(isinstance(getattr(case, spec.name), (Run, observe.Victims)) for spec in dataclasses.fields(case))
+def private_tensors(root, run, *more):
+    """Reachable tensors that hold an image of the training split, or one of `more`, or share their memory."""
+    held = [run.setting.dataset.train.images, *(client.images for client in run.setting.clients), *more]
+    memory = {tensor.untyped_storage().data_ptr() for tensor in held}
+    starts = {tuple(row) for tensor in held for row in _starts(tensor)}
+    tensors = [value for value in reachable(root) if isinstance(value, torch.Tensor)]
+    return [one for one in tensors if one.untyped_storage().data_ptr() in memory or any(tuple(row) in starts for row in _starts(one))], tensors
+
+
+def _starts(tensor):
+    """The first pixels of each image in a tensor, in [0, 1]."""
+    if tensor.shape[-3:] != (3, 16, 16):
+        return []
+    rows = tensor.reshape(-1, 3 * 16 * 16)[:, :50].float()
+    return (rows if tensor.is_floating_point() else rows / 255).tolist()
+
+
+DELTA = {"release": "delta", "local_steps": 2, "batch_size": 2}
+WALKED = {
+    "undefended": ("undefended", config.NaiveMatching(**SHORT), {}), "learned": ("learned", config.JointMatching(**SHORT), {}),
+    "several rounds": ("learned", config.MultiRound(rounds=2, **SHORT), {}), "frozen": ("frozen", config.JointMatching(**SHORT), {}),
+    "delta": ("learned", config.JointMatching(**SHORT), DELTA), "surrogate model": ("undefended", config.SurrogateModel(**SHORT), DELTA),
+    "mixup": ("mixup", config.JointMatching(**SHORT), {"batch_size": 2}), "mixup delta": ("mixup", config.NaiveMatching(**SHORT), DELTA),
+    "secure": ("secure", config.JointMatching(**SHORT), {}), "secure delta": ("secure", config.NaiveMatching(**SHORT), DELTA),
+    "A1": ("learned", config.EotMatching(samples=2, **SHORT), {}), "A6": ("learned", config.DecoderAware(begin="decoded", **SHORT), {}),
+    "A8": ("learned", config.GenerativePrior(**SHORT), {}), "proxy statistics": ("undefended", config.GradInversion(statistics="proxy", **SHORT), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_a_case_holds_no_tensor_of_the_private_images(trained, name):
+    """Nor can one be reached from it, or from the plan that is made of it, through whatever its functions are bound to."""
+    case, run, releases = case_of(trained, *WALKED[name][:2], **WALKED[name][2])
+    made = methods.plan(case)
+    private = [release.images for release in releases] + [company.images for release in releases for company in release.company]
+    for root in (case, made, (case.simulator(), case.gradient(), made.make_simulate(), case, made)):
+        leaked, tensors = private_tensors(root, run, *private)
+        assert len(tensors) > 20 and not leaked, [tuple(one.shape) for one in leaked]
+        evaluator = (Run, observe.Victims, observe.Company, Dataset, build.Setting, build.Training)
+        assert not [type(value) for value in reachable(root) if isinstance(value, evaluator)]
+
+
+def test_the_walk_finds_images_behind_closures_defaults_partials_methods_and_attributes(trained):
+    run, images = trained[0], trained[0].setting.dataset.train.images
+
+    class Own:
+        def method(self):
+            return self.held
+
+    own, one = Own(), images[3].float() / 255
+    own.held = {"a": [(one,)]}
+    ways = [lambda: lambda: run, functools.partial(print, sep=run), own.method, lambda x=run: x, dataclasses.make_dataclass("Box", ["x"])(one), images[5:7]]
+    for way in ways:
+        assert private_tensors(way, run)[0], way
+    assert not private_tensors([torch.rand(2, 3, 16, 16), lambda: torch.nn.Linear(2, 2)], run)[0]
 
 
 def test_fresh_noise_in_every_round_and_the_same_labels(trained):
