@@ -350,7 +350,7 @@ def observations(
 
 def adapts(attack: Any) -> bool:
     """Whether an attack simulates the changes of an update: the naive one overlooks them, like the noise."""
-    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers, config.ZeroedLevel)
+    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers)
     return isinstance(attack, kinds) or callable(getattr(attack, "plan", None))
 
 

@@ -252,8 +252,9 @@ class ImprintServer:
 
 
 @_config
-class ZeroedLevel(NaiveMatching):
-    """A11: a malicious server sends a noise level of nought. The client's floor must hold; the attacker matches as if there were no noise."""
+class ZeroedLevel(JointMatching):
+    """A11: a malicious server sends a noise level of nought, and matches by A3 over the images and the noise that the client's floor keeps. Where no
+    noise is left, it finds in the gradient of cross-entropy what A0 does."""
 
 
 @_config
