@@ -199,21 +199,6 @@ def _planned(case: Case) -> Plan:
     return Plan(seen, _noise_free(make), case.matching())
 
 
-def shuffled(observations: list[Observation], *, seed: int) -> list[Observation]:
-    """The control: every released tensor with its entries in another order, so that what is matched says nothing about the images.
-
-    The labels stay what they were: known, or recovered by the engine from what is left.
-    """
-    found = []
-    for number, one in enumerate(observations):
-        update = {}
-        for name, tensor in one.update.items():
-            order = torch.randperm(tensor.numel(), generator=generator(seed, "shuffled", number, name)).to(tensor.device)
-            update[name] = tensor.flatten()[order].view_as(tensor)
-        found.append(dataclasses.replace(one, update=update))
-    return found
-
-
 def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
     return lambda: attacks.without_noise(make())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -76,13 +77,13 @@ def trained(tmp_path_factory):
     torch.set_num_threads(before)
 
 
-def case_of(trained, defence, attack, **evaluation):
+def case_of(trained, defence, attack, control=False, **evaluation):
     run, found = trained
     recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **evaluation))
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     one = found[defence]
     snapshot = one.snapshots["final"]
-    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat, control=control) for repeat in range(getattr(attack, "rounds", 1))]
     fitted = {"surrogate": {n: t + 0.01 for n, t in one.training.defence.initial().items() if n.startswith("decoder.")}}
     fitted["generator"] = decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0)
     return methods.make_case(run, one, snapshot, attack, releases, seed=0, fitted=fitted), run, releases
@@ -313,11 +314,80 @@ def test_counts_grant_the_labels_without_their_order(trained):
 
 
 def test_a_shuffled_update_keeps_every_tensor_s_entries_and_loses_their_places(trained):
-    case, _, _ = case_of(trained, "undefended", config.NaiveMatching(**SHORT))
-    for one, other in zip(case.observations, methods.shuffled(case.observations, seed=0), strict=True):
-        for name, tensor in one.update.items():
-            assert torch.equal(tensor.flatten().sort().values, other.update[name].flatten().sort().values)
-        assert not torch.equal(one.update["backbone.blocks.0.conv.weight"], other.update["backbone.blocks.0.conv.weight"])
+    case, _, (release,) = case_of(trained, "undefended", config.NaiveMatching(**SHORT))
+    orders = [observe.shuffled(release.updates[0], seed=0, batch=batch, repeat=repeat) for batch, repeat in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    for name, tensor in release.updates[0].items():
+        assert all(torch.equal(tensor.flatten().sort().values, order[name].flatten().sort().values) for order in orders)
+    first, again, other, later = (order["backbone.blocks.0.conv.weight"] for order in orders)
+    assert torch.equal(first, again) and not any(torch.equal(first, one) for one in (other, later, release.updates[0]["backbone.blocks.0.conv.weight"]))
+
+
+@contextlib.contextmanager
+def other_images(run):
+    """Every training image, victims and clients alike, is another one meanwhile; labels and shapes stay."""
+    held = [run.setting.dataset.train.images, *(client.images for client in run.setting.clients)]
+    kept = [images.clone() for images in held]
+    try:
+        for images, before in zip(held, kept, strict=True):
+            images.copy_(255 - before.flip(-1))
+        yield
+    finally:
+        for images, before in zip(held, kept, strict=True):
+            images.copy_(before)
+
+
+def _controlled():
+    yield from (param for param in _each() if param.values[0] == "learned")
+    for name, defence, attack, evaluation in (
+        ("joint-frozen", "frozen", config.JointMatching(**SHORT), {}), ("joint-mixup", "mixup", config.JointMatching(**SHORT), {"batch_size": 2}),
+        ("joint-secure", "secure", config.JointMatching(**SHORT), {}), ("proxy-undefended", "undefended", config.GradInversion(statistics="proxy", group=0.0, **SHORT), {}),
+        ("recovered-undefended", "undefended", config.NaiveMatching(labels="recovered", **SHORT), {}),
+    ):  # fmt: skip
+        yield pytest.param(defence, attack, evaluation, id=name)
+
+
+@pytest.mark.parametrize(("defence", "attack", "how"), list(_controlled()))
+def test_the_control_draws_the_same_whatever_the_private_images_are(trained, defence, attack, how):
+    """No bit of its result changes with the victims' images, nor with those of the clients beside them: it is what priors, labels and weights tell."""
+    evaluation = how if isinstance(how, dict) else DELTA if how else {}
+    attack = dataclasses.replace(attack, **({"group": 0.0} if isinstance(attack, config.GradInversion) else {}))
+    run = trained[0]
+
+    def drawn(control):
+        case, _, releases = case_of(trained, defence, attack, control=control, **evaluation)
+        return reconstructed(methods.plan(case)), releases
+
+    found, releases = drawn(control=True)
+    with other_images(run):
+        again, others = drawn(control=True)
+    assert torch.equal(found, again) and found.isfinite().all()
+    assert not torch.equal(releases[0].images, others[0].images) and torch.equal(releases[0].labels, others[0].labels)
+
+
+def test_what_is_no_control_draws_something_else_of_other_images(trained):
+    kinds = [config.NaiveMatching(**SHORT), config.JointMatching(**SHORT), config.DecoderAware(begin="decoded", **SHORT), config.MultiRound(rounds=2, **SHORT)]
+    for attack in kinds:
+        found = reconstructed(methods.plan(case_of(trained, "learned", attack)[0]))
+        with other_images(trained[0]):
+            assert not torch.equal(found, reconstructed(methods.plan(case_of(trained, "learned", attack)[0])))
+
+
+def test_a_control_s_stand_ins_are_public_images_of_the_victims_labels(trained):
+    """Of the entries of their very gradient, in another order; of all labels where public images have none of one."""
+    run, one = trained[0], trained[1]["undefended"]
+    public, labels = run.setting.dataset.val, torch.tensor([3, 0, 3])
+    images = observe._stand_ins(run, labels, seed=0, batch=0)
+    places = [int((public.images.float().div(255) - image).flatten(1).abs().amax(1).argmin()) for image in images]
+    assert torch.equal(images, public.images[places].float() / 255) and public.labels[places].tolist() == labels.tolist()
+    assert observe._stand_ins(run, torch.tensor([99]), seed=0, batch=0).shape == (1, 3, 16, 16)
+    [victims] = case_of(trained, "undefended", config.NaiveMatching(**SHORT), control=True)[2]
+    simulate, params = one.training.defence.simulator()(), one.snapshots["final"].params
+    for batch, update in enumerate(victims.updates):
+        stand_in = observe._stand_ins(run, victims.labels[batch], seed=0, batch=batch)
+        expected = simulate(params, {}, stand_in, F.one_hot(victims.labels[batch], 8).float(), None)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(update[name].flatten().sort().values, tensor.flatten().sort().values)
+        assert (update["backbone.blocks.0.conv.weight"] - expected["backbone.blocks.0.conv.weight"]).abs().max() > 0
 
 
 def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):
