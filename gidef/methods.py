@@ -111,8 +111,10 @@ class Case:
         own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
         if getattr(self.attack, "soft_sign", False):
             own["signed"] = "soft"
-        if langevin := getattr(self.attack, "langevin", 0.0):
-            own["optimiser"] = Adam(sign={False: "none", True: "hard"}.get(own.get("signed", False), "soft"), langevin=langevin)
+        sign = {False: "none", True: "hard"}.get(own.get("signed", False), "soft")
+        over = own["iterations"] if sign == "soft" and getattr(self.attack, "sharpening", False) else None
+        if (langevin := getattr(self.attack, "langevin", 0.0)) or over is not None:
+            own["optimiser"] = Adam(sign=sign, soft_over=over, langevin=langevin)
         granted = getattr(self.attack, "labels", "known")
         own |= {name: True for name, asked in (("search_labels", "searched"), ("soft_labels", "soft")) if granted == asked}
         common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched, "local": self.local}
@@ -174,11 +176,13 @@ def _planned(case: Case) -> Plan:
         case config.DeepLeakage():
             return Plan(seen, _noise_free(make), attacks.deep_leakage(history=attack.history, **case.fields(search_labels=attack.labels == "searched")))
         case config.GradInversion():
-            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight")}
+            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight", "langevin")}
             prior, copy_of_thread = _statistics(case)
             if prior is not None:
                 make = _beside_statistics(make, copy_of_thread)
             return Plan(seen, _noise_free(make), attacks.gradinversion(**own, statistics=prior, **case.fields()))
+        case config.ModernInvertingGradients():
+            return Plan(seen, _noise_free(make), attacks.modern_inverting_gradients(opponents=attack.opponents, sharpening=attack.sharpening, **case.fields()))
         case config.EotMatching():
             return Plan(seen, lambda: attacks.averaged(make()), case.matching(drawn={DRAWS: lambda draw: _draws(case, attack.samples, draw)}))
         case config.SurrogateModel():

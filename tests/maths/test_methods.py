@@ -278,6 +278,17 @@ def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_ma
     assert not dlg
 
 
+def test_published_settings_reach_the_engine_as_the_dataclasses_say(trained):
+    modern = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(**SHORT))[0]).matching
+    assert modern.descent() == Adam(sign="soft", soft_over=3) and modern.tv == 0.0 and [weight for weight, _ in modern.priors] == [0.1]
+    noisy = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(langevin=0.1, tv=0.3, **SHORT))[0]).matching
+    assert noisy.descent() == Adam(sign="soft", soft_over=3, langevin=0.1) and [weight for weight, _ in noisy.priors] == [0.3]
+    plain = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(opponents=False, sharpening=False, tv_boost=9.0, **SHORT))[0]).matching
+    assert plain.descent() == Adam(sign="soft") and (plain.tv, plain.tv_boost, plain.priors) == (0.1, 9.0, ())
+    for langevin, descent in ((0.2, Adam(langevin=0.2)), (0.0, Adam())):
+        assert methods.plan(case_of(trained, "undefended", config.GradInversion(langevin=langevin, **SHORT))[0]).matching.descent() == descent
+
+
 @pytest.mark.parametrize("how", [{"signed": True}, {"soft_sign": True}, {"langevin": 0.2}, {"soft_sign": True, "langevin": 0.2}])
 def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_generator_alone(trained, how):
     plain, asked = (methods.plan(case_of(trained, "learned", config.GenerativePrior(iterations=6, code_share=0.5, **one))[0]) for one in ({}, how))
