@@ -25,6 +25,7 @@ READ_SUMS = (
 )  # fmt: skip
 """Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
+BLIND = "the update of public images of the same labels, every tensor's entries in another order: what the priors draw by themselves"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Cell:
     ensemble: str = ""
     """Name of the ensemble that it is a member of."""
     control: bool = False
-    """Matches a shuffled update: what the attacker's priors draw by themselves."""
+    """Matches a shuffled update, of public images: what the attacker's priors draw by themselves."""
     note: str = ""
     twin: Cell | None = None
     releases: list[observe.Victims] = field(default_factory=list)
@@ -120,7 +121,7 @@ def make_cells(
                 attack = attack.at(found["setting"]) if sought else attack
                 place = folder / run_key(defence, seed) / checkpoint / name
                 cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control, tuned=found)
-                cell.note = "every tensor's entries in another order: what the priors draw by themselves" if control else note_of(run, one, attack)
+                cell.note = BLIND if control else note_of(run, one, attack)
                 if not control:
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
@@ -239,7 +240,7 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
 def mark(run: Run, cell: Cell) -> str:
     """SHA-256 of everything that a cell's saved result depends on: recipe and data, attack, evaluation, defence, seed, checkpoint."""
     evaluation = {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
-    text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluation, cell.defence, cell.seed, cell.checkpoint, cell.control], sort_keys=True)
+    text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluation, cell.defence, cell.seed, cell.checkpoint, cell.control and BLIND], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator
@@ -200,8 +201,9 @@ def _surrogate_mark(run: Run, cell: Cell) -> str:
 
 
 def surrogate_task(run: Run, cell: Cell) -> Task:
-    """The attacker's own decoder of the in-loop kind, fitted on public images."""
-    latents, path, steps = _public_latents(run, cell, game=True), surrogate_path(run, cell), cell.attack.surrogate_steps
+    """The attacker's own decoder of the in-loop kind, fitted on public images, at the level that clients train by, whatever a malicious server sends once."""
+    honest = dataclasses.replace(cell, snapshot=cell.trained.snapshots[cell.checkpoint])
+    latents, path, steps = _public_latents(run, honest, game=True), surrogate_path(run, cell), cell.attack.surrogate_steps
 
     def fit(report: Callable[[float], None]) -> Tensors:
         decoder = copy.deepcopy(cell.trained.training.defence.decoder)

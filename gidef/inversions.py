@@ -61,16 +61,13 @@ def _planned(run: Run, cell: Cell, fitted: Callable[[Cell], dict[str, Any]]) -> 
     if cell.failure:
         return None
     try:
-        plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        return methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
     except StorageError:
         raise
     except Exception as error:  # what it needs was not trained, or it cannot be planned: it failed, which is a result; the others go on
         cell.failure = worded(error)
         run.console.notice(f"{cell.label}: the attack failed: {cell.failure}")
         return None
-    if cell.control:
-        plan = dataclasses.replace(plan, observations=methods.shuffled(plan.observations, seed=cell.seed))
-    return plan
 
 
 def in_groups(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str, Any]]) -> None:

@@ -111,8 +111,10 @@ class Case:
         own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
         if getattr(self.attack, "soft_sign", False):
             own["signed"] = "soft"
-        if langevin := getattr(self.attack, "langevin", 0.0):
-            own["optimiser"] = Adam(sign={False: "none", True: "hard"}.get(own.get("signed", False), "soft"), langevin=langevin)
+        sign = {False: "none", True: "hard"}.get(own.get("signed", False), "soft")
+        over = own["iterations"] if sign == "soft" and getattr(self.attack, "sharpening", False) else None
+        if (langevin := getattr(self.attack, "langevin", 0.0)) or over is not None:
+            own["optimiser"] = Adam(sign=sign, soft_over=over, langevin=langevin)
         granted = getattr(self.attack, "labels", "known")
         own |= {name: True for name, asked in (("search_labels", "searched"), ("soft_labels", "soft")) if granted == asked}
         common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched, "local": self.local}
@@ -174,11 +176,13 @@ def _planned(case: Case) -> Plan:
         case config.DeepLeakage():
             return Plan(seen, _noise_free(make), attacks.deep_leakage(history=attack.history, **case.fields(search_labels=attack.labels == "searched")))
         case config.GradInversion():
-            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight")}
+            own = {name: getattr(attack, name) for name in ("pixel_norm", "group", "max_shift", "statistics_weight", "langevin")}
             prior, copy_of_thread = _statistics(case)
             if prior is not None:
                 make = _beside_statistics(make, copy_of_thread)
             return Plan(seen, _noise_free(make), attacks.gradinversion(**own, statistics=prior, **case.fields()))
+        case config.ModernInvertingGradients():
+            return Plan(seen, _noise_free(make), attacks.modern_inverting_gradients(opponents=attack.opponents, sharpening=attack.sharpening, **case.fields()))
         case config.EotMatching():
             return Plan(seen, lambda: attacks.averaged(make()), case.matching(drawn={DRAWS: lambda draw: _draws(case, attack.samples, draw)}))
         case config.SurrogateModel():
@@ -197,21 +201,6 @@ def _planned(case: Case) -> Plan:
         case config.JointMatching():
             return Plan(seen, make, case.matching(noise_shape=case.noise_shape))
     return Plan(seen, _noise_free(make), case.matching())
-
-
-def shuffled(observations: list[Observation], *, seed: int) -> list[Observation]:
-    """The control: every released tensor with its entries in another order, so that what is matched says nothing about the images.
-
-    The labels stay what they were: known, or recovered by the engine from what is left.
-    """
-    found = []
-    for number, one in enumerate(observations):
-        update = {}
-        for name, tensor in one.update.items():
-            order = torch.randperm(tensor.numel(), generator=generator(seed, "shuffled", number, name)).to(tensor.device)
-            update[name] = tensor.flatten()[order].view_as(tensor)
-        found.append(dataclasses.replace(one, update=update))
-    return found
 
 
 def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
@@ -332,7 +321,7 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
 
 
 def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
-    """A8: codes first, then pixels from the image of the best code."""
+    """A8: codes first, by Adam as it is, then pixels from the image of the best code, with the signs and the noise that the attack asks for: both are of pixels."""
     attack = case.attack
     frozen = copy.deepcopy(case.fitted["generator"]).requires_grad_(False).eval()
     mine = _per_thread(lambda: copy.deepcopy(frozen))
@@ -344,6 +333,7 @@ def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate
     common = {"noise_shape": case.noise_shape}
     first = case.matching(
         **common, render=render, code_shape=(attack.code,), code_weight=1e-3, lr=attack.code_lr, iterations=codes, kink_width=attack.kink_width,
+        signed=False, optimiser=None,
     )  # fmt: skip
     return Plan(seen, make, first, refine=case.matching(**common, iterations=max(1, attack.iterations - codes)))
 

@@ -88,9 +88,11 @@ def members(run: Run, trained: Trained) -> int:
 
 
 def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate]) -> Callable[[], Simulate]:
-    """A factory of simulators of what the server sees, from one of a client's update."""
-    count = members(run, trained)
-    return make if trained.training.defence.secure is None else lambda: cohort_mean(make(), count, stepped=run.recipe.evaluation.release == "delta")
+    """A factory of simulators of what the server sees, from one of a client's update. It is bound to numbers: attacks hold it, and a run holds the images."""
+    if trained.training.defence.secure is None:
+        return make
+    count, stepped = members(run, trained), run.recipe.evaluation.release == "delta"
+    return lambda: cohort_mean(make(), count, stepped=stepped)
 
 
 def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:
@@ -103,7 +105,7 @@ def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, .
     return (evaluation.local_steps, members * evaluation.batch_size // evaluation.local_steps, *latent)
 
 
-def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0) -> Victims:
+def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0, control: bool = False) -> Victims:
     """Let the victims' clients compute what they would send, at a checkpoint, with fresh noise from (seed, checkpoint, batch, repeat).
 
     repeat: number of a release of the same batch at the same weights, for attacks over several rounds.
@@ -116,6 +118,10 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
 
     Where the server sees sums alone, other clients are drawn into each batch's cohort, and of each as many of its images, from (seed, checkpoint,
     batch); what is released is the mean over the cohort, with equal weights.
+
+    control: what says nothing of any private image but its label. Clients compute it of public images of the same labels, of which encoders take their
+    partners too, and every tensor of an update leaves with its entries in another order; statistics are those of the public images. `images` stay the
+    private ones.
     """
     setting, recipe, device = run.setting, run.recipe, run.world.device
     size, defence, participation = recipe.evaluation.batch_size, trained.training.defence, trained.training.participation
@@ -134,6 +140,7 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
     def sent(owner: int, images: Tensor, labels: Tensor, frozen: Tensor | None, batch: int | str) -> tuple[Tensor | None, Tensors, Tensors, Tensors]:
         """(noise, private, update, change of the running statistics) of a client and its batch."""
         private = {name: tensor.to(device) for name, tensor in participation.state(owner).items()}
+        images = _stand_ins(run, labels, seed=seed, batch=batch) if control else images
         noise = frozen
         if shape is not None:
             if noise is None:
@@ -141,7 +148,7 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
                 noise = defence.draw_noise(count, generator=generator(seed, "victim-noise", snapshot.name, batch, *again))
             noise = noise.view(shape).to(device)
         steps.manual_seed(stream_seed(seed, "victim-steps", snapshot.name, batch, *again))
-        inputs, targets = trained_on(run, trained, snapshot, images, labels, owner=owner, private=private, batch=batch, seed=seed, repeat=repeat)
+        inputs, targets = trained_on(run, trained, snapshot, images, labels, owner=owner, private=private, batch=batch, seed=seed, repeat=repeat, public=control)
         update = simulate(snapshot.params, private, inputs, targets, noise)
         draw = generator(seed, "victim-share", snapshot.name, batch, *again)
         own = at_hand(run, model, {**private, **snapshot.params}, inputs, targets.argmax(1))
@@ -161,9 +168,31 @@ def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat
         owners.append(owner)
         noises.append(noise)
         privates.append(private)
-        updates.append(update)
+        updates.append(shuffled(update, seed=seed, batch=batch, repeat=repeat) if control else update)
         statistics.append(moved)
     return Victims(rows, owners, images, labels, noises, privates, updates, companies, statistics)
+
+
+def _stand_ins(run: Run, labels: Tensor, *, seed: int, batch: int | str) -> Tensor:
+    """Public images for private ones, float32 (B, C, H, W) in [0, 1]: each drawn among those of its label, or among all where there is none. They are the
+    same in all rounds that release a batch."""
+    public, draw = run.setting.dataset.val, generator(seed, "stand-ins", batch)
+    rows = []
+    for label in labels.tolist():
+        alike = (public.labels == label).nonzero().flatten()
+        count = len(alike) or len(public)
+        place = int(torch.randint(count, (), generator=draw))
+        rows.append(int(alike[place]) if len(alike) else place)
+    return public.images[torch.tensor(rows, device=public.images.device)].to(run.world.device, torch.float32).div_(255)
+
+
+def shuffled(update: Tensors, *, seed: int, batch: int, repeat: int = 0) -> Tensors:
+    """Every tensor with its entries in another order, drawn from (seed, batch, repeat, name)."""
+    found, again = {}, [repeat] if repeat else []
+    for name, tensor in update.items():
+        order = torch.randperm(tensor.numel(), generator=generator(seed, "shuffled", batch, *again, name)).to(tensor.device)
+        found[name] = tensor.flatten()[order].view_as(tensor)
+    return found
 
 
 def _moved_statistics(
@@ -251,15 +280,19 @@ def _company(
 
 
 def trained_on(
-    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int | str, seed: int, repeat: int = 0
-) -> tuple[Tensor, Tensor]:
-    """What a victim's client computes its update of: its batch and the classes as probabilities, encoded where the defence encodes."""
+    run: Run, trained: Trained, snapshot: Snapshot, images: Tensor, labels: Tensor, *, owner: int, private: Tensors, batch: int | str, seed: int, repeat: int = 0,
+    public: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a victim's client computes its update of: its batch and the classes as probabilities, encoded where the defence encodes. public: with public
+    images for partners, in the place of the client's."""
     defence, targets = trained.training.defence, F.one_hot(labels, run.setting.dataset.num_classes).to(images.dtype)
     if not defence.encoders:
         return images, targets
     held = {name: tensor for name, tensor in {**private, **snapshot.params}.items() if not name.startswith(DECODER)}
     draw = generator(seed, "victim-encode", snapshot.name, batch, *([repeat] if repeat else []))
-    return defence.encode(images, targets, client=run.setting.clients[owner], generator=draw, model=copy.deepcopy(defence.model), params=held)
+    client, beside = run.setting.clients[owner], run.setting.dataset.val
+    client = Client(client.id, beside.images, beside.labels) if public else client
+    return defence.encode(images, targets, client=client, generator=draw, model=copy.deepcopy(defence.model), params=held)
 
 
 def at_hand(run: Run, model: nn.Module, tensors: Tensors, images: Tensor, labels: Tensor) -> Own:
@@ -348,7 +381,7 @@ def observations(
 
 def adapts(attack: Any) -> bool:
     """Whether an attack simulates the changes of an update: the naive one overlooks them, like the noise."""
-    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers, config.ZeroedLevel)
+    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers)
     return isinstance(attack, kinds) or callable(getattr(attack, "plan", None))
 
 

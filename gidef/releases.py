@@ -19,8 +19,8 @@ class Releases:
         self._run, self._stream, self._made = run, stream, {}
 
     def of(self, cell: Cell) -> list[observe.Victims]:
-        """One per round that the attack sees. A malicious server's weights become the cell's snapshot."""
-        place, attack = (cell.defence, cell.seed, cell.checkpoint), cell.attack
+        """One per round that the attack sees; of the control, those that say nothing of the images. A malicious server's weights become the cell's snapshot."""
+        place, attack = (cell.defence, cell.seed, cell.checkpoint, cell.control), cell.attack
         if isinstance(attack, config.ZeroedLevel):
             cell.snapshot = dataclasses.replace(cell.snapshot, params={**cell.snapshot.params, **zeroed_level(cell.snapshot.params)})
             return [self._once((*place, "zeroed"), cell)]
@@ -31,5 +31,5 @@ class Releases:
     def _once(self, key: tuple[Any, ...], cell: Cell, **how: Any) -> observe.Victims:
         if key not in self._made:
             seed = cell.seed if self._stream is None else stream_seed(cell.seed, self._stream)
-            self._made[key] = observe.release(self._run, cell.trained, cell.snapshot, seed=seed, **how)
+            self._made[key] = observe.release(self._run, cell.trained, cell.snapshot, seed=seed, control=cell.control, **how)
         return self._made[key]

@@ -319,8 +319,8 @@ class Evaluation:
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
     control: bool = False
-    """Beside the attacks, one of them (the first naive one, else the first that matches gradients) on a shuffled gradient, per defence and checkpoint:
-    what its priors draw by themselves is a bound, and whoever gets no more is warned of. An ensemble has its own."""
+    """Beside the attacks, one of them (the first naive one, else the first that matches gradients) on a shuffled gradient of public images of the
+    victims' labels, per defence and checkpoint: what its priors draw by themselves is a bound, and whoever gets no more is warned of. An ensemble has its own."""
     judge_epochs: int = 6
     judges: tuple[str, ...] = ()
     """Further judges, each with a column of its own: "judge" (the evaluator's own net), "small", any timm model or "package.module:callable", as

@@ -27,7 +27,7 @@ class NaiveMatching:
     soft_sign: bool = False
     """Step by a smooth sign of it instead."""
     langevin: float = 0.0
-    """Standard deviation of the noise that each step adds to the pixels, in step sizes (Langevin dynamics; GradInversion's paper has 0.2)."""
+    """Standard deviation of the noise that each step adds to the pixels, in step sizes (Langevin dynamics, as in GradInversion)."""
     decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "quadratic"
     """Of the step size."""
     warmup: int = 0
@@ -67,10 +67,16 @@ class InvertingGradients(NaiveMatching):
 
 @_config
 class ModernInvertingGradients(InvertingGradients):
-    """A0 with a smooth sign, warm-up, cosine decay and a patterned start (the later settings of its authors' code)."""
+    """A0 with a smooth sign, warm-up, cosine decay, a patterned start and a total variation of colours (the later settings of its authors' code)."""
 
+    iterations: int = 24_000
     signed: bool = False
     soft_sign: bool = True
+    sharpening: bool = True
+    """Of the smooth sign: the authors', tanh(s g) / s with s from 1 to 0 over the iterations, which is g itself where |g| ≪ 1; else tanh(g / rms(g))."""
+    tv: float = 0.1
+    opponents: bool = True
+    """The total variation is isotropic, and over the channels and their differences (double opponents); else anisotropic, over the channels."""
     decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "cosine"
     warmup: int = 50
     start: str = "patterned-4"
@@ -95,8 +101,8 @@ class DeepLeakage(NaiveMatching):
 
 @_config
 class GradInversion(NaiveMatching):
-    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration;
-    langevin=0.2 adds the noise of its steps.
+    """A0, GradInversion (Yin et al. 2021): squared distance, total variation, pixel norm, and consistency of the restarts after registration,
+    and noise in the steps.
 
     Its BatchNorm prior needs a net with BatchNorm, that is, model.norm keep or frozen (see gidef.attack.priors.bn_statistics).
     """
@@ -104,6 +110,7 @@ class GradInversion(NaiveMatching):
     iterations: int = 20_000
     restarts: int = 4
     distance: Literal["cosine", "l2", "cosine_layers"] = "l2"
+    langevin: float = 0.2
     decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "cosine"
     warmup: int = 50
     tv: float = 1e-4
@@ -164,7 +171,7 @@ class DecoderAware(JointMatching):
 
 @_config
 class GenerativePrior(JointMatching):
-    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there."""
+    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
 
     code: int = 64
     """Numbers per image."""
@@ -252,8 +259,9 @@ class ImprintServer:
 
 
 @_config
-class ZeroedLevel(NaiveMatching):
-    """A11: a malicious server sends a noise level of nought. The client's floor must hold; the attacker matches as if there were no noise."""
+class ZeroedLevel(JointMatching):
+    """A11: a malicious server sends a noise level of nought, and matches by A3 over the images and the noise that the client's floor keeps. Where no
+    noise is left, it finds in the gradient of cross-entropy what A0 does."""
 
 
 @_config
@@ -349,7 +357,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
 
 PRESETS = {
     "naive": NaiveMatching(), "inverting-gradients": InvertingGradients(), "modern": ModernInvertingGradients(), "dlg": DeepLeakage(),
-    "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(),
+    "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(restarts=4, halving=2),
     "analytic": Analytic(), "latent": LatentDecoding(), "decoder-aware": DecoderAware(), "learned": LearnedInversion(), "generative": GenerativePrior(),
     "rounds": MultiRound(), "surrogate-model": SurrogateModel(), "imprint": ImprintServer(), "zeroed": ZeroedLevel(), "decoder": PostHocDecoder(),
     "standard": Standard(), "quick": Standard(version="quick"), "smoke": Standard(version="smoke"),

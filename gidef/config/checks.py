@@ -25,6 +25,7 @@ from gidef.config import (
     LocalTraining,
     Matched,
     Mean,
+    ModernInvertingGradients,
     Precode,
     Recipe,
     Scaffold,
@@ -150,6 +151,8 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered, soft or searched labels.")
         if isinstance(attack, DeepLeakage) and attack.langevin:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
+        if isinstance(attack, ModernInvertingGradients) and attack.opponents and attack.tv_boost != 1:
+            found.append(f"attacks.{name}.tv_boost={attack.tv_boost}: the total variation of colours keeps its weight. Set tv_boost=1, or opponents=False.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
         if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or recipe.evaluation.local_steps > 1):

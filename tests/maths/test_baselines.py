@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gidef import build, cells, config, fits, inversions, observe
+from gidef import attack as attacks
+from gidef import build, cells, config, fits, inversions, methods, metrics, observe
 from gidef.config import CVB, BiDO, IsotropicNoise, LearnedPerturbation, Model, Precode, Speed, Undefended
 from gidef.evaluation import logits
 from gidef.releases import Releases
-from tests.small_run import RECIPE, trained_once
+from tests.small_run import RECIPE, evaluated, trained_once
 
 SHORT = {"iterations": 3, "restarts": 1}
 ATTACKS = {
@@ -26,6 +27,8 @@ DEFENCES = {
     "bido": BiDO(measure="coco", x_weight=1.0, y_weight=50.0), "precode": Precode(width=24), "cvb": CVB(kernel=3),
     "learned late": LearnedPerturbation(ramp=0.0, cut="blocks.2"),
 }  # fmt: skip
+FLOOR = {"learned": LearnedPerturbation(ramp=0.0, std_floor=0.3, cut="blocks.0")}
+"""Whose floor is worth a search."""
 NOISY = {"naive", "joint", "eot", "skip", "rounds", "latent", "decoder"}
 APPLY = {
     "undefended": {"naive", "joint"}, "isotropic": NOISY, "late": NOISY, "bido": {"naive", "joint"}, "precode": NOISY | {"zeroed"},
@@ -40,7 +43,7 @@ FAST = {name: (attacks if name in ("late", "precode") else attacks - {"latent"})
 def trained(tmp_path_factory):
     """trained(policy, defence): (run, what one round of it left); each is trained once."""
     speed = Speed(device="cpu", workers=1, attacks_at_once=2, attack_mode="vmap")
-    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES, attacks=ATTACKS, model=Model(), speed=speed)) as one:
+    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES | FLOOR, attacks=ATTACKS, model=Model(), speed=speed)) as one:
         yield lambda policy, defence: one(defence, policy)
 
 
@@ -146,3 +149,66 @@ def test_without_noise_the_joint_attack_is_the_naive_one_only_where_the_loss_is_
         run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
         found = cells_of(run, one, defence, tmp_path)
         assert (found["joint"].twin is found["naive"]) == twins
+
+
+def zeroed_case(trained, defence, folder, attack, **evaluation):
+    """The case of an attack on what a malicious server's level of nought makes the clients release; and the victims."""
+    run, one = trained("full", defence)
+    run = evaluated(run, **evaluation)
+    cell = cells_of(run, one, defence, folder)["zeroed"]
+    [victims] = Releases(run).of(cell)
+    return methods.make_case(run, one, cell.snapshot, attack, [victims], seed=0), victims
+
+
+def test_a_zeroed_level_is_explained_by_the_true_image_and_the_floor_s_noise_together(trained, tmp_path):
+    """The released gradient, whatever of the client's loss is in it, is matched there and nowhere else that was tried."""
+    case, victims = zeroed_case(trained, "learned late", tmp_path, config.ZeroedLevel())
+    plan, fits_at = methods.plan(case), {}
+    assert plan.matching.noise_shape == case.noise_shape == tuple(victims.noise[0].shape)
+    wrong = torch.randn(victims.noise[0].shape, generator=torch.Generator().manual_seed(1))
+    for name, noise in (("true", victims.noise[0]), ("none", torch.zeros_like(wrong)), ("other", wrong)):
+        start = dataclasses.replace(plan.matching, start=lambda o, r, noise=noise: (victims.images[o], noise), iterations=0, tv=0.0, noise_weight=0.0)
+        fits_at[name] = float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), start, seed=0))["fit"])
+    assert fits_at["true"] < 1e-9 and fits_at["none"] > 1e-4 and fits_at["other"] > 1e-4, fits_at
+
+
+def test_who_searches_the_floor_s_noise_gets_more_of_a_zeroed_level_than_who_overlooks_it(trained, tmp_path):
+    """The same release, starts and iterations; what overlooks the floor is A0 with the settings that both have."""
+    settings = {"iterations": 150, "restarts": 1}
+    found = {}
+    for name, attack in (("searched", config.ZeroedLevel(**settings)), ("overlooked", config.NaiveMatching(**settings))):
+        case, victims = zeroed_case(trained, "learned", tmp_path, attack)
+        plan = methods.plan(case)
+        images = attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0)
+        found[name] = [metrics.psnr_db(one.images[metrics.pair(one.images, truth)], truth) for one, truth in zip(images, victims.images, strict=True)]
+    found = {name: torch.cat(values) for name, values in found.items()}
+    assert float(found["searched"].mean()) > float(found["overlooked"].mean()) + 0.5, found
+
+
+def test_where_the_client_has_no_floor_a_zeroed_level_is_attacked_as_by_the_naive_attack(trained, tmp_path):
+    """Bit for bit: the noise that is searched reaches nothing. Of cross-entropy, as A0 does not know the loss's other terms."""
+    settings = {"iterations": 20, "restarts": 1, "tv": 1e-3}
+    layer = trained("full", "learned")[1].training.defence.model.perturbation
+    kept, layer.std_floor = layer.std_floor, 0.0
+    try:
+        plans = [methods.plan(zeroed_case(trained, "learned", tmp_path, kind(**settings), released_loss="utility")[0]) for kind in (config.ZeroedLevel, config.NaiveMatching)]
+        found = [attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0)) for plan in plans]
+    finally:
+        layer.std_floor = kept
+    assert plans[0].matching.noise_shape is not None and plans[1].matching.noise_shape is None
+    torch.testing.assert_close(found[0]["images"], found[1]["images"], rtol=0, atol=1e-5)
+    assert (found[0]["noise"] == 0).all() and (found[0]["images"] - 0.5).abs().mean() > 0.05
+
+
+def test_a_decoder_guessed_for_a_zeroed_level_is_trained_at_the_level_that_clients_train_by(trained, tmp_path):
+    run, one = trained("full", "learned")
+    kinds = {"zeroed": config.ZeroedLevel(decoder="surrogate", surrogate_steps=2), "joint": config.JointMatching(decoder="surrogate", surrogate_steps=2)}
+    run, made = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, attacks=kinds))), {}
+    for name in kinds:
+        cell = cells_of(run, one, "learned", tmp_path / name)[name]
+        cell.releases = Releases(run).of(cell)
+        [task] = fits.tasks(run, [cell], tmp_path / name)
+        task.do(0, lambda units: None)
+        made[name] = fits.surrogate(run, cell)
+        assert cells.beyond(run, one, config.ZeroedLevel()) == ["knows the private decoder"] and "decoder guessed" in cell.note
+    assert all(torch.equal(tensor, made["joint"][name]) for name, tensor in made["zeroed"].items())

@@ -392,6 +392,27 @@ def test_gradinversion_matches_the_statistics_that_were_released_and_stays_at_th
     assert observe.statistics_known(kept("head")[0], headed, headed.snapshots["final"], attack) == "batch"
 
 
+def test_the_control_of_gradinversion_is_told_statistics_of_public_images_and_nothing_of_the_victims(kept):
+    """Its reconstructions keep every bit when the victims' images change; those of the attack itself do not."""
+    run, trained, _ = kept()
+    snapshot, attack = trained.snapshots["final"], config.GradInversion(iterations=3, restarts=2)
+    images, found = run.setting.dataset.train.images, {True: [], False: []}
+    before, told = images.clone(), []
+    try:
+        for control in (True, False):
+            for place in (before, 255 - before.flip(-1)):
+                images.copy_(place)
+                case = methods.make_case(run, trained, snapshot, attack, [observe.release(run, trained, snapshot, seed=0, control=control)], seed=0)
+                plan = methods.plan(case)
+                assert case.statistics == "batch"
+                told.append(case.observations[0].known["statistics.backbone.1.mean"])
+                found[control].append(attacks.drain(attacks.run_chunk(((0, 0), (0, 1)), plan.observations, plan.make_simulate(), plan.matching, seed=0))["images"])
+    finally:
+        images.copy_(before)
+    assert torch.equal(*found[True]) and not torch.equal(*found[False])
+    assert torch.equal(told[0], told[1]) and not torch.allclose(told[0], told[2]) and not torch.allclose(told[2], told[3])
+
+
 @pytest.mark.parametrize("norm", ["keep", "frozen"])
 def test_gradinversion_estimates_statistics_from_public_images_as_pytorchs_own_net_has_them(norm, tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "PUBLIC", 6)

@@ -394,6 +394,10 @@ def test_any_run_has_a_control_per_defence_and_checkpoint_and_its_sheets_every_g
     controls = {row["defence"]: row for row in result.rows if row["attack_id"] == "control"}
     bounds = {bound["of"]: bound for bound in result.bounds if bound["name"] == "shuffled gradient"}
     assert controls.keys() == bounds.keys() == {"undefended", "learned"} and all(row["attack"] == "shuffled gradient" and row["of"] == "naive" for row in controls.values())
+    for control, naive in zip(*([cell for cell in make_cells(run, found, tmp_path / "cells") if cell.name == name] for name in ("shuffled gradient", "naive")), strict=True):
+        made, true = (Releases(run).of(cell)[0] for cell in (control, naive))
+        assert control.control and "public images" in control.note and torch.equal(made.images, true.images) and torch.equal(made.labels, true.labels)
+        assert not any(torch.equal(made.updates[0][name].flatten().sort().values, true.updates[0][name].flatten().sort().values) for name in ("backbone.blocks.0.conv.weight", "backbone.head.bias"))
     for name, bound in bounds.items():
         assert bound["checkpoint"] == "final" and bound["psnr_db"] == controls[name]["psnr_db"] and bound_label(bound) == f"shuffled gradient of {name}"
     assert bounds["undefended"]["psnr_db"] != bounds["learned"]["psnr_db"]

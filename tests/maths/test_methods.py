@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import itertools
+import types
 
 import pytest
 import torch
@@ -14,7 +18,20 @@ from gidef import attack as attacks
 from gidef import build, config, methods, observe
 from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE
-from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
+from gidef.config import (
+    Data,
+    Evaluation,
+    LearnedPerturbation,
+    LocalTraining,
+    MixUp,
+    Model,
+    Pruning,
+    Recipe,
+    Rounds,
+    SecureAggregation,
+    Speed,
+    Undefended,
+)
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
 from gidef.models import decoder_for
@@ -44,7 +61,11 @@ def trained(tmp_path_factory):
     """(run, {defence: what one round of it left}) under share policy full."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    defences = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0, std_floor=0.2)}
+    learned = LearnedPerturbation(ramp=0.0, std_floor=0.2)
+    defences = {
+        "undefended": Undefended(), "learned": learned, "frozen": dataclasses.replace(learned, frozen=True), "mixup": (MixUp(), Pruning(share=0.5)),
+        "secure": (learned, SecureAggregation()),
+    }  # fmt: skip
     recipe = Recipe(
         data=Data(name=f"{__file__}:few_cells", num_clients=3, min_examples=8), model=Model(cut="blocks.0"), rounds=Rounds(count=1),
         clients=LocalTraining(batch_size=8), defences=defences, speed=Speed(device="cpu", workers=1),
@@ -56,13 +77,13 @@ def trained(tmp_path_factory):
     torch.set_num_threads(before)
 
 
-def case_of(trained, defence, attack, **evaluation):
+def case_of(trained, defence, attack, control=False, **evaluation):
     run, found = trained
     recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **evaluation))
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     one = found[defence]
     snapshot = one.snapshots["final"]
-    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat, control=control) for repeat in range(getattr(attack, "rounds", 1))]
     fitted = {"surrogate": {n: t + 0.01 for n, t in one.training.defence.initial().items() if n.startswith("decoder.")}}
     fitted["generator"] = decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0)
     return methods.make_case(run, one, snapshot, attack, releases, seed=0, fitted=fitted), run, releases
@@ -108,26 +129,86 @@ def test_no_attack_can_see_the_truth(trained, defence, attack, delta):
             client.images.copy_(client.images.flip(0))
 
 
-def test_a_case_holds_no_tensor_of_the_private_images(trained):
-    case, run, releases = case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))
-    private = {tuple(image.flatten()[:50].tolist()) for image in releases[0].images.flatten(0, 1)}
+def reachable(root):
+    """All that can be reached from a value without its modules' globals: fields, attributes, items, and what functions and methods are bound to."""
+    seen, left = {}, [root]
+    while left:
+        value = left.pop()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, types.BuiltinFunctionType, str, bytes, int, float, complex)):
+            continue
+        seen[id(value)] = value  # kept, or another could get its id
+        yield value
+        if isinstance(value, (dict, types.MappingProxyType)):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            left += value
+        elif isinstance(value, types.FunctionType):
+            left += [cell.cell_contents for cell in value.__closure__ or ()]
+            left += [value.__defaults__, value.__kwdefaults__]
+        elif isinstance(value, types.MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, functools.partial):
+            left += [value.func, value.args, value.keywords]
+        slots = itertools.chain.from_iterable(vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+        left += [getattr(value, name) for name in slots if hasattr(value, name)]
+        left.append(getattr(value, "__dict__", None))
 
-    def tensors(value, depth=0):
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            for part in value.values():
-                yield from tensors(part, depth + 1)
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                yield from tensors(part, depth + 1)
-        elif dataclasses.is_dataclass(value):
-            for spec in dataclasses.fields(value):
-                yield from tensors(getattr(value, spec.name), depth + 1)
 
-    found = list(tensors(case))
-    assert len(found) > 20 and not any(tuple(t.flatten()[:50].tolist()) in private for t in found)
-    assert not any(isinstance(getattr(case, spec.name), (Run, observe.Victims)) for spec in dataclasses.fields(case))
+def private_tensors(root, run, *more):
+    """Reachable tensors that hold an image of the training split, or one of `more`, or share their memory."""
+    held = [run.setting.dataset.train.images, *(client.images for client in run.setting.clients), *more]
+    memory = {tensor.untyped_storage().data_ptr() for tensor in held}
+    starts = {tuple(row) for tensor in held for row in _starts(tensor)}
+    tensors = [value for value in reachable(root) if isinstance(value, torch.Tensor)]
+    return [one for one in tensors if one.untyped_storage().data_ptr() in memory or any(tuple(row) in starts for row in _starts(one))], tensors
+
+
+def _starts(tensor):
+    """The first pixels of each image in a tensor, in [0, 1]."""
+    if tensor.shape[-3:] != (3, 16, 16):
+        return []
+    rows = tensor.reshape(-1, 3 * 16 * 16)[:, :50].float()
+    return (rows if tensor.is_floating_point() else rows / 255).tolist()
+
+
+DELTA = {"release": "delta", "local_steps": 2, "batch_size": 2}
+WALKED = {
+    "undefended": ("undefended", config.NaiveMatching(**SHORT), {}), "learned": ("learned", config.JointMatching(**SHORT), {}),
+    "several rounds": ("learned", config.MultiRound(rounds=2, **SHORT), {}), "frozen": ("frozen", config.JointMatching(**SHORT), {}),
+    "delta": ("learned", config.JointMatching(**SHORT), DELTA), "surrogate model": ("undefended", config.SurrogateModel(**SHORT), DELTA),
+    "mixup": ("mixup", config.JointMatching(**SHORT), {"batch_size": 2}), "mixup delta": ("mixup", config.NaiveMatching(**SHORT), DELTA),
+    "secure": ("secure", config.JointMatching(**SHORT), {}), "secure delta": ("secure", config.NaiveMatching(**SHORT), DELTA),
+    "A1": ("learned", config.EotMatching(samples=2, **SHORT), {}), "A6": ("learned", config.DecoderAware(begin="decoded", **SHORT), {}),
+    "A8": ("learned", config.GenerativePrior(**SHORT), {}), "proxy statistics": ("undefended", config.GradInversion(statistics="proxy", **SHORT), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_a_case_holds_no_tensor_of_the_private_images(trained, name):
+    """Nor can one be reached from it, or from the plan that is made of it, through whatever its functions are bound to."""
+    case, run, releases = case_of(trained, *WALKED[name][:2], **WALKED[name][2])
+    made = methods.plan(case)
+    private = [release.images for release in releases] + [company.images for release in releases for company in release.company]
+    for root in (case, made, (case.simulator(), case.gradient(), made.make_simulate(), case, made)):
+        leaked, tensors = private_tensors(root, run, *private)
+        assert len(tensors) > 20 and not leaked, [tuple(one.shape) for one in leaked]
+        evaluator = (Run, observe.Victims, observe.Company, Dataset, build.Setting, build.Training)
+        assert not [type(value) for value in reachable(root) if isinstance(value, evaluator)]
+
+
+def test_the_walk_finds_images_behind_closures_defaults_partials_methods_and_attributes(trained):
+    run, images = trained[0], trained[0].setting.dataset.train.images
+
+    class Own:
+        def method(self):
+            return self.held
+
+    own, one = Own(), images[3].float() / 255
+    own.held = {"a": [(one,)]}
+    ways = [lambda: lambda: run, functools.partial(print, sep=run), own.method, lambda x=run: x, dataclasses.make_dataclass("Box", ["x"])(one), images[5:7]]
+    for way in ways:
+        assert private_tensors(way, run)[0], way
+    assert not private_tensors([torch.rand(2, 3, 16, 16), lambda: torch.nn.Linear(2, 2)], run)[0]
 
 
 def test_fresh_noise_in_every_round_and_the_same_labels(trained):
@@ -197,6 +278,29 @@ def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_ma
     assert not dlg
 
 
+def test_published_settings_reach_the_engine_as_the_dataclasses_say(trained):
+    modern = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(**SHORT))[0]).matching
+    assert modern.descent() == Adam(sign="soft", soft_over=3) and modern.tv == 0.0 and [weight for weight, _ in modern.priors] == [0.1]
+    noisy = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(langevin=0.1, tv=0.3, **SHORT))[0]).matching
+    assert noisy.descent() == Adam(sign="soft", soft_over=3, langevin=0.1) and [weight for weight, _ in noisy.priors] == [0.3]
+    plain = methods.plan(case_of(trained, "undefended", config.ModernInvertingGradients(opponents=False, sharpening=False, tv_boost=9.0, **SHORT))[0]).matching
+    assert plain.descent() == Adam(sign="soft") and (plain.tv, plain.tv_boost, plain.priors) == (0.1, 9.0, ())
+    for langevin, descent in ((0.2, Adam(langevin=0.2)), (0.0, Adam())):
+        assert methods.plan(case_of(trained, "undefended", config.GradInversion(langevin=langevin, **SHORT))[0]).matching.descent() == descent
+
+
+@pytest.mark.parametrize("how", [{"signed": True}, {"soft_sign": True}, {"langevin": 0.2}, {"soft_sign": True, "langevin": 0.2}])
+def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_generator_alone(trained, how):
+    plain, asked = (methods.plan(case_of(trained, "learned", config.GenerativePrior(iterations=6, code_share=0.5, **one))[0]) for one in ({}, how))
+    assert plain.matching.descent() == asked.matching.descent() == Adam()
+    sign = "soft" if "soft_sign" in how else "hard" if "signed" in how else "none"
+    assert asked.refine.descent() == Adam(sign=sign, langevin=how.get("langevin", 0.0)) and plain.refine.descent() == Adam()
+    codes = [attacks.drain(attacks.run_chunk(((0, 0),), one.observations, one.make_simulate(), one.matching, seed=0))["code"] for one in (plain, asked)]
+    assert torch.equal(*codes)
+    ends = [reconstructed(one) for one in (plain, asked)]
+    assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
+
+
 def test_labels_read_off_as_probabilities_are_those_that_a_client_mixed(trained):
     """At the true image the simulated gradient is the observed one, whatever mixture of classes the client trained on."""
     case, _, releases = case_of(trained, "undefended", config.NaiveMatching(labels="soft", **SHORT))
@@ -221,11 +325,80 @@ def test_counts_grant_the_labels_without_their_order(trained):
 
 
 def test_a_shuffled_update_keeps_every_tensor_s_entries_and_loses_their_places(trained):
-    case, _, _ = case_of(trained, "undefended", config.NaiveMatching(**SHORT))
-    for one, other in zip(case.observations, methods.shuffled(case.observations, seed=0), strict=True):
-        for name, tensor in one.update.items():
-            assert torch.equal(tensor.flatten().sort().values, other.update[name].flatten().sort().values)
-        assert not torch.equal(one.update["backbone.blocks.0.conv.weight"], other.update["backbone.blocks.0.conv.weight"])
+    case, _, (release,) = case_of(trained, "undefended", config.NaiveMatching(**SHORT))
+    orders = [observe.shuffled(release.updates[0], seed=0, batch=batch, repeat=repeat) for batch, repeat in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    for name, tensor in release.updates[0].items():
+        assert all(torch.equal(tensor.flatten().sort().values, order[name].flatten().sort().values) for order in orders)
+    first, again, other, later = (order["backbone.blocks.0.conv.weight"] for order in orders)
+    assert torch.equal(first, again) and not any(torch.equal(first, one) for one in (other, later, release.updates[0]["backbone.blocks.0.conv.weight"]))
+
+
+@contextlib.contextmanager
+def other_images(run):
+    """Every training image, victims and clients alike, is another one meanwhile; labels and shapes stay."""
+    held = [run.setting.dataset.train.images, *(client.images for client in run.setting.clients)]
+    kept = [images.clone() for images in held]
+    try:
+        for images, before in zip(held, kept, strict=True):
+            images.copy_(255 - before.flip(-1))
+        yield
+    finally:
+        for images, before in zip(held, kept, strict=True):
+            images.copy_(before)
+
+
+def _controlled():
+    yield from (param for param in _each() if param.values[0] == "learned")
+    for name, defence, attack, evaluation in (
+        ("joint-frozen", "frozen", config.JointMatching(**SHORT), {}), ("joint-mixup", "mixup", config.JointMatching(**SHORT), {"batch_size": 2}),
+        ("joint-secure", "secure", config.JointMatching(**SHORT), {}), ("proxy-undefended", "undefended", config.GradInversion(statistics="proxy", group=0.0, **SHORT), {}),
+        ("recovered-undefended", "undefended", config.NaiveMatching(labels="recovered", **SHORT), {}),
+    ):  # fmt: skip
+        yield pytest.param(defence, attack, evaluation, id=name)
+
+
+@pytest.mark.parametrize(("defence", "attack", "how"), list(_controlled()))
+def test_the_control_draws_the_same_whatever_the_private_images_are(trained, defence, attack, how):
+    """No bit of its result changes with the victims' images, nor with those of the clients beside them: it is what priors, labels and weights tell."""
+    evaluation = how if isinstance(how, dict) else DELTA if how else {}
+    attack = dataclasses.replace(attack, **({"group": 0.0} if isinstance(attack, config.GradInversion) else {}))
+    run = trained[0]
+
+    def drawn(control):
+        case, _, releases = case_of(trained, defence, attack, control=control, **evaluation)
+        return reconstructed(methods.plan(case)), releases
+
+    found, releases = drawn(control=True)
+    with other_images(run):
+        again, others = drawn(control=True)
+    assert torch.equal(found, again) and found.isfinite().all()
+    assert not torch.equal(releases[0].images, others[0].images) and torch.equal(releases[0].labels, others[0].labels)
+
+
+def test_what_is_no_control_draws_something_else_of_other_images(trained):
+    kinds = [config.NaiveMatching(**SHORT), config.JointMatching(**SHORT), config.DecoderAware(begin="decoded", **SHORT), config.MultiRound(rounds=2, **SHORT)]
+    for attack in kinds:
+        found = reconstructed(methods.plan(case_of(trained, "learned", attack)[0]))
+        with other_images(trained[0]):
+            assert not torch.equal(found, reconstructed(methods.plan(case_of(trained, "learned", attack)[0])))
+
+
+def test_a_control_s_stand_ins_are_public_images_of_the_victims_labels(trained):
+    """Of the entries of their very gradient, in another order; of all labels where public images have none of one."""
+    run, one = trained[0], trained[1]["undefended"]
+    public, labels = run.setting.dataset.val, torch.tensor([3, 0, 3])
+    images = observe._stand_ins(run, labels, seed=0, batch=0)
+    places = [int((public.images.float().div(255) - image).flatten(1).abs().amax(1).argmin()) for image in images]
+    assert torch.equal(images, public.images[places].float() / 255) and public.labels[places].tolist() == labels.tolist()
+    assert observe._stand_ins(run, torch.tensor([99]), seed=0, batch=0).shape == (1, 3, 16, 16)
+    [victims] = case_of(trained, "undefended", config.NaiveMatching(**SHORT), control=True)[2]
+    simulate, params = one.training.defence.simulator()(), one.snapshots["final"].params
+    for batch, update in enumerate(victims.updates):
+        stand_in = observe._stand_ins(run, victims.labels[batch], seed=0, batch=batch)
+        expected = simulate(params, {}, stand_in, F.one_hot(victims.labels[batch], 8).float(), None)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(update[name].flatten().sort().values, tensor.flatten().sort().values)
+        assert (update["backbone.blocks.0.conv.weight"] - expected["backbone.blocks.0.conv.weight"]).abs().max() > 0
 
 
 def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):

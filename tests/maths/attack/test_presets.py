@@ -1,6 +1,7 @@
 """Published attacks on cases with a known answer. Tiny smooth nets, float64; random images."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 from gidef import config
 from gidef.attack import deep_leakage, gradinversion, improved_deep_leakage, inverting_gradients, modern_inverting_gradients, run
 from gidef.attack.client import gradient_of, observed
+from gidef.attack.optimisers import Adam
 from gidef.attack.priors import bn_statistics
 from gidef.attack.surgery import batch_statistics, granted_statistics
+from gidef.errors import InputError
 
 DOUBLE = {"seed": 0, "dtype": torch.float64, "at_once": 16}
 
@@ -57,16 +60,50 @@ def test_gradinversion_agrees_on_a_consensus_and_finds_the_images(tiny, case):
 def test_a_published_attack_has_the_same_settings_as_a_dataclass_and_as_a_function(tiny):
     """And none of what makes this engine's own attacks stronger."""
     made = {
-        config.InvertingGradients: inverting_gradients(**tiny.settings), config.ModernInvertingGradients: modern_inverting_gradients(**tiny.settings),
+        config.InvertingGradients: inverting_gradients(**tiny.settings), config.ModernInvertingGradients: modern_inverting_gradients(opponents=False, **tiny.settings),
         config.DeepLeakage: deep_leakage(**tiny.settings), config.GradInversion: gradinversion(**tiny.settings),
     }  # fmt: skip
     for kind, settings in made.items():
         for name in ("iterations", "restarts", "distance", "lr", "decay", "warmup", "tv", "tv_boost", "kink_width"):
             assert getattr(kind(), name) == getattr(settings, name), (kind, name)
         assert settings.kink_width is None and settings.tv_boost == 1.0
-    settings = made[config.GradInversion]  # as published
+    settings = made[config.GradInversion]  # as published: 20,000 iterations of Adam 0.1, warm-up 50, cosine decay, noise 0.2, weights 1e-4, 1e-6, 0.1, 0.01
     assert (settings.iterations, settings.lr, settings.decay, settings.warmup, settings.tv) == (20_000, 0.1, "cosine", 50, 1e-4)
-    assert settings.priors[0][0] == 1e-6 and settings.coupling is not None
+    assert settings.priors[0][0] == 1e-6 and settings.coupling is not None and settings.descent() == Adam(langevin=0.2)
+    assert (config.GradInversion().langevin, config.GradInversion().statistics_weight, config.GradInversion().group) == (0.2, 0.1, 1e-2)
+    assert gradinversion(langevin=0.0, **tiny.settings).descent() == Adam() and gradinversion(signed=True, **tiny.settings).descent() == Adam(sign="hard", langevin=0.2)
+
+
+def test_the_later_settings_of_inverting_gradients_are_those_of_its_authors_code(tiny):
+    """breaching, config/attack/modern.yaml: Adam 0.1, soft sign, 24,000 iterations, warm-up 50, cosine decay, boxed, start patterned-4, total variation 0.1
+    with inner_exp 2, outer_exp 0.5 and double opponents; its soft sign is tanh(s g) / s with s = 1 − iteration / iterations."""
+    one = modern_inverting_gradients(**tiny.settings)
+    assert (one.iterations, one.lr, one.decay, one.warmup, one.start, one.distance, one.restarts) == (24_000, 0.1, "cosine", 50, "patterned-4", "cosine", 1)
+    assert one.descent() == Adam(sign="soft", soft_over=24_000) and modern_inverting_gradients(iterations=60, **tiny.settings).descent().soft_over == 60
+    ((weight, prior),) = one.priors
+    images = torch.rand(2, 3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    channels = [*images.unbind(1), images[:, 0] - images[:, 1], images[:, 0] - images[:, 2], images[:, 1] - images[:, 2]]
+    roughness = 0.0
+    for channel in channels:
+        across, down = torch.zeros_like(channel), torch.zeros_like(channel)
+        across[..., :-1], down[:, :-1] = channel[..., 1:] - channel[..., :-1], channel[:, 1:] - channel[:, :-1]
+        roughness += float((across**2 + down**2 + 1e-8).sqrt().mean()) / 6
+    assert weight == 0.1 and one.tv == 0.0 and float(prior(SimpleNamespace(images=images))) == pytest.approx(roughness, abs=2e-4)
+    before = modern_inverting_gradients(opponents=False, sharpening=False, tv=1e-2, iterations=4_800, **tiny.settings)
+    assert before.descent() == Adam(sign="soft") and before.priors == () and before.tv == 1e-2
+    for wrong in ({"tv_boost": 10.0}, {"variants": ({"tv": 1e-3}, {"tv": 1e-2})}):
+        with pytest.raises(InputError, match="one weight"):
+            modern_inverting_gradients(**wrong, **tiny.settings)
+    assert modern_inverting_gradients(opponents=False, tv_boost=10.0, **tiny.settings).tv_boost == 10.0
+
+
+def test_the_named_presets_have_what_their_papers_and_the_method_say():
+    """method: 3 to 5 starts of the joint attack; the dataclass itself keeps one."""
+    joint, gradinversion = config.PRESETS["joint"], config.PRESETS["gradinversion"]
+    assert 3 <= joint.restarts <= 5 and joint.halving == 2 and dataclasses.replace(joint, restarts=1, halving=1) == config.JointMatching()
+    assert gradinversion == config.GradInversion() and gradinversion.langevin == 0.2
+    assert config.PRESETS["modern"] == config.ModernInvertingGradients() and config.PRESETS["modern"].opponents and config.PRESETS["modern"].sharpening
+    assert config.PRESETS["inverting-gradients"].iterations == 4_800 and config.PRESETS["dlg"].labels == "searched" and config.PRESETS["idlg"].labels == "recovered"
 
 
 @pytest.mark.parametrize("make", [inverting_gradients, modern_inverting_gradients])
