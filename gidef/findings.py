@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gidef import build, config, metrics, observe, tuned_attacks
-from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
+from gidef.cells import CONTROL, Cell, beyond, chosen_attacks, optimiser
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
 from gidef.errors import InputError
@@ -44,6 +44,16 @@ def _norms(run: Run, cell: Cell) -> tuple[str, dict[str, str]]:
     return f"{said}, {KNOWN[known]}", {"batch_norm": "train" if moves else "eval", "statistics": known}
 
 
+LOCAL = ("local_epochs", "local_lr", "local_optimiser", "local_momentum")
+
+
+def _local(evaluation: config.Evaluation) -> str:
+    """The local training behind a released delta."""
+    epochs = f"{evaluation.local_epochs} epochs of " if evaluation.local_epochs > 1 else ""
+    steps = f"{evaluation.local_steps} local step{'s' if evaluation.local_steps > 1 else ''}"
+    return f"{epochs}{steps} of {optimiser(evaluation.local_optimiser, evaluation.local_momentum)}, lr {evaluation.local_lr:g}"
+
+
 def threat(run: Run, cell: Cell) -> dict[str, Any]:
     """The threat model in words and numbers, for the row."""
     evaluation = run.recipe.evaluation
@@ -52,7 +62,7 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     granted = getattr(cell.attack, "labels", "not needed")  # A11 grants none either, and recovers them
     knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels"}
     knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
-    seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
+    seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {_local(evaluation)}, on a batch"
     count = observe.members(run, cell.trained)
     seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
     norms, of_norms = _norms(run, cell)
@@ -62,6 +72,7 @@ def threat(run: Run, cell: Cell) -> dict[str, Any]:
     swept = tuple(evaluation.strengths) != (1.0,) and levelled(cell.trained.training.defence)
     return {
         "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
+        **({"local_training": _local(evaluation), **{name: getattr(evaluation, name) for name in LOCAL}} if evaluation.release == "delta" else {}),
         "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
         **({"strength": strength} if swept else {}),
         **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
@@ -106,7 +117,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     reconstructions = [found for cell in group for found in cell.reconstructions]
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
-    certificate, said = _certificate(run, group)
+    certificate, said = _certified(run, group)
     fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
     fits = fits[fits.isfinite().all(1)] if len(fits) else fits
     return {
@@ -137,6 +148,15 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
         return {"epsilon": None, "delta": None}
     worst = max(spent, key=lambda one: one.epsilon)
     return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
+
+
+def _certified(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
+    """`_certificate`, which counts one draw of the noise for a release: nothing is certified of deltas that have more."""
+    found, said = _certificate(run, group)
+    if found.get("certified_bits") is None or (draws := observe.draws_in_release(run, group[0].trained)) == 1:
+        return found, said
+    why = f"a delta of {draws} local epochs draws the noise of each image as often, and one draw is counted."
+    return {"certified_bits": None, "uncertified": why}, f"no certificate: {why}"
 
 
 def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
