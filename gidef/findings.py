@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gidef import build, config, metrics, observe, tuned_attacks
-from gidef.cells import CONTROL, Cell, beyond, chosen_attacks, optimiser
+from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
 from gidef.errors import InputError
@@ -22,61 +22,10 @@ from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
 from gidef.runs import Run
 from gidef.scores import ABOVE, GUESSES, JUDGED, MEASURES, Scorer, by_judge, measured
-from gidef.strengths import levelled
+from gidef.threats import threat
 
 Scored = dict[int, dict[str, Tensor]]
 """Values per victim of a cell, by id(cell); see `Scorer.score`."""
-
-
-KNOWN = {
-    "batch": "told the batch's statistics by the change of the running ones", "running": "knows the running statistics", "none": "knows no statistics of use",
-    "proxy": "estimates the batch's statistics from public images",
-}  # fmt: skip
-
-
-def _norms(run: Run, cell: Cell) -> tuple[str, dict[str, str]]:
-    """What a threat model says of the client's BatchNorm, and what the attack knows of its statistics: in words, and for the row."""
-    moves, frozen = cell.trained.training.participation.moves_statistics, cell.trained.training.frozen
-    if not moves and not frozen:
-        return "no BatchNorm", {"batch_norm": "none in the model"}
-    known = observe.statistics_known(run, cell.trained, cell.snapshot, cell.attack)
-    said = "BatchNorm in train mode" if moves else "BatchNorm frozen (eval mode)"
-    return f"{said}, {KNOWN[known]}", {"batch_norm": "train" if moves else "eval", "statistics": known}
-
-
-LOCAL = ("local_epochs", "local_lr", "local_optimiser", "local_momentum")
-
-
-def _local(evaluation: config.Evaluation) -> str:
-    """The local training behind a released delta."""
-    epochs = f"{evaluation.local_epochs} epochs of " if evaluation.local_epochs > 1 else ""
-    steps = f"{evaluation.local_steps} local step{'s' if evaluation.local_steps > 1 else ''}"
-    return f"{epochs}{steps} of {optimiser(evaluation.local_optimiser, evaluation.local_momentum)}, lr {evaluation.local_lr:g}"
-
-
-def threat(run: Run, cell: Cell) -> dict[str, Any]:
-    """The threat model in words and numbers, for the row."""
-    evaluation = run.recipe.evaluation
-    malicious = isinstance(cell.attack, (config.ImprintServer, config.ZeroedLevel))
-    server = "malicious" if malicious else "honest but curious"
-    granted = getattr(cell.attack, "labels", "not needed")  # A11 grants none either, and recovers them
-    knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels"}
-    knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
-    seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {_local(evaluation)}, on a batch"
-    count = observe.members(run, cell.trained)
-    seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
-    norms, of_norms = _norms(run, cell)
-    said = f"{server} server, {seen}, {knows}, {norms}"
-    strength = cell.trained.strength
-    said += "" if strength == 1 else f", knows that the noise is {strength:g} times as strong as in training"
-    swept = tuple(evaluation.strengths) != (1.0,) and levelled(cell.trained.training.defence)
-    return {
-        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
-        **({"local_training": _local(evaluation), **{name: getattr(evaluation, name) for name in LOCAL}} if evaluation.release == "delta" else {}),
-        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
-        **({"strength": strength} if swept else {}),
-        **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
-    }  # fmt: skip
 
 
 def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
@@ -250,16 +199,16 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best[~failed.all(0)].tolist()]
         per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, _pooled(per_seed, _keys(scored)))
+    row = _row(run, group, _pooled(per_seed, _keys(scored))) | {"threat": threat(run, group[0], members)}
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
         row.pop(key, None)
     told = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])] + ([f"none {lost}, where all failed"] if lost else [])
     several = max((getattr(cell.attack, "rounds", 1) for cell in members), default=1)
-    threat = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
+    told_of = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
     return row | {
-        "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": threat,
+        "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": told_of,
         "seconds": sum(cell.seconds for cell in members), "members": len({cell.name for cell in members}), "worst_by": counts,
         "note": "worst case per victim of its members: " + ", ".join(told),
     }  # fmt: skip
