@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gidef import config, fits, observe
-from gidef.attack import local_sgd
 from gidef.attack.analytic import analytic, can_invert
 from gidef.attack.imprint import Imprinted, craft, invert_imprint
 from gidef.attack.predictor import Predictor
@@ -166,7 +165,7 @@ def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Re
         known = {**private, **cell.snapshot.params}
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
         step = defence.stepped(lambda: grad(loss), generator=drawn)()
-        step = local_sgd(step, steps=evaluation.local_steps, lr=evaluation.local_lr) if delta else step
+        step = observe.local_training(run, step) if delta else step
         update = step(weights, known, images, targets, noise)
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)

@@ -171,6 +171,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a front that is shared, and share_policy is head"
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and run.recipe.evaluation.release != "gradient":
         return "it reads single gradients, and evaluation.release is delta"
+    if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
+        return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
         return "it reads one client's update, and the server sees sums of cohorts alone"
     return ""
@@ -186,6 +188,21 @@ def beyond(run: Run, one: Trained, attack: Any) -> list[str]:
     if joint and keeps_decoder(run, one) and attack.decoder == "known":
         said.append("knows the private decoder")
     return said
+
+
+def optimiser(name: str, momentum: float) -> str:
+    """What takes local steps, in words."""
+    return {"adam": "Adam", "sgd": "SGD"}[name] + (f" with momentum {momentum:g}" if momentum else "")
+
+
+def _trained_otherwise(recipe: config.Recipe) -> str:
+    """Where the clients of the recipe take other steps than those behind the released delta; "" where not, or where a gradient is released."""
+    seen, clients = recipe.evaluation, recipe.clients
+    if seen.release == "gradient":
+        return ""
+    ours = optimiser(seen.local_optimiser, seen.local_momentum)
+    theirs = "send single gradients" if isinstance(clients, config.SingleGradient) else f"train with {optimiser(clients.optimiser, clients.momentum)}"
+    return "" if theirs == f"train with {ours}" else f"the recipe's clients {theirs}, and the delta that is attacked is of {ours}"
 
 
 def note_of(run: Run, one: Trained, attack: Any) -> str:
@@ -207,6 +224,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append("the client trains on encoded images; scored against the private ones")
     if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):
         said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
+    if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
+        said.append(otherwise)
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

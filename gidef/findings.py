@@ -24,50 +24,10 @@ from gidef.report import attack_curves, grid
 from gidef.report.pictures import progress_curves
 from gidef.runs import Run
 from gidef.scores import ABOVE, GUESSES, JUDGED, MEASURES, Scorer, by_judge, measured
-from gidef.strengths import levelled
+from gidef.threats import threat
 
 Scored = dict[int, dict[str, Tensor]]
 """Values per victim of a cell, by id(cell); see `Scorer.score`."""
-
-
-KNOWN = {
-    "batch": "told the batch's statistics by the change of the running ones", "running": "knows the running statistics", "none": "knows no statistics of use",
-    "proxy": "estimates the batch's statistics from public images",
-}  # fmt: skip
-
-
-def _norms(run: Run, cell: Cell) -> tuple[str, dict[str, str]]:
-    """What a threat model says of the client's BatchNorm, and what the attack knows of its statistics: in words, and for the row."""
-    moves, frozen = cell.trained.training.participation.moves_statistics, cell.trained.training.frozen
-    if not moves and not frozen:
-        return "no BatchNorm", {"batch_norm": "none in the model"}
-    known = observe.statistics_known(run, cell.trained, cell.snapshot, cell.attack)
-    said = "BatchNorm in train mode" if moves else "BatchNorm frozen (eval mode)"
-    return f"{said}, {KNOWN[known]}", {"batch_norm": "train" if moves else "eval", "statistics": known}
-
-
-def threat(run: Run, cell: Cell) -> dict[str, Any]:
-    """The threat model in words and numbers, for the row."""
-    evaluation = run.recipe.evaluation
-    malicious = isinstance(cell.attack, (config.ImprintServer, config.ZeroedLevel))
-    server = "malicious" if malicious else "honest but curious"
-    granted = getattr(cell.attack, "labels", "not needed")  # A11 grants none either, and recovers them
-    knows = {"known": "knows the labels", "counts": "knows the label counts", "recovered": "knows no labels"}
-    knows = "is given the latent" if isinstance(cell.attack, config.PostHocDecoder) else knows.get(granted, "knows no labels")
-    seen = "gradient of one batch" if evaluation.release == "gradient" else f"weight change after {evaluation.local_steps} local steps"
-    count = observe.members(run, cell.trained)
-    seen += f" of {evaluation.batch_size}" + (f", summed over {count} clients" if count > 1 else "")
-    norms, of_norms = _norms(run, cell)
-    said = f"{server} server, {seen}, {knows}, {norms}"
-    strength = cell.trained.strength
-    said += "" if strength == 1 else f", knows that the noise is {strength:g} times as strong as in training"
-    swept = tuple(evaluation.strengths) != (1.0,) and levelled(cell.trained.training.defence)
-    return {
-        "name": said, "server": server, "release": evaluation.release, "batch_size": evaluation.batch_size, "local_steps": evaluation.local_steps, "clients_in_sum": count,
-        "released_loss": evaluation.released_loss, "round": cell.snapshot.round, **of_norms,
-        **({"strength": strength} if swept else {}),
-        **{name: getattr(cell.attack, name) for name in ("labels", "decoder", "rounds", "front") if hasattr(cell.attack, name)},
-    }  # fmt: skip
 
 
 def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
@@ -108,7 +68,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     reconstructions = [found for cell in group for found in cell.reconstructions]
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
-    certificate, said = _certificate(run, group)
+    certificate, said = _certified(run, group)
     fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
     fits = fits[fits.isfinite().all(1)] if len(fits) else fits
     return {
@@ -139,6 +99,15 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
         return {"epsilon": None, "delta": None}
     worst = max(spent, key=lambda one: one.epsilon)
     return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
+
+
+def _certified(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
+    """`_certificate`, which counts one draw of the noise for a release: nothing is certified of deltas that have more."""
+    found, said = _certificate(run, group)
+    if found.get("certified_bits") is None or (draws := observe.draws_in_release(run, group[0].trained)) == 1:
+        return found, said
+    why = f"a delta of {draws} local epochs draws the noise of each image as often, and one draw is counted."
+    return {"certified_bits": None, "uncertified": why}, f"no certificate: {why}"
 
 
 def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
@@ -248,16 +217,16 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best[~failed.all(0)].tolist()]
         per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, _pooled(per_seed, _keys(scored)))
+    row = _row(run, group, _pooled(per_seed, _keys(scored))) | {"threat": threat(run, group[0], members)}
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
         row.pop(key, None)
     told = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])] + ([f"none {lost}, where all failed"] if lost else [])
     several = max((getattr(cell.attack, "rounds", 1) for cell in members), default=1)
-    threat = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
+    told_of = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
     return row | {
-        "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": threat,
+        "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": told_of,
         "seconds": sum(cell.seconds for cell in members), "members": len({cell.name for cell in members}), "worst_by": counts,
         "note": "worst case per victim of its members: " + ", ".join(told),
     }  # fmt: skip

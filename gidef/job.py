@@ -495,7 +495,8 @@ def _altered(recipe: config.Recipe, arguments: argparse.Namespace) -> config.Rec
     attacks = {name: _asked(name, offered[name], arguments) for name in asked}
     changes = {
         "num_victims": arguments.victims, "checkpoints": tuple(arguments.checkpoint) if arguments.checkpoint else None,
-        "batch_size": arguments.batch_size, "release": arguments.release, "released_loss": arguments.released_loss, "local_steps": arguments.local_steps, "control": arguments.control or None,
+        "batch_size": arguments.batch_size, "release": arguments.release, "released_loss": arguments.released_loss, "control": arguments.control or None,
+        **{name: getattr(arguments, name) for name in ("local_steps", "local_epochs", "local_lr", "local_optimiser", "local_momentum")},
         "strengths": tuple(arguments.strength) if arguments.strength else None,
     }  # fmt: skip
     evaluation = dataclasses.replace(recipe.evaluation, **{name: value for name, value in changes.items() if value is not None})

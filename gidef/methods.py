@@ -94,9 +94,11 @@ class Case:
     moves_statistics: bool = False
     """Whether the client normalises by its batches."""
     steps: int = 1
-    """Local steps behind a release."""
+    """Local steps of one epoch behind a release."""
+    epochs: int = 1
+    """Local epochs behind it, over the same batches."""
     local: LocalSteps | None = None
-    """What is told of them where the release is a delta."""
+    """What is told of all of them where the release is a delta of SGD."""
     public: Tensor | None = None
     """Public images (n, C, H, W) in [0, 1], for an attack that estimates statistics."""
 
@@ -141,10 +143,16 @@ def make_case(
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
         statistics=observe.statistics_known(run, trained, snapshot, attack), moves_statistics=trained.training.participation.moves_statistics,
-        steps=recipe.evaluation.local_steps if recipe.evaluation.release == "delta" else 1,
-        local=LocalSteps(lr=recipe.evaluation.local_lr, steps=recipe.evaluation.local_steps) if recipe.evaluation.release == "delta" else None,
+        steps=recipe.evaluation.local_steps, epochs=recipe.evaluation.local_epochs, local=_declared(recipe.evaluation),
         public=_public(run, seed=seed) if getattr(attack, "statistics", "") == "proxy" else None,
     )  # fmt: skip
+
+
+def _declared(evaluation: config.Evaluation) -> LocalSteps | None:
+    """What label recovery is told of the local training: steps along gradients, which Adam's are not."""
+    if evaluation.release == "gradient" or evaluation.local_optimiser == "adam":
+        return None
+    return LocalSteps(lr=evaluation.local_lr, steps=evaluation.local_steps * evaluation.local_epochs, momentum=evaluation.local_momentum)
 
 
 def _public(run: Run, *, seed: int) -> Tensor:
@@ -228,7 +236,8 @@ def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
     """GradInversion's prior on the statistics of BatchNorm's inputs, None where nothing of use is known, or no layer's statistics are; and the copy of the
     network, one a thread, that it runs.
 
-    Of several local steps the candidate's are the mean over its slices, by the weights with which the running ones keep them, at the server's weights.
+    Of several local steps the candidate's are the mean over its slices, by the weights with which the running ones keep them (in every epoch
+    in the same proportions), at the server's weights.
     """
     train = case.statistics == "batch" or case.moves_statistics
     mine = _per_thread(lambda: prepare(case.model, batch_norm="train" if train else "eval")[0])
@@ -289,11 +298,13 @@ def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simul
         model, decoder = mine()
         every = {**known, **params}
         weights = {name: tensor for name, tensor in every.items() if not name.startswith(DECODER)}
-        if noise is not None and noise.ndim > len(case.latent_shape) + 1:  # several local steps: one image after another
+        epochs = 1
+        if noise is not None and noise.ndim > len(case.latent_shape) + 1:  # local steps: one image after another, in every epoch that has its own noise
             noise = noise.flatten(0, 1)
-        perturbed = functional_call(model, weights, (images, noise), {"full": True}).perturbed
+            epochs = len(noise) // len(images)
+        perturbed = functional_call(model, weights, (images.repeat(epochs, 1, 1, 1), noise), {"full": True}).perturbed
         own = {name.removeprefix(DECODER): tensor for name, tensor in every.items() if name.startswith(DECODER)}
-        return functional_call(decoder, own, (perturbed,)).clamp(0, 1)
+        return functional_call(decoder, own, (perturbed,)).clamp(0, 1).unflatten(0, (epochs, -1)).mean(0)
 
     matching = case.matching(noise_shape=case.noise_shape, priors=((case.attack.closeness, decoder_aware(decode)),))
     return Plan(seen, make, matching if case.attack.begin == "drawn" else dataclasses.replace(matching, start=_decoded(case, seen, lambda: mine()[1])))
@@ -301,8 +312,9 @@ def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simul
 
 def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Module]) -> Callable[[int, int], tuple[Tensor, None]]:
     """A start at D's output of each observation's latent, read by whoever attacks it first; the restarts beside it are `from_images`'."""
-    if case.steps > 1 or case.attack.labels not in ("known", "recovered"):
-        raise InputError('begin="decoded" reads a latent from one gradient whose labels are known or recovered: set begin="drawn", or evaluation.local_steps=1.')
+    adam = case.observations[0].kind == "delta" and case.local is None
+    if case.steps * case.epochs > 1 or adam or case.attack.labels not in ("known", "recovered"):
+        raise InputError('begin="decoded" reads a latent from one gradient whose labels are known or recovered: set begin="drawn", or evaluation to one local step of sgd.')
     lock, starts = threading.Lock(), {}
 
     def start(observation: int, restart: int) -> tuple[Tensor, None]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from gidef import config
-from gidef.attack import local_sgd
+from gidef.attack import local_adam, local_sgd
 from gidef.attack.simulate import MEMBERS, cohort_mean
 from gidef.attack.surgery import STATISTICS, norm_names
 from gidef.clients.local import load_parameters
@@ -33,7 +33,7 @@ class Victims:
     """Private batches in one release. O batches of B images; rows: of the training split, int64 (O, B); owners: a client per batch.
 
     images: float32 (O, B, C, H, W) in [0, 1].  labels: int64 (O, B).  noise: each batch's draw, (B, *latent_shape) or with
-    a leading axis of local steps, or None.  private: what the client keeps.  updates: what it released; where the server sees sums alone, the mean
+    a leading axis of local steps (`noise_shape`), or None.  private: what the client keeps.  updates: what it released; where the server sees sums alone, the mean
     over a cohort.  company: the other clients of each batch's cohort then, else empty.  statistics: the change of the shared running statistics that
     leaves beside each update (the cohort's mean), {} where there are none.
     """
@@ -67,7 +67,7 @@ class Company:
 def observed_simulator(
     run: Run, trained: Trained, snapshot: Snapshot, *, terms: str, adaptive: bool = False, drawn: Generator | None = None
 ) -> Callable[[], Simulate]:
-    """A factory of simulators of the update: one gradient, or the delta of local steps.
+    """A factory of simulators of the update: one gradient, or the delta of local training.
 
     adaptive: with the changes before it leaves, and those of what is trained on.  drawn: as the client itself computes it, before these changes, with
     the noise of its steps from this generator where they have any.
@@ -76,10 +76,17 @@ def observed_simulator(
     make = defence.simulator(terms=terms, progress=snapshot.progress)
     if adaptive or drawn is not None:
         make = defence.stepped(make, generator=drawn)
-    unrolled = make if evaluation.release == "gradient" else lambda: local_sgd(make(), steps=evaluation.local_steps, lr=evaluation.local_lr)
+    unrolled = make if evaluation.release == "gradient" else lambda: local_training(run, make())
     if not adaptive:
         return unrolled
     return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
+
+
+def local_training(run: Run, gradient: Simulate) -> Simulate:
+    """A simulator of the delta that is released, from one of a step's gradient: the same for the victims' clients and for whoever plays them."""
+    evaluation = run.recipe.evaluation
+    settings = {"steps": _steps(run), "epochs": evaluation.local_epochs, "lr": evaluation.local_lr}
+    return local_adam(gradient, **settings) if evaluation.local_optimiser == "adam" else local_sgd(gradient, momentum=evaluation.local_momentum, **settings)
 
 
 def members(run: Run, trained: Trained) -> int:
@@ -96,13 +103,23 @@ def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate]) -
 
 
 def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:
-    """Shape of one observation's noise: (M · B, *latent), with a leading axis of steps where there are several; None without noise."""
+    """Shape of one observation's noise: (M · B, *latent), for a delta with a leading axis of steps; None without noise. The steps are those of all
+    local epochs, or of one where every image keeps its draw."""
     evaluation, latent = run.recipe.evaluation, trained.training.defence.noise_shape
     if latent is None:
         return None
     if evaluation.release == "gradient":
         return (members * evaluation.batch_size, *latent)
-    return (evaluation.local_steps, members * evaluation.batch_size // evaluation.local_steps, *latent)
+    return (evaluation.local_steps * draws_in_release(run, trained), members * evaluation.batch_size // evaluation.local_steps, *latent)
+
+
+def draws_in_release(run: Run, trained: Trained) -> int:
+    """How often the noise of an image is drawn for one release: in each epoch of a delta, unless every image keeps one draw for ever."""
+    if run.recipe.evaluation.release == "gradient":
+        return 1
+    data = run.setting.dataset.val
+    frozen = trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0)
+    return run.recipe.evaluation.local_epochs if frozen is None else 1
 
 
 def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0, control: bool = False) -> Victims:
@@ -201,23 +218,30 @@ def _moved_statistics(
     """What a client's passes over a batch, one for each step, change of the running statistics that it shares."""
     if not snapshot.statistics:
         return {}
-    evaluation, defence, weights = run.recipe.evaluation, trained.training.defence, dict(snapshot.params)
-    model, steps = copy.deepcopy(defence.model), _steps(run)
-    simulate = defence.simulator(terms=evaluation.released_loss, progress=snapshot.progress)()
+    defence = trained.training.defence
+    model, simulate = copy.deepcopy(defence.model), defence.simulator(terms=run.recipe.evaluation.released_loss, progress=snapshot.progress)()
     load_parameters(model, {name: tensor for name, tensor in {**private, **snapshot.statistics}.items() if not name.startswith(DECODER)})
-    for step, (some, their) in enumerate(zip(images.chunk(steps), targets.chunk(steps), strict=True)):
-        drawn = noise if noise is None or evaluation.release == "gradient" else noise[step]
+
+    def move(weights: Tensors, some: Tensor, drawn: Tensor | None) -> None:
         load_parameters(model, {name: tensor for name, tensor in weights.items() if not name.startswith(DECODER)})
         with torch.no_grad(), moving(model):
             model(some, drawn)
-        if step + 1 < steps:
-            weights = {name: weights[name] - evaluation.local_lr * g for name, g in simulate(weights, private, some, their, drawn).items()}
+
+    def step(weights: Tensors, known: Tensors, some: Tensor, their: Tensor, drawn: Tensor | None) -> Tensors:
+        move(weights, some, drawn)
+        return simulate(weights, known, some, their, drawn)
+
+    if run.recipe.evaluation.release == "gradient":
+        move(snapshot.params, images, noise)
+    else:
+        local_training(run, step)(snapshot.params, private, images, targets, noise)
     after = moving_statistics(model)
     return {name: after[name].detach() - tensor for name, tensor in snapshot.statistics.items()}
 
 
 def _steps(run: Run) -> int:
-    return run.recipe.evaluation.local_steps if run.recipe.evaluation.release == "delta" else 1
+    """Of all local epochs."""
+    return run.recipe.evaluation.local_steps * run.recipe.evaluation.local_epochs if run.recipe.evaluation.release == "delta" else 1
 
 
 def statistics_known(run: Run, trained: Trained, snapshot: Snapshot, attack: Any) -> Literal["batch", "running", "proxy", "none"]:
@@ -236,9 +260,9 @@ def read_off(run: Run, trained: Trained, snapshot: Snapshot, change: Tensors) ->
 
         r' = (1 − μ)^U r + μ Σ_u (1 − μ)^(U − u) s_u,    s̄ = (r' − (1 − μ)^U r) / (1 − (1 − μ)^U)
 
-    over U passes, one for each local step: of several, their mean with these weights. With momentum None, r' = Σ_u s_u / U.
+    over U passes, one for each local step of every epoch: of several, their mean with these weights. With momentum None, r' = Σ_u s_u / U.
     """
-    model, steps, size = trained.training.defence.model, _steps(run), run.recipe.evaluation.batch_size
+    model, steps, size = trained.training.defence.model, _steps(run), run.recipe.evaluation.batch_size * run.recipe.evaluation.local_epochs
     layers = {name: layer for name, layer in model.named_modules() if f"{name}.running_mean" in change}
     counts: dict[str, list[int]] = {name: [] for name in layers}
     probe = copy.deepcopy(model)

@@ -31,8 +31,8 @@ def local_sgd(gradient: Simulate, *, steps: int, lr: float, momentum: float = 0.
              epochs: passes over the B images. The batches are the candidate's consecutive slices of B · epochs / steps images,
              in the same order in every epoch.
     Returns: simulate(params, known, images, labels, noise) → delta. noise has a leading axis of steps:
-             (steps, B · epochs / steps, *latent), or is None.
-    Raises:  InputError if an argument is out of range; from `simulate`, if the images do not divide into the batches.
+             (steps, B · epochs / steps, *latent), or of one epoch's, which then recurs in every epoch, or is None.
+    Raises:  InputError if an argument is out of range; from `simulate`, if the images do not divide into the batches, or noise is of other steps.
     Source:  Geiping et al. 2020, arXiv:2003.14053, section 6 (federated averaging).
     """
     _check(steps, lr, epochs)
@@ -87,10 +87,12 @@ def _unrolled(gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[
         batches = steps // epochs
         if len(images) % batches:
             raise InputError(f"{len(images)} images do not divide into {batches} local batches of equal size: change the batch size or the steps.")
+        if noise is not None and len(noise) not in (batches, steps):
+            raise InputError(f"noise of {len(noise)} steps: expected one draw for each of {steps}, or for each of the {batches} of an epoch.")
         size, weights, slots = len(images) // batches, dict(params), {}
         for t in range(steps):
             rows = slice((t % batches) * size, (t % batches + 1) * size)
-            gradients = gradient(weights, known, images[rows], labels[rows], None if noise is None else noise[t])
+            gradients = gradient(weights, known, images[rows], labels[rows], None if noise is None else noise[t % len(noise)])
             slots, changes = step(t + 1, slots, gradients)
             weights = {name: tensor - changes[name] if name in changes else tensor for name, tensor in weights.items()}
         return {name: weights[name] - params[name] for name in changes}

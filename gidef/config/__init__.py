@@ -311,11 +311,18 @@ class Evaluation:
     """kappa of the evaluation: times the level of the noise on the latent that a defence was trained with, its floor included, in what the victims
     release and in the accuracy of the row; 0 is no noise. Attackers know it. Defences without such noise are evaluated once."""
     release: Literal["gradient", "delta"] = "gradient"
-    """What the server observes of the victim: one gradient (FedSGD), or the delta of local sgd steps (FedAvg). In a delta only
+    """What the server observes of the victim: one gradient (FedSGD), or the delta of local training (FedAvg). In a delta only
     the shared tensors move: a private front and the decoder stand still during the victim's steps."""
     local_steps: int = 1
-    """Of a released delta: plain sgd steps on consecutive batches."""
+    """Of a released delta: steps of one epoch, on consecutive batches."""
+    local_epochs: int = 1
+    """Of a released delta: passes over these batches, in the same order; noise is drawn afresh in each, unless the defence freezes it, and images
+    that are encoded are so once."""
     local_lr: float = 0.01
+    local_optimiser: Literal["sgd", "adam"] = "sgd"
+    """Of a released delta, begun afresh; the clients' own training takes `clients.optimiser`, and a row says where that is another."""
+    local_momentum: float = 0.0
+    """Of sgd."""
     released_loss: Literal["client", "utility"] = "client"
     """The client's whole loss, or its cross-entropy alone."""
     control: bool = False

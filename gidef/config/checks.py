@@ -16,6 +16,7 @@ from gidef.config import (
     Censor,
     DecoderAware,
     DeepLeakage,
+    Evaluation,
     GradDefense,
     GradInversion,
     InstaHide,
@@ -45,16 +46,16 @@ from gidef.config import (
 _AT_LEAST = {  # field name -> smallest allowed value; applied to every dataclass of these pages that has the field
     "num_clients": 1, "min_examples": 1, "epochs": 1, "batch_size": 1, "accumulate": 1, "count": 1, "cohort_size": 1, "patience": 1,
     "per_client": 1, "byzantine": 0, "chosen": 1, "stream_sample": 1, "stream_buffer": 1, "decoders": 1, "decoder_steps": 0, "decoder_sketch": 1, "decoder_steps_first": 0, "iterations": 1, "restarts": 1, "steps": 1, "num_victims": 1,
-    "num_tuning": 0, "local_steps": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
+    "num_tuning": 0, "local_steps": 1, "local_epochs": 1, "judge_epochs": 1, "threads": 1, "workers": 0, "attacks_at_once": 0, "clients_at_once": 0, "size": 8, "halving": 1, "warmup": 0, "langevin": 0,
     "history": 1, "pixel_norm": 0, "group": 0, "max_shift": 0, "closeness": 0, "code": 1, "fit_steps": 1, "surrogate_steps": 1, "code_share": 0, "rounds": 1,
     "shadow_steps": 1, "bits_weight": 0, "trials": 1, "points": 0, "neck": 1, "samples": 1, "gradients": 1, "sketch": 1, "bins": 2,
     "statistics_weight": 0, "proximal": 0, "weight_decay": 0, "grad_clip": 0, "tv": 0, "strength": 0, "dependence_weight": 0, "std_floor": 0, "kl_weight": 0,
     "std": 0, "x_weight": 0, "y_weight": 0, "y_ratio": 0, "width": 1, "kernel": 1,
     "bits": 2, "draws": 1, "slices": 1, "noisy": 1,  # of defences that change updates
-    "shard_size": 1, "checkpoints_kept": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
+    "shard_size": 1, "checkpoints_kept": 1, "noise_weight": 0, "tv_boost": 1, "split_seed": 0, "momentum": 0, "local_momentum": 0, "beta1": 0, "beta2": 0, "ramp": 0, "ssim_threshold": 0, "mse_cap": 0,
 }  # fmt: skip
 _MORE_THAN = dict.fromkeys(("lr", "alpha", "std_init", "decoder_lr", "decoder_width", "noise_lr", "local_lr", "timeout_s", "stall_s", "tau", "kink_width", "alpha_lr", "code_lr", "bound"), 0)
-_LESS_THAN = dict.fromkeys(("momentum", "beta1", "beta2"), 1)
+_LESS_THAN = dict.fromkeys(("momentum", "local_momentum", "beta1", "beta2"), 1)
 _AT_LEAST |= {"noise_multiplier": 0}
 _MORE_THAN |= dict.fromkeys(("clip", "target_epsilon", "delta"), 0)
 _LESS_THAN |= {"delta": 1, "dropouts": 1}
@@ -155,24 +156,22 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.tv_boost={attack.tv_boost}: the total variation of colours keeps its weight. Set tv_boost=1, or opponents=False.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
-        if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or recipe.evaluation.local_steps > 1):
+        if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or _is_more_than_a_step(recipe.evaluation)):
             found.append(
                 f"attacks.{name}.begin=decoded reads a latent from one gradient whose labels are known or recovered, not labels={attack.labels} and "
-                f"evaluation.local_steps={recipe.evaluation.local_steps}: set begin=drawn, or change these."
+                f"evaluation.local_steps={recipe.evaluation.local_steps}, local_epochs={recipe.evaluation.local_epochs}, local_optimiser={recipe.evaluation.local_optimiser}: "
+                "set begin=drawn, or change these."
             )
+        if recipe.evaluation.local_optimiser == "adam" and (isinstance(attack, SurrogateModel) or getattr(attack, "labels", "") == "soft"):
+            what = "a surrogate model follows" if isinstance(attack, SurrogateModel) else "labels=soft reads"
+            found.append(f"attacks.{name}: {what} a sum of gradients, which a delta of evaluation.local_optimiser=adam is not: set it to sgd, or leave the attack out.")
     if recipe.evaluation.control and controlled(recipe.attacks) is None and not any(isinstance(attack, Standard) for attack in recipe.attacks.values()):
         found.append("evaluation.control shuffles the gradient of an attack that matches it, and there is none in attacks: add a naive one, or set it to false.")
-    if recipe.evaluation.release == "gradient" and recipe.evaluation.local_steps != 1:
-        found.append("evaluation.local_steps counts the steps of a released delta: set evaluation.release=delta, or local_steps to 1.")
+    found.extend(_delta_problems(recipe.evaluation))
     if recipe.evaluation.num_victims % recipe.evaluation.batch_size:
         found.append(
             f"evaluation.num_victims={recipe.evaluation.num_victims} is no multiple of evaluation.batch_size={recipe.evaluation.batch_size}: "
             "victims are observed in full batches. Change one of them."
-        )
-    if recipe.evaluation.release == "delta" and recipe.evaluation.batch_size % recipe.evaluation.local_steps:
-        found.append(
-            f"evaluation.batch_size={recipe.evaluation.batch_size} is no multiple of evaluation.local_steps={recipe.evaluation.local_steps}: "
-            "each local step takes an equal slice of the batch. Change one of them."
         )
     for text in recipe.evaluation.judges:
         try:
@@ -187,6 +186,28 @@ def problems(recipe: Recipe) -> list[str]:
     if not recipe.evaluation.checkpoints:
         found.append('evaluation.checkpoints is empty: give some of "untrained", "early", "final".')
     return list(dict.fromkeys(found + _strength_problems(recipe)))
+
+
+def _delta_problems(evaluation: Evaluation) -> list[str]:
+    """What is wrong with the local training behind a released delta, or asked of a gradient that has none."""
+    neutral = {"local_steps": 1, "local_epochs": 1, "local_optimiser": "sgd", "local_momentum": 0}
+    if evaluation.release == "gradient":
+        asked = {name: getattr(evaluation, name) for name, value in neutral.items() if getattr(evaluation, name) != value}
+        return [f"evaluation.{name}={value} is of a released delta: set evaluation.release=delta, or {name}={neutral[name]}." for name, value in asked.items()]
+    found = []
+    if evaluation.batch_size % evaluation.local_steps:
+        found.append(
+            f"evaluation.batch_size={evaluation.batch_size} is no multiple of evaluation.local_steps={evaluation.local_steps}: "
+            "each local step takes an equal slice of the batch. Change one of them."
+        )
+    if evaluation.local_optimiser == "adam" and evaluation.local_momentum:
+        found.append(f"evaluation.local_momentum={evaluation.local_momentum} is sgd's: set evaluation.local_optimiser=sgd, or local_momentum to 0 for adam.")
+    return found
+
+
+def _is_more_than_a_step(evaluation: Evaluation) -> bool:
+    """Whether a released delta is more than one gradient times a learning rate."""
+    return evaluation.local_steps * evaluation.local_epochs > 1 or evaluation.local_optimiser == "adam"
 
 
 def _seeing_problems(part: LearnedPerturbation, recipe: Recipe) -> list[str]:

@@ -26,8 +26,9 @@
                   case per victim of an ensemble, "control" a shuffled gradient, or "own"
                   checkpoint: "untrained" | "early" | "final";  seed: int, or seeds: [int] where several are pooled
                   share_policy: "full" | "head" | "all"
-                  threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", release: "gradient" | "delta",
-                  batch_size: int, clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
+                  threat: {name: str, the threat model in words, server: "honest but curious" | "malicious", knows: [what the attack is told], release: "gradient" | "delta",
+                  batch_size: int, local_steps: of an epoch;  local_training: of a delta, in words, local_epochs, local_lr, local_optimiser, local_momentum: of a delta;
+                  clients_in_sum: int, above 1 where the server sees sums alone, labels: "known" | "counts" | "recovered" | "searched" | "soft",
                   strength: of the noise, times the trained one, where evaluation.strengths has others than 1 and there is noise on the latent;
                   batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "proxy" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";

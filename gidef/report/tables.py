@@ -274,14 +274,14 @@ def _title(results: dict[str, Any], what: str = "what the shared updates gave aw
 
 def _lines(results: dict[str, Any], notes: dict[str, int] | None = None) -> tuple[list[_Line], list[_Line], list[str]]:
     """The rows, the bounds, and the notes that the rows number, from those of other runs on, which are added to."""
-    notes = {} if notes is None else notes
+    notes, common = {} if notes is None else notes, _common_threat(results)
     rows = []
     for row in results["rows"]:
         defence = row["defence"] if row.get("seeds") or row.get("seed") is None else f"{row['defence']} (seed {row['seed']})"
         said = [row["note"]] if row.get("note") else []
         said += [f"{row['failed']} failed, scored as mid-grey"] if row.get("failed") else []
         said += [f"share policy {row['share_policy']}"] if len(_policies(results)) > 1 else []
-        said += [_threat(row)] if len(_threats(results)) > 1 else []
+        said += filter(None, [_own_threat(row, common)]) if len(_threats(results)) > 1 else []
         marks = ", ".join(str(notes.setdefault(part, len(notes) + 1)) for part in said)
         several = (row.get("restarts") or 1) > 1 and row.get("oracle_restart_psnr_db") is not None
         oracle = _number(row["oracle_restart_psnr_db"], 1.0, 1) if several else ""
@@ -323,6 +323,17 @@ def _threat(row: dict[str, Any]) -> str:
     return (row.get("threat") or {}).get("name", "")
 
 
+def _common_threat(results: dict[str, Any]) -> list[str]:
+    """Clauses that the threat models of all rows have."""
+    named = [name.split("; ") for name in _threats(results)]
+    return [clause for clause in named[0] if all(clause in other for other in named)] if named else []
+
+
+def _own_threat(row: dict[str, Any], common: list[str]) -> str:
+    """The clauses of a row's threat model but for these, and the checkpoint, which has a column."""
+    return "; ".join(clause for clause in _threat(row).split("; ") if clause not in common and clause != f"{row['checkpoint']} checkpoint")
+
+
 def _threats(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(filter(None, map(_threat, results["rows"]))))
 
@@ -342,7 +353,8 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     known = [f"{_number(judge[key], 100.0, 1)} % {name}" for name, key in known if judge.get(key) is not None]
     policy = f"Share policy {_policies(results)[0]}; means" if len(_policies(results)) == 1 else "Means"
     lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient, or with a shuffled one, scores.'] if results["rows"] else []
-    lines += [f"Threat model: {_threats(results)[0]}."] if len(_threats(results)) == 1 else []
+    if common := "; ".join(_common_threat(results)):
+        lines.append(f"Threat model: {common}{'; what else, in the notes' if len(_threats(results)) > 1 else ''}.")
     if any((row.get("restarts") or 1) > 1 for row in results["rows"]):
         lines.append("Attackers choose among their starts by their own loss; oracle dB: what the truth would have chosen, which no attacker can.")
     units = list(dict.fromkeys(row.get("privacy_unit", "image") for row in results["rows"] if row.get("delta") is not None))

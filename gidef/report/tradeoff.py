@@ -129,7 +129,7 @@ def facets(runs: Sequence[Run]) -> list[Facet]:
 def _where(results: dict[str, Any], row: dict[str, Any]) -> tuple[str, ...]:
     """What must be the same for two rows to stand in one plot."""
     data, seen = results["data"], row.get("threat") or {}
-    release = f"{seen.get('release', 'release')} of {seen.get('batch_size', '?')}, {seen.get('local_steps', 1)} local step(s)"
+    release = f"{seen.get('release', 'release')} of {seen.get('batch_size', '?')}, {seen.get('local_training') or str(seen.get('local_steps', 1)) + ' local step(s)'}"
     title = data.get("title") or data["name"]
     title += " (SYNTHETIC)" if data["synthetic"] and "synthetic" not in title.lower() else ""
     return title, row["share_policy"], release, row["checkpoint"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -16,7 +15,7 @@ from safetensors.torch import load_file as safetensors_load
 from safetensors.torch import save_file
 
 from gidef import attack as attacks
-from gidef import build, config, findings, importing, job, methods, observe
+from gidef import build, cli, config, findings, importing, job, methods, observe
 from gidef.cells import make_cells
 from gidef.checkpoint import load_file
 from gidef.clients.local import batches
@@ -92,8 +91,9 @@ ATTACKS = {"naive": NaiveMatching(iterations=3), "joint": JointMatching(iteratio
 
 
 def attacked_again(folder, out, *names, **more):
-    common = dict.fromkeys(("defence", "victims", "checkpoint", "batch_size", "strength", "release", "local_steps", "device", "at_once", "mode", "compile", "schedule", "threads", "restarts", "labels", "control"))
-    arguments = argparse.Namespace(**{**common, "folder": str(folder), "out": str(out), "attack": list(names), "allow_code": True, "iterations": 3, "steps": 3, **more})
+    given = ["attack", str(folder), "--out", str(out), "--attack", *names, "--allow-code", "--iterations", "3", "--steps", "3"]
+    arguments = cli._parser().parse_args(given)
+    vars(arguments).update(more)
     job.attack_again(arguments)
     return json.loads((out / "results.json").read_text())["rows"]
 
@@ -334,23 +334,23 @@ def test_cumulative_averages_start_afresh_in_every_round(tmp_path):
     torch.testing.assert_close((first + training.server.params["backbone.1.running_mean"]).double(), torch.stack(found).mean(0), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("release", ["gradient", "delta"])
-def test_a_client_releases_its_gradient_in_train_mode_and_the_change_of_its_statistics(release, kept):
+@pytest.mark.parametrize(("release", "epochs", "momentum"), [("gradient", 1, 0.0), ("delta", 1, 0.0), ("delta", 2, 0.9)])
+def test_a_client_releases_its_gradient_in_train_mode_and_the_change_of_its_statistics(release, epochs, momentum, kept):
     run, trained, _ = kept()
-    more = {} if release == "gradient" else {"release": "delta", "batch_size": 4, "local_steps": 2, "local_lr": 0.1}
+    more = {} if release == "gradient" else {"release": "delta", "batch_size": 4, "local_steps": 2, "local_lr": 0.1, "local_epochs": epochs, "local_momentum": momentum}
     run, snapshot = evaluated(run, **more), trained.snapshots["final"]
     victims, steps = observe.release(run, trained, snapshot, seed=0), 1 if release == "gradient" else 2
     net = plain_net(run).train()
     net.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in {**snapshot.params, **snapshot.statistics}.items()}, strict=False)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    inputs = []
+    inputs, sgd = [], torch.optim.SGD(net.parameters(), lr=0.1, momentum=momentum)
     net[4].register_forward_pre_hook(lambda module, given: inputs.append(given[0].detach()))
-    for images, labels in zip(victims.images[0].double().chunk(steps), victims.labels[0].chunk(steps), strict=True):
-        gradients = torch.autograd.grad(F.cross_entropy(net((images - 0.5) / 0.25), labels), list(net.parameters()))
+    for images, labels in [*zip(victims.images[0].double().chunk(steps), victims.labels[0].chunk(steps), strict=True)] * epochs:
+        sgd.zero_grad()
+        F.cross_entropy(net((images - 0.5) / 0.25), labels).backward()
+        gradients = [p.grad for p in net.parameters()]
         if release == "delta":
-            with torch.no_grad():
-                for p, g in zip(net.parameters(), gradients, strict=True):
-                    p.sub_(0.1 * g)
+            sgd.step()
     expected = dict(zip(before, gradients, strict=True)) if release == "gradient" else {name: p.detach() - before[name] for name, p in net.named_parameters()}
     found = victims.updates[0]
     assert {f"backbone.{name}" for name in expected} == found.keys()
@@ -359,7 +359,7 @@ def test_a_client_releases_its_gradient_in_train_mode_and_the_change_of_its_stat
     for name, tensor in victims.statistics[0].items():
         torch.testing.assert_close((tensor + snapshot.statistics[name]).double(), net.state_dict()[name.removeprefix("backbone.")], rtol=1e-3, atol=1e-5)
     told = observe.read_off(run, trained, snapshot, victims.statistics[0])
-    weights = [0.9 ** (steps - 1 - step) for step in range(steps)]
+    weights = [0.9 ** (steps * epochs - 1 - step) for step in range(steps * epochs)]
     for which, of in (("mean", lambda x: x.mean((0, 2, 3))), ("var", lambda x: x.var((0, 2, 3), correction=0))):
         mean = sum(w * of(x) for w, x in zip(weights, inputs, strict=True)) / sum(weights)
         torch.testing.assert_close(told[f"statistics.backbone.4.{which}"].double(), mean, rtol=1e-3, atol=1e-4)

@@ -44,18 +44,18 @@ DEFENCES = {
 def row_of(tmp_path_factory):
     """row_of(policy, defence, attack) → (fields, words, what was trained, its run)."""
 
-    def one(policy, name, attack=None, rounds=None, clients=None):
+    def one(policy, name, attack=None, rounds=None, clients=None, **evaluation):
         recipe = dataclasses.replace(
             RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=rounds or RECIPE.rounds,
             clients=clients or dataclasses.replace(RECIPE.clients, grad_clip=0.0), defences=DEFENCES, share_policy=policy, attacks={"a": attack or NaiveMatching()},
-            evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",)),
+            evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",), **evaluation),
         )  # fmt: skip
         run = start(recipe, tmp_path_factory.mktemp(f"{policy}-{name}"))
         one = DEFENCES[name]
         trained = train(run, name, one.at(0.1) if isinstance(one, config.Matched) else one, 0)
         [cell] = make_cells(run, {(name, 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
-        return *findings._certificate(run, [cell]), cell
+        return *findings._certified(run, [cell]), cell
 
     with one_thread():
         yield one
@@ -74,6 +74,16 @@ def test_a_level_that_is_fixed_is_certified_too_and_releases_add_up(row_of):
     expected = 4 * float(torch.log2(torch.tensor(1.25)))
     assert told["certified_bits"] == pytest.approx(expected, abs=1e-5) and told["releases"] == 3
     assert f"{3 * expected:.1f} bits of an image in 3 releases together" in words
+
+
+@pytest.mark.parametrize(("name", "epochs", "certified"), [("isotropic", 1, True), ("isotropic", 2, False), ("once", 2, True)])
+def test_a_delta_that_draws_the_noise_of_an_image_twice_is_not_certified_for_one_draw(name, epochs, certified, row_of):
+    told, words, cell = row_of("head", name, release="delta", local_epochs=epochs)
+    assert len(cell.victims.noise[0]) == (1 if certified else epochs)
+    if certified:
+        assert told["certified_bits"] > 0 and "certified: at most" in words
+    else:
+        assert told["certified_bits"] is None and words == f"no certificate: {told['uncertified']}" and "2 local epochs" in words
 
 
 def test_frozen_noise_before_a_frozen_front_is_one_release(row_of):

@@ -218,6 +218,12 @@ IMPOSSIBLE = [
     (Recipe(attacks={"x": DeepLeakage(langevin=0.2)}), "attacks.x.langevin=0.2: L-BFGS takes no noise", "Set it to 0"),
     (Recipe(attacks={"x": NaiveMatching(langevin=-1.0)}), "attacks.x.langevin=-1.0 is too small", "at least 0"),
     (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
+    (Recipe(evaluation=Evaluation(local_epochs=2)), "evaluation.local_epochs=2 is of a released delta", "set evaluation.release=delta"),
+    (Recipe(evaluation=Evaluation(local_momentum=0.5)), "evaluation.local_momentum=0.5 is of a released delta", "or local_momentum=0"),
+    (Recipe(evaluation=Evaluation(local_optimiser="adam")), "evaluation.local_optimiser=adam is of a released delta", "or local_optimiser=sgd"),
+    (Recipe(evaluation=Evaluation(release="delta", local_optimiser="adam", local_momentum=0.5)), "evaluation.local_momentum=0.5 is sgd's", "set evaluation.local_optimiser=sgd"),
+    (Recipe(attacks={"s": SurrogateModel()}, evaluation=Evaluation(release="delta", local_optimiser="adam")), "attacks.s: a surrogate model follows", "set it to sgd"),
+    (Recipe(attacks={"n": NaiveMatching(labels="soft")}, evaluation=Evaluation(release="delta", local_optimiser="adam")), "attacks.n: labels=soft reads", "set it to sgd"),
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),
     (Recipe(evaluation=Evaluation(checkpoints=())), "evaluation.checkpoints is empty", '"untrained"'),
@@ -239,6 +245,8 @@ def test_what_is_possible_beside_it_is_allowed():
         Recipe(defences=learned(strength=0.0, std_floor=0.0)),
         Recipe(defences=learned(law="laplace")),
         Recipe(evaluation=Evaluation(release="delta", local_steps=4, batch_size=8)),
+        Recipe(evaluation=Evaluation(release="delta", local_steps=4, local_epochs=5, local_momentum=0.9, batch_size=8)),
+        Recipe(attacks={"n": NaiveMatching(labels="recovered")}, evaluation=Evaluation(release="delta", local_optimiser="adam")),
         Recipe(seeds=[0, 1]),
     ):
         assert problems(recipe) == []
@@ -268,6 +276,9 @@ TOO_SMALL = [
     (Recipe(attacks={"d": PostHocDecoder(steps=0)}), "attacks.d.steps=0"),
     (Recipe(evaluation=Evaluation(batch_size=0)), "evaluation.batch_size=0"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=0)), "evaluation.local_steps=0"),
+    (Recipe(evaluation=Evaluation(release="delta", local_epochs=0)), "evaluation.local_epochs=0"),
+    (Recipe(evaluation=Evaluation(release="delta", local_momentum=1.0)), "evaluation.local_momentum=1.0"),
+    (Recipe(evaluation=Evaluation(release="delta", local_momentum=-0.1)), "evaluation.local_momentum=-0.1"),
     (Recipe(speed=Speed(threads=0)), "speed.threads=0"),
 ]
 

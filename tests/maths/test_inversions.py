@@ -638,10 +638,11 @@ def test_blocks_are_computed_again_only_where_the_latent_is_not_inside_of_one(tr
         assert inversions.recomputable(build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0).model) is expected
 
 
-@pytest.mark.parametrize(("steps", "least_db"), [(1, 40), (2, 30)])
-def test_an_imprint_block_gives_images_away_by_gradients_and_by_deltas_of_several_steps(trained, tmp_path, steps, least_db):
+@pytest.mark.parametrize(("steps", "epochs", "least_db"), [(1, 1, 40), (2, 1, 30), (2, 2, 30)])
+def test_an_imprint_block_gives_images_away_by_gradients_and_by_deltas_of_several_steps(trained, tmp_path, steps, epochs, least_db):
     run, found = trained
-    evaluation = dataclasses.replace(run.recipe.evaluation, batch_size=4, **({"release": "delta", "local_steps": steps, "local_lr": 0.01} if steps > 1 else {}))
+    delta = {"release": "delta", "local_steps": steps, "local_epochs": epochs, "local_lr": 0.01}
+    evaluation = dataclasses.replace(run.recipe.evaluation, batch_size=4, **(delta if steps > 1 else {}))
     recipe = dataclasses.replace(run.recipe, evaluation=evaluation, attacks={"imprint": config.ImprintServer(bins=64)})
     assert config.problems(recipe) == []
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))

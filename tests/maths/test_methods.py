@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,47 @@ def test_fresh_noise_in_every_round_and_the_same_labels(trained):
     assert torch.equal(plan.observations[0].labels, releases[0].labels[0])
 
 
+TWICE = {"release": "delta", "local_steps": 2, "local_epochs": 2, "batch_size": 4, "local_lr": 0.05}
+TRAININGS = {"sgd": TWICE, "momentum": {**TWICE, "local_momentum": 0.9}, "adam": {**TWICE, "local_optimiser": "adam", "local_lr": 1e-3}}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize(("defence", "name"), [("undefended", "naive"), ("learned", "joint"), ("learned", "rounds"), ("learned", "decoder-aware")])
+def test_the_local_epochs_are_simulated_as_the_client_trains_them(trained, defence, name, training):
+    """At the true images and noise the simulated delta is the observed one, and an attack comes closer than it began."""
+    attack = dataclasses.replace(config.PRESETS[name], iterations=12, **({"rounds": 2} if name == "rounds" else {}))
+    case, run, releases = case_of(trained, defence, attack, **TRAININGS[training])
+    assert config.problems(dataclasses.replace(run.recipe, attacks={name: attack})) == []
+    plan, truth = methods.plan(case), None
+    if defence == "learned":
+        truth = torch.stack([release.noise[0] for release in releases]) if name == "rounds" else releases[0].noise[0]
+        assert truth.shape == plan.matching.noise_shape and truth.shape[-len(case.latent_shape) - 2 : -len(case.latent_shape)] == (4, 2)
+    still = dataclasses.replace(plan.matching, start=lambda o, r: (releases[0].images[o], truth), iterations=0)
+    [row] = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), still, seed=0))["fit"]
+    assert float(row) < 1e-6
+    flipped = dataclasses.replace(still, start=lambda o, r: (releases[0].images[o].flip(-1), truth))
+    assert float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), flipped, seed=0))["fit"]) > 1e-3
+    [found] = attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0)
+    assert found.status == "ok" and found.images.shape == (4, 3, 16, 16) and found.fit < 0.99 * found.first_fit
+
+
+def test_a_candidate_is_kept_near_what_the_decoder_makes_of_it_in_every_epoch(trained):
+    case, _, (release, *_) = case_of(trained, "learned", config.DecoderAware(**SHORT), **TWICE)
+    [(weight, prior)] = methods.plan(case).matching.priors
+    one, images = case.observations[0], release.images[0]
+    every, guesses = {**one.known, **one.params}, []
+    weights = {name: tensor for name, tensor in every.items() if not name.startswith("decoder.")}
+    decoder = {name.removeprefix("decoder."): tensor for name, tensor in every.items() if name.startswith("decoder.")}
+    for epoch in range(2):
+        drawn = torch.cat([release.noise[0][2 * epoch + step] for step in range(2)])
+        perturbed = functional_call(case.model, weights, (images, drawn), {"full": True}).perturbed
+        guesses.append(functional_call(case.decoder, decoder, (perturbed,)).clamp(0, 1))
+    point = SimpleNamespace(images=images, params=one.params, known=one.known, noise=release.noise[0])
+    expected = (images - (guesses[0] + guesses[1]) / 2).square().mean()
+    assert weight == 1e-2 and not torch.allclose(*guesses, atol=1e-4)
+    torch.testing.assert_close(prior(point).mean(), expected, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("evaluation", [{}, {"release": "delta", "local_steps": 2, "batch_size": 2}], ids=["gradient", "delta"])
 def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, evaluation):
     """At the true images and noise the simulated updates are the observed ones; of local steps, too."""
@@ -253,10 +295,15 @@ def test_a_decoded_start_is_what_the_decoder_makes_of_the_true_latent(trained):
     assert 0.01 < (first - second).abs().mean() < 0.1
 
 
-@pytest.mark.parametrize("wrong", [{"labels": "searched"}, {"labels": "soft"}, {}])
-def test_a_decoded_start_wants_one_gradient_and_its_classes(trained, wrong):
-    evaluation = {} if wrong else {"release": "delta", "local_steps": 2, "batch_size": 2}
-    attack = config.DecoderAware(begin="decoded", **wrong, **SHORT)
+@pytest.mark.parametrize(
+    ("labels", "evaluation"),
+    [
+        ("searched", {}), ("soft", {}), ("known", {"release": "delta", "local_steps": 2, "batch_size": 2}), ("known", {"release": "delta", "local_epochs": 2}),
+        ("known", {"release": "delta", "local_optimiser": "adam"}),
+    ],
+)  # fmt: skip
+def test_a_decoded_start_wants_one_gradient_and_its_classes(trained, labels, evaluation):
+    attack = config.DecoderAware(begin="decoded", labels=labels, **SHORT)
     case, run, _ = case_of(trained, "learned", attack, **evaluation)
     assert any("attacks.aware.begin=decoded" in text for text in config.problems(dataclasses.replace(run.recipe, attacks={"aware": attack})))
     with pytest.raises(InputError, match='set begin="drawn"'):
@@ -447,8 +494,9 @@ def test_labels_of_a_delta_are_recovered_by_the_steps_that_the_server_asked_for(
     rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), plan.matching, seed=0))
     params = {**one.known, **one.params}
     assert seen == [told] and torch.equal(rows["labels"][0], attacks.recover_labels(dataclasses.replace(one, params=params), 8, local=told))
-    gradient, _, _ = case_of(trained, "undefended", config.NaiveMatching(labels="recovered", iterations=0))
-    assert methods.plan(gradient).matching.local is None
+    for asked, known in ((TRAININGS["momentum"], attacks.labels.LocalSteps(lr=0.05, steps=4, momentum=0.9)), (TRAININGS["adam"], None), ({}, None)):
+        other, _, _ = case_of(trained, "undefended", config.NaiveMatching(labels="recovered", iterations=0), **asked)
+        assert methods.plan(other).matching.local == known
 
 
 @pytest.mark.parametrize("steps", [1, 2])

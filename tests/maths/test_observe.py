@@ -14,10 +14,14 @@ from gidef import build, cells, observe
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.participate import DECODER
 from gidef.config import (
+    ImprintServer,
+    IsotropicNoise,
     JointMatching,
     LearnedPerturbation,
+    LocalTraining,
     NaiveMatching,
     Pruning,
+    SingleGradient,
     SkipLayers,
     Undefended,
 )
@@ -31,7 +35,8 @@ ATTACKS = {
     "naive": NaiveMatching(), "recovered": NaiveMatching(labels="recovered"), "known": JointMatching(),
     "surrogate": JointMatching(decoder="surrogate"), "unused": JointMatching(decoder="unused"), "skip": SkipLayers(labels="recovered"),
 }  # fmt: skip
-DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1), "pruned": (LearnedPerturbation(ramp=0.0), Pruning(share=0.5))}
+DEFENCES = {"undefended": Undefended(), "learned": LearnedPerturbation(ramp=0.0), "level": LearnedPerturbation(dependence_weight=0.0, kl_weight=0.1), "pruned": (LearnedPerturbation(ramp=0.0), Pruning(share=0.5)),
+            "frozen": IsotropicNoise(frozen=True)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +269,70 @@ def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, s
         torch.testing.assert_close(update[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+OPTIMISERS = {
+    "sgd": ({}, lambda weights: torch.optim.SGD(weights, lr=0.05)),
+    "momentum": ({"local_momentum": 0.9}, lambda weights: torch.optim.SGD(weights, lr=0.05, momentum=0.9)),
+    "adam": ({"local_optimiser": "adam"}, lambda weights: torch.optim.Adam(weights, lr=0.05)),
+}
+
+
+@pytest.mark.parametrize("defence", ["undefended", "learned", "frozen"])
+@pytest.mark.parametrize("how", OPTIMISERS)
+def test_a_delta_of_two_epochs_is_that_of_a_plain_loop_over_the_same_batches_twice(how, defence, trained):
+    """Of cross-entropy, in float64; every image has its noise again where it is frozen, and fresh noise in each epoch where not."""
+    run, one = trained("full", defence)
+    changes, optimiser = OPTIMISERS[how]
+    run, snapshot = evaluated(run, release="delta", batch_size=4, local_steps=2, local_epochs=2, local_lr=0.05, released_loss="utility", **changes), one.snapshots["final"]
+    victims = observe.release(run, one, snapshot, seed=0)
+    noise, images, labels = victims.noise[0], victims.images[0].double(), victims.labels[0]
+    weights = {name: tensor.double().requires_grad_() for name, tensor in snapshot.params.items()}
+    taking = optimiser(list(weights.values()))
+    for epoch in range(2):
+        for step in range(2):
+            rows, drawn = slice(2 * step, 2 * step + 2), None
+            if noise is not None:
+                drawn = noise[step if defence == "frozen" else 2 * epoch + step].double()
+            taking.zero_grad()
+            F.cross_entropy(functional_call(one.training.defence.model, weights, (images[rows], drawn)), labels[rows]).backward()
+            taking.step()
+    expected = {name: tensor.detach() - snapshot.params[name].double() for name, tensor in weights.items()}
+    simulate = observe.observed_simulator(run, one, snapshot, terms="utility")()
+    double = {name: tensor.double() for name, tensor in snapshot.params.items()}
+    found = simulate(double, {}, images, F.one_hot(labels, 8).double(), None if noise is None else noise.double())
+    assert set(found) == set(expected) and all(float(tensor.abs().max()) > 0 for tensor in expected.values())
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-7, atol=1e-10)
+    again = simulate(snapshot.params, {}, victims.images[0], F.one_hot(labels, 8).float(), noise)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in victims.updates[0].items())
+    assert cosine_distance(expected, victims.updates[0]) < 1e-4
+    assert noise is None or (noise.shape == observe.noise_shape(run, one) and len(noise) == (2 if defence == "frozen" else 4))
+
+
+def test_frozen_noise_is_the_client_s_own_for_each_image(trained):
+    run, one = trained("full", "frozen")
+    run = evaluated(run, release="delta", batch_size=4, local_steps=2, local_epochs=2)
+    victims = observe.release(run, one, one.snapshots["final"], seed=0)
+    rows, drawn = victims.rows[0].tolist(), victims.noise[0].flatten(0, 1)
+    for row, noise in zip(rows, drawn, strict=True):
+        client, place = run.setting.owner(row)
+        assert torch.equal(one.training.defence.frozen_noise(run.setting.clients[client], seed=0)[place], noise)
+
+
+@pytest.mark.parametrize("defence", ["undefended", "learned"])
+def test_one_epoch_of_plain_sgd_is_bit_by_bit_what_it_was(defence, trained):
+    run, one = trained("full", defence)
+    run, snapshot = evaluated(run, release="delta", batch_size=4, local_steps=2, local_lr=0.05), one.snapshots["final"]
+    victims = observe.release(run, one, snapshot, seed=0)
+    simulate = one.training.defence.simulator(terms="client", progress=snapshot.progress)()
+    weights, labels = dict(snapshot.params), F.one_hot(victims.labels[0], 8).float()
+    for step in range(2):
+        rows, noise = slice(2 * step, 2 * step + 2), victims.noise[0]
+        gradients = simulate(weights, victims.private[0], victims.images[0][rows], labels[rows], None if noise is None else noise[step])
+        weights = {name: tensor - 0.05 * gradients[name] for name, tensor in weights.items()}
+    for name, tensor in victims.updates[0].items():
+        assert torch.equal(tensor, weights[name] - snapshot.params[name])
+
+
 # --- changes of what leaves ----------------------------------------------------------------------------------------------
 
 
@@ -305,3 +374,36 @@ def test_clients_send_pruned_updates(trained):
     for tensor in update.delta.values():
         if tensor.numel() > 1:
             assert 0 < int((tensor != 0).sum()) <= -(-tensor.numel() // 2)
+
+
+# --- what a row says of the local training --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("clients", "asked", "said"),
+    [
+        (LocalTraining(), {}, "the recipe's clients train with Adam, and the delta that is attacked is of SGD"),
+        (LocalTraining(), {"local_optimiser": "adam"}, ""),
+        (LocalTraining(optimiser="sgd"), {}, ""),
+        (LocalTraining(optimiser="sgd", momentum=0.9), {}, "train with SGD with momentum 0.9, and the delta that is attacked is of SGD"),
+        (LocalTraining(optimiser="sgd", momentum=0.9), {"local_momentum": 0.9}, ""),
+        (SingleGradient(), {"local_momentum": 0.5}, "the recipe's clients send single gradients, and the delta that is attacked is of SGD with momentum 0.5"),
+        (LocalTraining(), {"release": "gradient"}, ""),
+    ],
+)
+def test_a_row_says_where_the_clients_train_otherwise_than_the_attacked_delta(clients, asked, said, trained):
+    run, one = trained("full", "undefended")
+    run = evaluated(run, **{"release": "delta", "batch_size": 2, **asked})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, clients=clients)))
+    note = cells.note_of(run, one, NaiveMatching())
+    assert said in note and ("clients" in note) == bool(said)
+
+
+def test_an_imprint_block_reads_nothing_off_steps_of_adam(trained, tmp_path):
+    run, one = trained("full", "undefended")
+    for optimiser, idle in (("sgd", False), ("adam", True)):
+        asked = evaluated(run, release="delta", batch_size=2, local_optimiser=optimiser)
+        recipe = dataclasses.replace(asked.recipe, attacks={"imprint": ImprintServer()})
+        asked = dataclasses.replace(asked, setting=dataclasses.replace(asked.setting, recipe=recipe))
+        assert ["ratio of two changes" in row["reason"] for row in cells.not_applicable(asked, {("undefended", 0): one})] == [True] * idle
+        assert [cell.name for cell in cells.make_cells(asked, {("undefended", 0): one}, tmp_path)] == ["imprint"] * (not idle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -69,6 +70,15 @@ def test_nothing_is_imported_without_leave(tmp_path):
 def test_what_is_no_attack_is_refused(name, said):
     with pytest.raises(InputError, match=said):
         altered(name)
+
+
+def test_the_local_training_behind_a_delta_is_asked_for_on_the_command_line():
+    asked = ["attack", "run", "--release", "delta", "--local-steps", "2", "--local-epochs", "5", "--local-lr", "0.5", "--local-optimiser", "sgd", "--local-momentum", "0.9"]
+    recipe = dataclasses.replace(RECIPE, evaluation=dataclasses.replace(RECIPE.evaluation, batch_size=4))
+    found = job._altered(recipe, cli._parser().parse_args(asked)).evaluation
+    expected = {"release": "delta", "local_steps": 2, "local_epochs": 5, "local_lr": 0.5, "local_optimiser": "sgd", "local_momentum": 0.9}
+    assert found == dataclasses.replace(recipe.evaluation, **expected)
+    assert job._altered(recipe, cli._parser().parse_args(asked[:2])).evaluation == recipe.evaluation
 
 
 def test_two_attacks_of_one_name_are_refused():

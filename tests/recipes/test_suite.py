@@ -58,10 +58,12 @@ def test_every_preset_runs_on_a_finished_run_and_names_its_threat_model(finished
 
 
 def test_a_surrogate_model_attacks_deltas(finished, tmp_path):
-    arguments = ("--attack", "surrogate-model", "naive", "--release", "delta", "--local-steps", "2", "--batch-size", "2", "--victims", "4", "--iterations", "3")
+    arguments = ("--attack", "surrogate-model", "naive", "--release", "delta", "--local-steps", "2", "--local-epochs", "2", "--batch-size", "2", "--victims", "4", "--iterations", "3")
     attack(finished, tmp_path / "out", *arguments)
     rows = results(tmp_path / "out")["rows"]
-    assert {row["attack_id"] for row in rows} == {"A0", "A10"} and all("2 local steps" in row["threat"]["name"] for row in rows)
+    assert {row["attack_id"] for row in rows} == {"A0", "A10"} and all(row["failed"] == 0 and row["threat"]["local_epochs"] == 2 for row in rows)
+    assert all("2 epochs of 2 local steps of SGD, lr 0.01" in row["threat"]["name"] for row in rows)
+    assert all("clients train with Adam, and the delta that is attacked is of SGD" in row["note"] for row in rows)
     refused = attack(finished, tmp_path / "no", "--attack", "surrogate-model", check=False)
     assert refused.returncode == 2 and "release=gradient" in refused.stderr and not (tmp_path / "no").exists()
 

@@ -84,6 +84,18 @@ def test_arguments_out_of_range_are_refused(tiny):
         local_sgd(simulate, steps=2, lr=1)({}, {}, torch.zeros(3, 2), torch.zeros(3), None)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_noise_of_one_epoch_recurs_in_every_epoch(tiny, name):
+    model = tiny.Net(sigma=0.5)
+    params, simulate = tiny.weights(model), CASES[name][0](tiny.simulator(model), steps=6, epochs=3)
+    _, images, labels = tiny.observe(tiny.simulator(tiny.Net()), tiny.weights(tiny.Net()), size=4)
+    noise, labels = torch.stack([tiny.draw_noise(t, 2) for t in range(2)]), F.one_hot(labels, tiny.classes).double()
+    once, spelt_out = (simulate(params, {}, images, labels, drawn) for drawn in (noise, noise.repeat(3, *[1] * (noise.ndim - 1))))
+    assert all(torch.equal(tensor, spelt_out[key]) for key, tensor in once.items())
+    with pytest.raises(InputError, match="noise of 3 steps"):
+        simulate(params, {}, images, labels, torch.cat([noise, noise[:1]]))
+
+
 @pytest.mark.parametrize("noisy", [False, True])
 def test_the_engine_inverts_the_delta_of_local_training(tiny, noisy):
     model = tiny.Net(sigma=0.3 if noisy else None)

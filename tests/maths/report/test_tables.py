@@ -109,6 +109,19 @@ def test_the_oracle_s_choice_stands_in_a_column_of_its_own_and_threat_models_are
     assert "malicious server" in tables.csv(results).splitlines()[3]
 
 
+def test_what_threat_models_have_in_common_is_said_once_and_the_rest_in_the_notes(results):
+    known = [("untrained", "knows the labels"), ("untrained", "knows the labels and the noise law"), ("final", "knows the labels"), ("final", "knows no labels")]
+    some = [{**results["rows"][0], "checkpoint": checkpoint, "threat": {"name": f"honest but curious server; {checkpoint} checkpoint; gradient of one batch of 1; {knows}; no BatchNorm"}} for checkpoint, knows in known]
+    text = " ".join(tables.markdown({**results, "rows": some}).split())
+    assert text.count("honest but curious server") == 1 and text.count("no BatchNorm") == 1
+    assert "Threat model: honest but curious server;" in text and "no BatchNorm; what else, in the notes." in text
+    notes = [part.split(" Note ")[0] for part in text.split(": ") if part.startswith("knows")]
+    assert sorted(notes) == ["knows no labels", "knows the labels", "knows the labels and the noise law"]  # a note for each, the checkpoint has a column
+    assert "honest but curious server; final checkpoint; gradient of one batch of 1; knows no labels; no BatchNorm" in tables.csv({**results, "rows": some})
+    alone = " ".join(tables.markdown({**results, "rows": some[:1]}).split())
+    assert "gradient of one batch of 1; knows the labels; no BatchNorm. " in alone and "in the notes" not in alone
+
+
 def test_columns_that_nothing_fills_are_left_out_however_wide_the_page(results):
     from gidef.report.tables import text
 
