@@ -1,7 +1,7 @@
 """Who takes part, and how the server learns (E8): fractions of clients, local epochs, FedSGD, FedAvg, FedProx, FedAdam, FedYogi and FedAdagrad,
 and clients that drop out of a round.
 
-Shows:  accuracy, and what one client's gradient, or its local training of one, two and four steps on the same four images, gives away; in the row "drop-outs" a share of every cohort leaves after
+Shows:  accuracy, and what one client's gradient, or its local training on the same four images (one, two and four steps; two and five epochs), gives away; in the row "drop-outs" a share of every cohort leaves after
         masks of a secure sum were agreed, so that attackers see sums.
 Expect: more local steps cost the attacker, not as much as they cost the naive one.
 Costs:  hours on 2 CPU cores; --small: some minutes.
@@ -45,10 +45,10 @@ SMALL = replace(
 )  # fmt: skip
 
 
-def delta(recipe: Recipe, steps: int) -> Recipe:
-    """What a client's local training on four images gives away, in so many steps."""
+def delta(recipe: Recipe, steps: int, epochs: int = 1) -> Recipe:
+    """What a client's local training on four images gives away, in so many steps an epoch."""
     attacks = {**recipe.attacks, "surrogate model": SurrogateModel(iterations=recipe.attacks["naive"].iterations)}
-    return replace(recipe, attacks=attacks, evaluation=replace(recipe.evaluation, batch_size=4, release="delta", local_steps=steps))
+    return replace(recipe, attacks=attacks, evaluation=replace(recipe.evaluation, batch_size=4, release="delta", local_steps=steps, local_epochs=epochs))
 
 
 def dropping(recipe: Recipe) -> Recipe:
@@ -68,6 +68,7 @@ def rows(recipe: Recipe) -> dict[str, Recipe]:
         "drop-outs": dropping(recipe),
         "gradient of 4": replace(recipe, evaluation=replace(recipe.evaluation, batch_size=4)),
         **{f"{steps} local step{'s' * (steps > 1)} on 4": delta(recipe, steps) for steps in (1, 2, 4)},
+        **{f"{epochs} epochs of 4 steps": delta(recipe, 4, epochs) for epochs in (2, 5)},
     }
 
 
