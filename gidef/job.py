@@ -26,6 +26,7 @@ from gidef.parallel import World, open_world, seated, seats, with_mesh
 from gidef.report import Console, Record, choice, html, joined, learning_curves, partition_bars, read, results, tables, tradeoff, verdict
 from gidef.report import consumers as follow
 from gidef.report.files import held, write_atomically
+from gidef.report.paired import starts
 from gidef.report.verdict import compare
 from gidef.runs import Run, Trained, fingerprint, run_key
 from gidef.stopping import leave_on_sigterm
@@ -325,7 +326,8 @@ def describe(
         "pictures": found.pictures, "verdict": [], "choice": None,
         **({"not_applicable": found.not_applicable} if found.not_applicable else {}),
     }  # fmt: skip
-    content["comparisons"] = compare(content, read(run.record.path) if run.record is not None else ())
+    lines = read(run.record.path) if run.record is not None else ()
+    content["comparisons"], content["starts"] = compare(content, lines), starts(content, lines)
     content["choice"] = choice(content)
     content["verdict"] = verdict(content)
     return content
@@ -556,7 +558,8 @@ def report_again(folders: Sequence[str | Path]) -> None:
     with Console() as console:
         contents = {Path(folder): results.load(Path(folder) / "results.json") for folder in folders}  # all, before anything is written
         for folder, content in contents.items():
-            content["comparisons"] = compare(content, read(folder / "record.jsonl") if (folder / "record.jsonl").exists() else ())
+            lines = read(folder / "record.jsonl") if (folder / "record.jsonl").exists() else ()
+            content["comparisons"], content["starts"] = compare(content, lines), starts(content, lines)
             content["verdict"] = verdict(content)
             redrawn = findings.redraw(folder)
             content["pictures"] = redrawn + [picture for picture in content["pictures"] if picture not in redrawn]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gidef.attack.batch import make_batch
+from gidef.attack.engine import stages, width_of
 from gidef.attack.matching import Matching, Simulate
 from gidef.attack.program import Programs
 from gidef.errors import InputError
@@ -125,7 +126,7 @@ def calibrate(
             if (mode, size) in known:
                 before = known[mode, size]
                 continue
-            best = min((_seconds(one, share, matching.iterations + 1) for one in found if one.ms is not None), default=math.inf)
+            best = min((_seconds(one, share, matching) for one in found if one.ms is not None), default=math.inf)
             if found and clock() - began > min(budget_s, max(SHORT_S, PAYS * best)):
                 break
             if _too_large(before, size, memory_bytes):
@@ -144,7 +145,7 @@ def calibrate(
     usable = [one for one in found if one.ms is not None]
     if not usable:
         raise InputError(f"the attack cannot run in any of the modes {', '.join(modes)}: {found[0].error}")
-    costs = [(_seconds(one, share, matching.iterations + 1), one) for one in usable]
+    costs = [(_seconds(one, share, matching), one) for one in usable]
     least = min(cost for cost, _ in costs)
     chosen = min((one for cost, one in costs if cost <= 1.01 * least), key=lambda one: one.at_once)
     return Calibration(chosen.mode, chosen.at_once, tuple(found), tuple(programs.notices))
@@ -229,13 +230,15 @@ def _too_large(before: Candidate | None, size: int, memory_bytes: int | None) ->
     return memory_bytes is not None and before is not None and before.peak_bytes is not None and before.peak_bytes * size / before.at_once > memory_bytes
 
 
-def _seconds(one: Candidate, attacks: int, evaluations: int) -> float:
-    """Until this many attacks are done by one worker: full programs, a padded last one, and the first call."""
-    programs = -(-attacks // one.at_once)
-    run = programs * one.at_once if one.mode != "loop" else attacks
-    if one.mode == "vmap":  # a smaller last program is not padded
-        run = attacks
-    return one.first_s + 1e-3 * one.ms * run * evaluations
+def _seconds(one: Candidate, attacks: int, matching: Matching) -> float:
+    """Until this many attacks are done by one worker: full programs, padded where they are recorded, the rungs of halving, and the first call of each program."""
+    rows, widths = 0.0, set()
+    for first, last, kept in stages(matching):
+        left, width = attacks * kept / matching.starts, width_of(matching, one.at_once, kept)
+        widths.add(width)
+        padded = -(-left // width) * width if one.mode in ("traced", "compiled") else left
+        rows += padded * (last - first + (last == matching.iterations))
+    return one.first_s * (len(widths) if one.mode in ("traced", "compiled") else 1) + 1e-3 * one.ms * rows
 
 
 def _measured(

@@ -86,8 +86,8 @@ def run_chunk(
              seed: a start is drawn from (seed, observation, restart) alone.  mode: how the inner step runs, see program.py; with
              the same numbers to rounding.  precision: of the client's pass, see program.py; the matching loss is float32 always.
              every: iterations between reports, the only points at which a device waits.  every_s: seconds after which one comes earlier.
-             at_once: attacks in one program; a larger chunk runs in turns, a smaller one is padded where programs are recorded.
-             None: all.  programs: recorded programs to share between chunks.
+             at_once: attacks in one program; a larger chunk runs in turns, a smaller one is padded where programs are recorded, after a
+             rung of halving to what is left of a whole chunk, with a program for each rung. None: all.  programs: recorded programs to share between chunks.
     Yields:  Progress, at multiples of `every`, whenever `every_s` are over, and at the end. A consumer may stop the attack there, by going away.
     Returns: tensors on the CPU, one row per attack and ready to be saved:
              attacks int64 (K, 2): observation and start;  images float32 (K, B, C, H, W): of the lowest loss seen;
@@ -144,13 +144,14 @@ class ChunkRun:
 
     def go(self, batch: Batch, state: dict[str, Tensors]) -> Generator[Progress, None, None]:
         """From rung to rung; the last one is the end."""
-        total, attacks, reached = self.matching.iterations, len(batch.chunk), 0
-        for rung in _rungs(self.matching):
-            parts, turns = [], _turns(len(batch.chunk), self.at_once if self.matching.coupling is None else len(batch.chunk))
+        total, attacks = self.matching.iterations, len(batch.chunk)
+        for reached, rung, kept in stages(self.matching):
+            width = len(batch.chunk) if self.matching.coupling is not None else width_of(self.matching, self.at_once, kept, least=len(batch.chunk))
+            parts, turns = [], _turns(len(batch.chunk), width)
             for number, turn in enumerate(turns):
                 some = turn if len(turns) > 1 else None
                 part = state if some is None else _take(state, torch.tensor(some, device=batch.scale.device))
-                running = self._advance(batch if some is None else batch.take(some), part, reached, rung)
+                running = self._advance(batch if some is None else batch.take(some), part, reached, rung, width)
                 while True:
                     try:
                         at, failed, loss = next(running)
@@ -160,17 +161,18 @@ class ChunkRun:
                     before = sum(map(len, turns[:number])) * (rung - reached) + self.given_up
                     yield Progress(at, total, attacks, failed, loss, done=before + len(batch.chunk) * reached + len(turn) * (at - reached))
             state = parts[0] if len(parts) == 1 else _join(parts)
-            reached = rung
             if rung < total:
                 batch, state = self._halve(batch, state, rung)
         self.stopped.append((batch.chunk, state))
 
-    def _advance(self, batch: Batch, state: dict[str, Tensors], first: int, last: int) -> Generator[tuple[int, int, float], None, dict[str, Tensors]]:
-        """Iterations first … last − 1, and the evaluation of the last point if it is the end."""
+    def _advance(
+        self, batch: Batch, state: dict[str, Tensors], first: int, last: int, width: int
+    ) -> Generator[tuple[int, int, float], None, dict[str, Tensors]]:
+        """Iterations first … last − 1, and the evaluation of the last point if it is the end; in a program of `width` attacks where it is recorded."""
         matching, count = self.matching, len(batch.chunk)
-        padded = count < self.at_once and self.mode in ("traced", "compiled") and matching.coupling is None
+        padded = count < width and self.mode in ("traced", "compiled")
         if padded:  # one shape for all chunks: the last attack runs several times
-            filled = [*range(count), *[count - 1] * (self.at_once - count)]
+            filled = [*range(count), *[count - 1] * (width - count)]
             batch, state = batch.take(filled).spread(), _take(state, torch.tensor(filled, device=batch.scale.device))
         variables, best, own, descent, kept = (state[part] for part in ("variables", "best", "own", "descent", "snapshots"))
         own = {**own, "losses": own["losses"].clone()}
@@ -330,6 +332,25 @@ def _rungs(matching: Matching) -> list[int]:
         survivors, count = survivors + 1, -(-count // rate)
     marks = [total // rate**power for power in range(survivors, 0, -1)]
     return [*sorted({mark for mark in marks if 0 < mark < total}), total]
+
+
+def stages(matching: Matching) -> list[tuple[int, int, int]]:
+    """From rung to rung: the first iteration, the one at which starts are given up, and how many starts of an observation run until then."""
+    found, first, kept = [], 0, matching.starts
+    for last in _rungs(matching):
+        found.append((first, last, kept))
+        first, kept = last, -(-kept // matching.halving)
+    return found
+
+
+def width_of(matching: Matching, at_once: int, kept: int, *, least: int = 0) -> int:
+    """Attacks in a program while `kept` starts of each observation run: the same in all chunks of a plan, so that they share it, and at most `at_once`.
+
+    least: attacks of a chunk that is larger than a planned one; it runs in equal turns.
+    """
+    most = max(at_once // matching.starts, 1) * kept if matching.together else at_once
+    most = max(most, least)
+    return -(-most // -(-most // at_once))
 
 
 def _turns(count: int, at_once: int) -> list[list[int]]:

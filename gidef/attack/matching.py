@@ -109,7 +109,7 @@ class Matching:
     patience:     an attack whose best loss fell by less than a thousandth in so many iterations stops; None never stops early.
     choose_by:    what picks a start: the "objective", the "fit" without priors, or the "tv" of the result (as LAMP and breaching offer).
     form:         how ∂distance/∂x is computed: "double_backward"; or without second derivatives of operators, as the derivative of the input
-                  gradient along v = ∂distance/∂g: exactly, by "forward_over_reverse", or by "central_difference" (see first_order.py).
+                  gradient along v = ∂distance/∂g: exactly, by "forward_over_reverse", or by "central_difference" (see large.py).
     difference_step: h of the central difference, relative to ‖θ‖ / ‖v‖.
     snapshots:    best candidates so far that are kept, evenly spaced, for the evaluator's curves.
 

@@ -114,7 +114,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         return fit + now, fit + last, fit, {name: through[name] + gradients[name] for name in searched}
 
     def by_first_order(searched: Tensors, given: tuple, target: Tensors, scale: Tensor, knobs: Tensors) -> tuple[Tensor, ...]:
-        """∂distance/∂x = d/dh ∂L/∂x (θ + h v) at h = 0, with v = ∂distance/∂g: see first_order.py."""
+        """∂distance/∂x = d/dh ∂L/∂x (θ + h v) at h = 0, with v = ∂distance/∂g: see large.py."""
         params, rest_given = widened(given[0], scale), given[1:]
 
         def loss(params: Tensors, searched: Tensors) -> Tensor:

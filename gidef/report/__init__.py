@@ -61,6 +61,8 @@
                   psnr_db, attacker_accuracy, mse: [ours, other]
                   psnr_db_difference, attacker_accuracy_difference: ours - other;  attacker_accuracy_change, mse_change: ours / other - 1; all four
                   {mean, low, high}, of the same victims, paired;  victims: of these intervals, 0 where there are none]
+    starts        [a form of an attack beside another that differs in restarts and halving alone, the most restarts that all run to their end (`paired.starts`): as
+                  of comparisons, without `under` and `adaptive`;  seconds: [ours, other], null where they were not measured]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
     choice        null, or of a recipe with `choose`: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
                   attack or null, within: of the points}]}

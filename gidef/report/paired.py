@@ -1,6 +1,7 @@
-"""The learned perturbation beside what it is to beat, image by image: differences on the same victims, with intervals that are theirs.
+"""Two rows image by image: differences on the same victims, with intervals that are theirs. The learned perturbation beside what it is to beat, and the
+forms of an attack that differ in their restarts alone (`starts`).
 
-Compared are the paper's baselines (`BASELINES`), each of the recipe, and of each control (`CONTROLS`) the defence whose client accuracy is nearest;
+Compared of defences are the paper's baselines (`BASELINES`), each of the recipe, and of each control (`CONTROLS`) the defence whose client accuracy is nearest;
 under the naive attack, the same on both sides, and each under its own strongest one.
 """
 
@@ -37,6 +38,40 @@ def comparisons(results: dict[str, Any], lines: Sequence[dict[str, Any]], *, str
             for under, pair in (("naive", _naive(*sides)), ("strongest", tuple(map(strongest, sides)))):
                 if None not in pair:
                     found.append({"under": under, "checkpoint": checkpoint, "share_policy": policy, "adaptive": adaptive, **_compared(*pair, values)})
+    return found
+
+
+def starts(results: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each form of an attack beside the one of most restarts that all run to their end, of attacks that differ in restarts and halving alone.
+
+    Args:    as `comparisons`.
+    Returns: what `results.json` keeps of each pair, the full form second.
+    """
+    values, found = _values(lines), []
+    for names in _forms(results):
+        for defence, checkpoint, policy in dict.fromkeys((row["defence"], row["checkpoint"], row["share_policy"]) for row in results["rows"]):
+            place = {"defence": defence, "checkpoint": checkpoint, "share_policy": policy}
+            rows = {row["attack"]: row for row in results["rows"] if place.items() <= row.items() and row["attack"] in names and _measured(row)}
+            if names[0] in rows:
+                full = rows.pop(names[0])
+                found += [
+                    {"checkpoint": checkpoint, "share_policy": policy, "seconds": [row.get("seconds"), full.get("seconds")], **_compared(row, full, values)}
+                    for row in rows.values()
+                ]
+    return found
+
+
+def _forms(results: dict[str, Any]) -> list[list[str]]:
+    """Names of attacks that differ in restarts and halving alone; first the one of most restarts that all run to their end."""
+    alike: dict[str, list[str]] = {}
+    attacks = {name: spec for name, spec in (results["recipe"].get("attacks") or {}).items() if isinstance(spec, dict) and {"restarts", "halving"} <= spec.keys()}
+    for name, spec in attacks.items():
+        alike.setdefault(repr(sorted((key, repr(value)) for key, value in spec.items() if key not in ("restarts", "halving"))), []).append(name)
+    found = []
+    for names in alike.values():
+        full = max((name for name in names if attacks[name]["halving"] == 1), key=lambda name: attacks[name]["restarts"], default=None)
+        if full is not None and len(names) > 1:
+            found.append([full, *(name for name in names if name != full)])
     return found
 
 

@@ -24,6 +24,7 @@ from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
 from gidef.report.paired import comparisons
 from gidef.report.results import bound_named, interval_of, mean_of
+from gidef.report.starts import starts
 
 MARGIN_DB = 0.5
 MARGIN_SSIM = 0.05
@@ -68,7 +69,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
             said += [_malicious(results, row) for row in of_defence if row["attack_id"] == MALICIOUS]
     unmeasured = [row for row in results["rows"] if mean_of(row["psnr_db"]) is None]
     said += [f"{_called(results, row, start=True)} under {_attack(results, row)} has no PSNR: not judged." for row in unmeasured]
-    return said + masking(results, is_undefended=is_undefended) + _failures(results) + _judged(results, rows) + _accuracy_cost(results) + criteria(results)
+    return said + masking(results, is_undefended=is_undefended) + starts(results) + _failures(results) + _judged(results, rows) + _accuracy_cost(results) + criteria(results)
 
 
 def criteria(results: dict[str, Any]) -> list[str]:

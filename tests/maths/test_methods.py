@@ -97,6 +97,12 @@ def reconstructed(plan):
     return rows["images"]
 
 
+def fit_of(plan, images):
+    """The distance that a plan's attack has at images, for the first observation."""
+    matching = dataclasses.replace(plan.matching, start=lambda o, r: (images, None), iterations=0, snapshots=0)
+    return float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))["fit"])
+
+
 def _each():
     for name, attack in MATCHING.items():
         for defence in ("undefended", "learned"):
@@ -281,6 +287,62 @@ def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, 
 def test_skipped_layers_are_the_predictor_s_and_the_perturbation_s(trained):
     case, _, _ = case_of(trained, "learned", config.SkipLayers(**SHORT))
     assert set(case.observations[0].update) == set(case.model.parts["encoder"])
+
+
+def test_where_the_encoder_s_gradient_holds_no_noise_only_the_attack_that_skips_the_rest_has_a_zero_at_the_truth(trained, monkeypatch):
+    """The noise lies on channels that the predictor's first weights pass over: of all gradients only those of these weights hold it."""
+    run, found = trained
+    one, first = found["learned"], "backbone.blocks.1.conv.weight"
+    snapshot, drawn = one.snapshots["final"], one.training.defence.draw_noise
+    weights = snapshot.params[first].clone()
+    weights[:, :16] = 0
+    deaf = dataclasses.replace(one, snapshots={"final": dataclasses.replace(snapshot, params={**snapshot.params, first: weights})})
+    masked = lambda count, **options: drawn(count, **options) * (torch.arange(32) < 16).view(32, 1, 1)  # noqa: E731
+    monkeypatch.setattr(one.training.defence, "draw_noise", masked)
+    fits = {}
+    for attack in (config.SkipLayers(**SHORT), config.NaiveMatching(**SHORT)):
+        case, _, (release,) = case_of((run, {"learned": deaf}), "learned", attack, released_loss="utility")
+        assert all(float(noise.abs().max()) > 1 for noise in release.noise)
+        plan = methods.plan(case)
+        fits[type(attack)] = fit_of(plan, release.images[0]), fit_of(plan, release.images[1])
+    assert fits[config.SkipLayers][0] < 1e-12 and fits[config.SkipLayers][1] > 1e-3
+    assert fits[config.NaiveMatching][0] > 1e-3
+
+
+def test_the_mean_update_over_draws_that_are_known_is_explained_by_the_truth_alone(trained):
+    """A1 with the very draws behind what is observed: a zero at the true image, which descent goes for; no single draw has it."""
+    attack = config.EotMatching(iterations=40, samples=4, kink_width=None, tv=0.0)
+    case, _, (release,) = case_of(trained, "learned", attack, released_loss="utility")
+    draws = case.draw_noise(4, generator=torch.Generator().manual_seed(5)).view(4, 1, *case.latent_shape)
+    (one, *_), simulate = case.observations, case.simulator()
+    labels = F.one_hot(one.labels, 8).float()
+    each = [simulate(one.params, one.known, release.images[0], labels, draw) for draw in draws]
+    observed = dataclasses.replace(one, update={name: sum(update[name] for update in each) / 4 for name in one.update})
+    case = dataclasses.replace(case, rounds=[[observed]], draw_noise=lambda count, **options: draws.flatten(0, 1)[:count])
+    plan = methods.plan(case)
+    assert fit_of(plan, release.images[0]) < 1e-10 and fit_of(plan, release.images[1]) > 1e-3
+    single = methods.plan(dataclasses.replace(case, attack=dataclasses.replace(attack, samples=1)))
+    assert fit_of(single, release.images[0]) > 1e-3
+    near = (release.images[0] + 0.1 * torch.randn(release.images[0].shape, generator=torch.Generator().manual_seed(6))).clamp(0, 1)
+    matching = dataclasses.replace(plan.matching, start=lambda o, r: (near, None), lr=0.01)
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
+    assert float(rows["fit"]) < 0.2 * float(rows["first_fit"])
+    apart = [float((images - release.images[0]).square().mean()) for images in (rows["images"][0], near)]
+    assert apart[0] < apart[1]
+
+
+def test_without_noise_the_mean_over_draws_is_the_naive_attack(trained, monkeypatch):
+    run, found = trained
+    perturbation = found["learned"].training.defence.model.perturbation
+    monkeypatch.setattr(perturbation, "strength", 0.0)
+    monkeypatch.setattr(perturbation, "std_floor", 0.0)
+    made = []
+    for attack in (config.EotMatching(iterations=6, samples=3), config.NaiveMatching(iterations=6)):
+        plan = methods.plan(case_of((run, found), "learned", attack, released_loss="utility")[0])
+        made.append(attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0, dtype=torch.float64)))
+    for name in ("losses", "images"):
+        torch.testing.assert_close(made[0][name], made[1][name], rtol=1e-5, atol=1e-6)
+    assert (made[0]["loss"] < made[0]["losses"][:, 0]).all()
 
 
 def test_a_decoded_start_is_what_the_decoder_makes_of_the_true_latent(trained):

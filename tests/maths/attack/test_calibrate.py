@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from gidef.attack import Programs, calibrate, joint, run
+from gidef.attack import Programs, calibrate, joint, naive, run
 from gidef.attack.calibrate import Calibration, Candidate, _forget_peak, _seconds, _worth_trying, available_bytes, fitting
 from gidef.errors import InputError
 
@@ -68,9 +68,17 @@ def test_recording_and_compiling_are_tried_about_the_best_size_only():
     assert _worth_trying("compiled", sizes, []) == sizes
 
 
-def test_recording_and_compiling_count_and_so_does_the_padding_of_the_last_program():
-    assert _seconds(Candidate("traced", 8, 2.0, 3.0), 9, 100) == pytest.approx(3.0 + 16 * 0.2)
-    assert _seconds(Candidate("vmap", 8, 2.0, 0.5), 9, 100) == pytest.approx(0.5 + 9 * 0.2)
+def test_recording_and_compiling_count_and_so_does_the_padding_of_the_last_program(tiny):
+    settings = naive(iterations=99, **tiny.settings)
+    assert _seconds(Candidate("traced", 8, 2.0, 3.0), 9, settings) == pytest.approx(3.0 + 16 * 0.2)
+    assert _seconds(Candidate("vmap", 8, 2.0, 0.5), 9, settings) == pytest.approx(0.5 + 9 * 0.2)
+
+
+def test_halving_counts_the_starts_that_are_left_and_a_program_for_each_rung(tiny):
+    settings = naive(iterations=64, restarts=4, halving=2, **tiny.settings)
+    # three observations, two a chunk: 8, 4 and 2 of them in a program, until iterations 16, 32 and 64, and the last evaluation
+    assert _seconds(Candidate("traced", 9, 1.0, 3.0), 12, settings) == pytest.approx(3 * 3.0 + 1e-3 * (16 * 16 + 16 * 8 + 33 * 4))
+    assert _seconds(Candidate("vmap", 9, 1.0, 3.0), 12, settings) == pytest.approx(3.0 + 1e-3 * (16 * 12 + 16 * 6 + 33 * 3))
 
 
 def test_a_candidate_that_runs_out_of_memory_is_left_out_and_named(case):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
-from gidef.attack import drain, invert, joint, local_adam, local_sgd, naive
+from gidef.attack import averaged, drain, invert, joint, local_adam, local_sgd, naive
 from gidef.errors import InputError
 from gidef.types import Observation
 
@@ -94,6 +94,37 @@ def test_noise_of_one_epoch_recurs_in_every_epoch(tiny, name):
     assert all(torch.equal(tensor, spelt_out[key]) for key, tensor in once.items())
     with pytest.raises(InputError, match="noise of 3 steps"):
         simulate(params, {}, images, labels, torch.cat([noise, noise[:1]]))
+
+
+def test_the_average_over_draws_is_that_of_a_plain_loop(tiny):
+    model = tiny.Net(sigma=0.5)
+    params, simulate = tiny.weights(model), tiny.simulator(model)
+    _, images, labels = tiny.observe(simulate, params, size=2)
+    targets, draws = F.one_hot(labels, tiny.classes).double(), torch.stack([tiny.draw_noise(seed, 2) for seed in range(5)])
+    each = [simulate(params, {}, images, targets, draw) for draw in draws]
+    found = averaged(simulate)(params, {"draws": draws}, images, targets, None)
+    assert found.keys() == params.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, sum(one[name] for one in each) / 5)
+        assert not torch.allclose(tensor, each[0][name]), name
+
+    def slope(simulate, known, noise=None):
+        return grad(lambda x: sum(tensor.square().sum() for tensor in simulate(params, known, x, targets, noise).values()))(images)
+
+    def looped(params, known, x, targets, noise):
+        each = [simulate(params, {}, x, targets, draw) for draw in draws]
+        return {name: sum(one[name] for one in each) / 5 for name in each[0]}
+
+    torch.testing.assert_close(slope(averaged(simulate), {"draws": draws}), slope(looped, {}))
+
+
+def test_the_average_over_draws_hands_on_what_else_is_known(tiny):
+    def simulate(params, known, images, labels, noise):
+        assert known.keys() == {"factor"}
+        return {"w": known["factor"] * noise * images.sum()}
+
+    found = averaged(simulate)({}, {"draws": torch.tensor([1.0, 2.0, 6.0]), "factor": torch.tensor(10.0)}, torch.ones(2), None, None)
+    assert found["w"].item() == 60.0
 
 
 @pytest.mark.parametrize("noisy", [False, True])

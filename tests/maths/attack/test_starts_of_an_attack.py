@@ -1,11 +1,12 @@
 """Restarts, variants, halving, patience and couplings: which starts run how long, and which one is chosen. Tiny nets, float64."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 
-from gidef.attack import drain, joint, naive, plan, run, run_chunk, select
+from gidef.attack import Programs, drain, joint, naive, plan, run, run_chunk, select
 from gidef.errors import InputError
 
 DOUBLE = {"seed": 3, "dtype": torch.float64}
@@ -75,11 +76,57 @@ def test_a_failed_start_is_the_first_to_go(case, tiny):
     assert rows["failure"][best] != 0 and rows["iterations"][best] < 17 and int(rows["iterations"].max()) == 17
 
 
+class Counting(Programs):
+    """Counts what the inner steps evaluate: rows by width of the program, padding included."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = Counter()
+
+    def get(self, simulate, matching, dims, inputs, **options):
+        evaluate, width = super().get(simulate, matching, dims, inputs, **options), len(inputs[3])
+
+        def counted(*inputs):
+            self.rows[width] += width
+            return evaluate(*inputs)
+
+        return counted
+
+    @property
+    def recorded(self):
+        return len(self._made)
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap", "traced"])
 @pytest.mark.parametrize(("starts", "rate", "cost"), [(8, 2, 2.5), (16, 4, 2.5), (4, 2, 2.0)])
-def test_the_cost_of_halving_is_that_of_few_full_starts(case, starts, rate, cost):
-    settings = dataclasses.replace(case[2], restarts=starts, halving=rate, iterations=64)
-    rows = rows_of(case, tuple((0, s) for s in range(starts)), settings)
-    assert int(rows["iterations"].sum()) - 1 == pytest.approx(64 * cost, rel=0.15)
+def test_the_cost_of_halving_is_that_of_few_full_starts(case, mode, starts, rate, cost):
+    """What is evaluated costs, not what is reported: padding counts."""
+    settings, counting = dataclasses.replace(case[2], restarts=starts, halving=rate, iterations=64), Counting()
+    rows = rows_of(case, tuple((0, s) for s in range(starts)), settings, mode=mode, at_once=starts, programs=counting)
+    assert int(rows["iterations"].sum()) == counting.rows.total()
+    assert counting.rows.total() - 1 == pytest.approx(64 * cost, rel=0.15)
+
+
+def test_survivors_of_all_chunks_share_a_program_a_rung_and_a_short_chunk_is_padded_to_it(case):
+    settings, counting = dataclasses.replace(case[2], restarts=4, halving=2), Counting()
+    observations, simulate, _ = case
+    found = run(observations, lambda: simulate, settings, at_once=10, mode="traced", programs=counting, **DOUBLE)
+    # chunks of two observations and of one; rungs at 4 and 8 of 16 iterations, and the last evaluation
+    assert counting.rows == {8: 2 * 8 * 4, 4: 2 * 4 * 4, 2: 2 * 2 * 9} and counting.recorded == 3
+    plain = run(observations, lambda: simulate, settings, at_once=10, **DOUBLE)
+    for one, other in zip(found, plain, strict=True):
+        assert one.restart == other.restart and one.iterations == other.iterations
+        torch.testing.assert_close(one.images, other.images, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("at_once", "starts", "rows"), [(3, 4, {2: 2 * 2 * 4 + 2 * 4, 1: 9}), (5, 9, {5: 2 * 5 + 5, 3: 2 * 3, 2: 4 * 2, 1: 9})])
+def test_more_starts_than_fit_at_once_run_in_equal_turns(case, at_once, starts, rows):
+    settings, counting = dataclasses.replace(case[2], restarts=starts, halving=2), Counting()
+    turns = rows_of(case, tuple((0, s) for s in range(starts)), settings, mode="traced", at_once=at_once, programs=counting)
+    whole = rows_of(case, tuple((0, s) for s in range(starts)), settings)
+    assert max(counting.rows) <= at_once and torch.equal(turns["iterations"], whole["iterations"])
+    torch.testing.assert_close(turns["images"], whole["images"], rtol=1e-5, atol=1e-6)
+    assert counting.rows == rows
 
 
 def test_progress_counts_every_iteration_that_is_done_or_given_up(case):
