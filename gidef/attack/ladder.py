@@ -31,12 +31,12 @@ class Rung:
     def words(self) -> str:
         if self.large:
             return "one attack at a time on the module itself, with activation checkpointing"
-        form = "" if self.form == "double_backward" else f", {self.form.replace('_', ' ')} instead of double backward"
+        form = "" if self.form == "double_backward" else f", {self.form.replace('_', ' ')} instead of double backward, which finds less where there are ReLUs"
         return f"{self.at_once} attack{'s' if self.at_once > 1 else ''} at once, {self.precision}{form}"
 
 
 def rungs(matching: Matching, simulate: Simulate, at_once: int, precision: str, *, large: bool) -> list[Rung]:
-    """From the asked way down: half as many at once and so on to one, bfloat16, no second derivatives, the module itself."""
+    """From the asked way down: half as many at once and so on to one, bfloat16, the module itself; in its place, where there is none, no second derivatives."""
     if matching.coupling is not None:  # its starts are one program
         found = [Rung(at_once, precision, matching.form)]
     else:
@@ -47,9 +47,11 @@ def rungs(matching: Matching, simulate: Simulate, at_once: int, precision: str, 
     last = found[-1].at_once
     if precision != "bfloat16_all":
         found.append(Rung(last, "bfloat16_all", matching.form))
+    if large:
+        return [*found, Rung(1, "float32", "central_difference", large=True)]
     if matching.form == "double_backward" and callable(getattr(simulate, "loss", None)):
         found += [Rung(last, "float32", "central_difference"), Rung(last, "bfloat16_all", "central_difference")]
-    return [*found, Rung(1, "float32", "central_difference", large=True)] if large else found
+    return found
 
 
 def climb(
@@ -68,8 +70,9 @@ def climb(
     """`run_chunk`, and the same with less each time that memory runs out.
 
     The chunk then begins anew, so that its result does not depend on where it ran out. In order: half of the attacks at once, down to one;
-    parameters, targets and the client's pass in bfloat16; the central difference, which needs no second derivatives, if the simulator carries
-    its loss, in float32 and in bfloat16; `large`, the attack on the module itself with activation checkpointing (see large.py).
+    parameters, targets and the client's pass in bfloat16; `large`, the attack on the module itself with activation checkpointing (see large.py).
+    Where there is no such form: the central difference, which needs no second derivatives, if the simulator carries its loss, in float32 and in
+    bfloat16. In a program it moves kinks, and finds less where there are ReLUs (`recipes/bench/first_order.py`); on the module they are held.
 
     Args:    notice: is told once of each step down.  large: large(chunk) runs these attacks as `invert_large` does.
              The rest as `run_chunk`.

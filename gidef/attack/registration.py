@@ -292,10 +292,14 @@ def _overlap_correlation(moving: Tensor, fixed: Tensor, transforms: Tensor, reac
     def centred(images: Tensor) -> Tensor:
         return ((images - (images * seen).sum((-2, -1), keepdim=True) / area) * seen).flatten(1)
 
+    def power(images: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:  # what rounding leaves of a constant is no image: it correlates with anything
+        found, rounding = images.square().sum(1), 64 * torch.finfo(of.dtype).eps * of.flatten(1).abs().amax(1)
+        return found, found <= images.shape[1] * rounding.square()
+
     left, right = centred(shown), centred(fixed)
-    powers = left.square().sum(1) * right.square().sum(1)
-    empty = powers <= (left.shape[1] * (8 * torch.finfo(left.dtype).eps) ** 2) ** 2
-    correlation = (left * right).sum(1) / torch.where(empty, 1.0, powers).sqrt()
+    (strong, flat), (bright, plain) = power(left, shown), power(right, fixed)
+    empty = flat | plain
+    correlation = (left * right).sum(1) / torch.where(empty, 1.0, strong * bright).sqrt()
     enough = seen.mean((-3, -2, -1)) >= 0.25  # of the image; a sliver may correlate by chance
     return torch.where(empty | ~enough, 0.0, correlation)
 

@@ -87,7 +87,7 @@ def test_then_parameters_and_targets_in_bfloat16(case):
     torch.testing.assert_close(rows["losses"][:, 0], plain["losses"][:, 0], rtol=0.05, atol=0)
 
 
-def test_then_without_second_derivatives_and_at_last_the_module_itself(case):
+def test_at_last_the_module_itself_or_where_there_is_none_without_second_derivatives(case):
     _, simulate, loss, _ = case
     rows, told = climbed(case, hungry(simulate, loss, most=0))
     assert "central difference instead of double backward" in told[-1] and (rows["loss"] < rows["losses"][:, 0]).all()
@@ -102,6 +102,7 @@ def test_then_without_second_derivatives_and_at_last_the_module_itself(case):
     never.loss = never
     rows, told = climbed(case, never, large=large)
     assert rows == {"of": CHUNK} and "on the module itself" in told[-1]
+    assert not any("central difference" in step for step in told), "that finds less, and the module form does not"
     with pytest.raises(torch.OutOfMemoryError):
         climbed(case, never)
 

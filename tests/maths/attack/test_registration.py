@@ -104,8 +104,17 @@ def test_equal_constant_and_broken_images_are_left_where_they_are():
         [pictures[0], torch.full_like(pictures[1], 0.3), pictures[2].clone().index_fill_(1, torch.tensor([3]), torch.nan), pictures[3]]
     )
     fixed = torch.stack([pictures[0], pictures[1], pictures[2], torch.zeros_like(pictures[3])])
-    found = register(moving, fixed, max_shift=4, affine=True)
-    assert torch.equal(found, torch.eye(2, 3, dtype=torch.float64).expand(4, 2, 3))
+    for dtype in (torch.float64, torch.float32):
+        found = register(moving.to(dtype), fixed.to(dtype), max_shift=4, affine=True)
+        assert torch.equal(found, torch.eye(2, 3, dtype=dtype).expand(4, 2, 3))
+
+
+def test_what_rounding_leaves_of_a_constant_image_is_registered_to_nothing():
+    pictures = photographs(2)
+    nearly = 0.3 + 4 * torch.finfo(torch.float64).eps * (pictures - pictures.mean())
+    assert nearly.std() > 0
+    for moving, fixed in ((nearly, pictures.roll(2, -1)), (pictures.roll(2, -1), nearly)):
+        assert torch.equal(register(moving, fixed, max_shift=4, affine=True), torch.eye(2, 3, dtype=torch.float64).expand(2, 2, 3))
 
 
 def test_warping_by_whole_pixels_moves_pixels_and_marks_what_was_not_seen():
