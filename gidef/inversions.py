@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,14 +281,15 @@ def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tup
     return tensors, meta
 
 
-def failures(cell: Cell, error: str) -> list[Reconstruction]:
-    """A failure, mid-grey, for each of a cell's observations, with the labels that its threat model grants (zeros where it grants none)."""
+def failures(cell: Cell, error: str, victims: Sequence[int] | None = None) -> list[Reconstruction]:
+    """A failure, mid-grey, for each of a cell's observations, or for some, with the labels that its threat model grants (zeros where it grants none)."""
     granted = getattr(cell.attack, "labels", "known") == "known"
+    some = range(len(cell.victims.rows)) if victims is None else victims
     return [
         Reconstruction(
             torch.full(images.shape, 0.5), (labels if granted else torch.zeros_like(labels)).cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=error
         )
-        for images, labels in zip(cell.victims.images, cell.victims.labels, strict=True)
+        for images, labels in ((cell.victims.images[victim], cell.victims.labels[victim]) for victim in some)
     ]  # fmt: skip
 
 

@@ -642,7 +642,7 @@ def test_an_imprint_block_gives_images_away_by_gradients_and_by_deltas_of_severa
     assert config.problems(recipe) == []
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     [cell] = cells_of(run, found, tmp_path)
-    [one] = applications._imprinted(run, cell, lambda units: None)
+    [one] = applications._imprinted(run, cell)(range(len(cell.victims.rows)), lambda units: None)
     truth = cell.victims.images[0]
     apart = (one.images[:, None].clamp(0, 1) - truth[None].to(one.images)).square().mean((2, 3, 4)).amin(0)
     assert one.status == "ok" and int((-10 * apart.clamp(min=1e-12).log10() > least_db).sum()) >= 3
