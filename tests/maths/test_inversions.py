@@ -355,6 +355,11 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     applications.collect(run, learned)
     text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
     assert {one.error for one in learned.reconstructions} == {text}
+    [decoder] = [cell for cell in cells if cell.name == "decoder"]
+    fits.collect_decoded(run, decoder)
+    for cell, error in ((learned, text), (decoder, "the decoder could not be trained: RuntimeError: no kernel for this")):
+        told = [(one["observation"], one["start"], one["status"], one["iterations"], one["error"]) for one in cell.attempts]
+        assert told == [(observation, 0, "failed", 0, error) for observation in range(4)]
 
 
 def test_the_first_look_on_a_cpu_takes_as_many_at_once_as_fit_beside_the_other_workers(trained, tmp_path, monkeypatch):
