@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,57 +30,112 @@ from gidef.types import Observation, Reconstruction
 
 GAIN = 0.1
 """Of the imprint block's pattern where clients take several steps, in which its weights are hardly to move."""
-Invert = Callable[[Run, Cell, Callable[[float], None]], list[Reconstruction]]
-"""invert(run, cell, report): what an attack makes of all of a cell's observations; it reports often, so that it can be stopped."""
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """prepare(run, cell): what a task makes once, for itself.  at_once: victims of a task, which are lost together at a kill.  cost(cell, victims): of a task."""
+
+    prepare: Callable[[Run, Cell], fits.Invert]
+    at_once: int
+    cost: Callable[[Cell, int], float]
 
 
 def tasks(run: Run, cells: list[Cell]) -> list[Task]:
-    """One per cell that has such an attack."""
-    attacks: dict[type, tuple[Invert, Callable[[Cell], float]]] = {
-        config.Analytic: (_analytic, lambda cell: 100.0),
-        config.ImprintServer: (_imprinted, lambda cell: 100.0),
-        config.LearnedInversion: (fits.learned, lambda cell: 50.0),
-        config.LatentDecoding: (fits.latent, lambda cell: float(cell.attack.iterations)),
-    }
+    """One per slice of the victims of each cell that has such an attack."""
     found = []
     for cell in cells:
-        if type(cell.attack) in attacks:
-            invert, cost = attacks[type(cell.attack)]
-            found.append(Task(cell.label, cost(cell), _path(cell), _doer(run, cell, invert)))
+        if kind := KINDS.get(type(cell.attack)):
+            found += [_task(run, cell, kind, victims) for victims in _slices(cell, kind)]
     return found
 
 
-def _doer(run: Run, cell: Cell, invert: Invert) -> Callable[..., None]:
-    def do(worker: int, report: Callable[[float], None]) -> None:
-        began = time.perf_counter()
-        try:
-            found = sound(invert(run, cell, report))
-        except StorageError:
-            raise
-        except Exception as error:  # of the model's code or the device: this attack failed, which is a result; the others go on
-            text = worded(error)
-            run.console.notice(f"{cell.label}: the attack failed: {text}")
-            found = failures(cell, text)
-        tensors = {"images": torch.stack([one.images for one in found]), "labels": torch.stack([one.labels for one in found])}
-        told = [{"loss": one.loss, "status": one.status, "error": one.error} for one in found]
-        save_file(_path(cell), {name: tensor.cpu() for name, tensor in tensors.items()}, {"mark": mark(run, cell), "seconds": time.perf_counter() - began, "told": told})
+def _slices(cell: Cell, kind: _Kind) -> list[range]:
+    """The same on any number of ranks, so that another number of them takes up what is there."""
+    count = len(cell.victims.rows)
+    return [range(first, min(first + kind.at_once, count)) for first in range(0, count, kind.at_once)]
 
-    return do
+
+def _task(run: Run, cell: Cell, kind: _Kind, victims: range) -> Task:
+    cost, path = kind.cost(cell, len(victims)), _path(cell, victims)
+
+    def do(worker: int, report: Callable[[float], None]) -> None:
+        began, reported = time.perf_counter(), 0.0
+
+        def advance(units: float) -> None:
+            nonlocal reported
+            units = min(units, cost - reported)
+            reported += units
+            report(units)
+
+        found = _found(run, cell, kind, victims, advance)
+        advance(cost)
+        attempts = [_attempts(cell, victim, one) for victim, one in zip(victims, found, strict=True)]
+        told = [{name: getattr(one, name) for name in ("loss", "status", "error", "iterations")} for one in found]
+        told = [values | {"restart": one.restart if one.restart_iterations is not None else 0} for values, one in zip(told, found, strict=True)]
+        meta = {"mark": mark(run, cell), "seconds": time.perf_counter() - began, "told": told, "attempts": sum(attempts, [])}
+        save_file(path, {name: torch.stack([getattr(one, name).cpu() for one in found]) for name in ("images", "labels")}, meta)
+
+    return Task(f"{cell.label} {victims.start}", cost, path, do)
+
+
+def _found(run: Run, cell: Cell, kind: _Kind, victims: range, report: Callable[[float], None]) -> list[Reconstruction]:
+    """One for each victim. Where an attack on several raises, each is attacked by itself: it may be the fault of one alone."""
+    invert = _or_why(lambda: kind.prepare(run, cell))
+
+    def inverted(some: Sequence[int]) -> list[Reconstruction] | str:
+        return invert if isinstance(invert, str) else _or_why(lambda: sound(invert(some, report)))
+
+    parts = [(victims, inverted(victims))]
+    if isinstance(parts[0][1], str) and len(victims) > 1:
+        parts = [([victim], inverted([victim])) for victim in victims]
+    errors = [text for _, text in parts if isinstance(text, str)]
+    for text in dict.fromkeys(errors):
+        run.console.notice(f"{cell.label}: {errors.count(text)} attacks failed: {text}")
+    return [one for some, result in parts for one in (failures(cell, result, some) if isinstance(result, str) else result)]
+
+
+def _or_why(do: Callable[[], Found]) -> Found | str:
+    """What it returns, or why there is nothing."""
+    try:
+        return do()
+    except StorageError:
+        raise
+    except Exception as error:  # of the model's code or the device: these attacks failed, which is a result; the others go on
+        return worded(error)
+
+
+def _attempts(cell: Cell, victim: int, one: Reconstruction) -> list[dict[str, Any]]:
+    """One per start. Of the start that was kept, the loss is that of the result."""
+    found = []
+    for start in range(getattr(cell.attack, "restarts", 1)):
+        attempt = {"observation": victim, "start": start, "iterations": one.iterations, "status": one.status, "error": one.error, "loss": one.loss, "fit": one.fit}
+        if one.restart_iterations is not None:
+            attempt["iterations"] = int(one.restart_iterations[start])
+            if start != one.restart and one.status == "ok":
+                attempt["loss"] = float(one.restart_losses[start])
+                if not math.isfinite(attempt["loss"]):
+                    attempt |= {"status": "failed", "error": "no latent was found from this start: its loss became infinite"}
+        found.append(attempt)
+    return found
 
 
 def collect(run: Run, cell: Cell) -> None:
-    """Read a cell's results from the file of whoever computed them."""
+    """Read a cell's results from the files of whoever computed them."""
     source = cell.twin or cell
-    tensors, meta = load_marked(_path(source), mark(run, source))
-    cell.seconds += meta["seconds"] if cell.twin is None else 0.0
-    cell.reconstructions = [
-        Reconstruction(images=images, labels=labels, losses=torch.zeros(1), **told)
-        for images, labels, told in zip(tensors["images"], tensors["labels"], meta["told"], strict=True)
-    ]
+    own = mark(run, source)
+    cell.reconstructions, cell.attempts = [], []
+    for victims in _slices(source, KINDS[type(source.attack)]):
+        tensors, meta = load_marked(_path(source, victims), own)
+        cell.seconds += meta["seconds"] if cell.twin is None else 0.0
+        cell.reconstructions += [
+            Reconstruction(images=images, labels=labels, losses=torch.zeros(1), **told)
+            for images, labels, told in zip(tensors["images"], tensors["labels"], meta["told"], strict=True)
+        ]
+        cell.attempts += [{**attempt, "seconds": meta["seconds"] / len(meta["attempts"]), "mark": own[:16]} for attempt in meta["attempts"]]
     if isinstance(cell.attack, config.LatentDecoding):
         cell.note = "; ".join(filter(None, (note_of(run, cell.trained, cell.attack), _residual(cell))))
-    own = mark(run, source)[:16]
-    cell.attempts = [{"observation": number, "start": 0, "mark": own, **told} for number, told in enumerate(meta["told"])]
 
 
 def _residual(cell: Cell) -> str:
@@ -90,8 +147,8 @@ def _residual(cell: Cell) -> str:
     return ", ".join(said)
 
 
-def _path(cell: Cell) -> Path:
-    return cell.folder / "reconstructed.safetensors"
+def _path(cell: Cell, victims: range) -> Path:
+    return cell.folder / f"reconstructed-{victims.start:05d}-{len(victims):03d}.safetensors"
 
 
 def without_closed_form(run: Run, cells: list[Cell]) -> dict[str, str]:
@@ -109,20 +166,22 @@ def without_closed_form(run: Run, cells: list[Cell]) -> dict[str, str]:
     return {defence: reason for defence, reason in found.items() if reason}
 
 
-def _analytic(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
+def _analytic(run: Run, cell: Cell) -> fits.Invert:
     """A4, on everything that is released."""
-    dataset, victims = run.setting.dataset, cell.victims
-    model = copy.deepcopy(cell.trained.training.defence.model).cpu()
+    dataset, defence = run.setting.dataset, cell.trained.training.defence
+    model = copy.deepcopy(defence.model).cpu()
     names = dict(model.named_parameters())
-    found = []
-    for update, labels in zip(victims.updates, victims.labels, strict=True):
-        report(100.0 / len(victims.updates))
-        params, seen = ({n: t.cpu() for n, t in tensors.items() if n in names} for tensors in (cell.snapshot.params, update))
+    params = {n: t.cpu() for n, t in cell.snapshot.params.items() if n in names}
+    load_parameters(model, {**defence.initial_model(), **params})
+
+    def one(victim: int) -> Reconstruction:
+        labels = cell.victims.labels[victim]
+        seen = {n: t.cpu() for n, t in cell.victims.updates[victim].items() if n in names}
         granted = labels.cpu() if cell.attack.labels == "known" else None
         observation = Observation(params, seen, len(labels), kind=run.recipe.evaluation.release, labels=granted)
-        load_parameters(model, {**cell.trained.training.defence.initial_model(), **params})
-        found.append(analytic(observation, model, image_shape=dataset.image_shape, num_classes=dataset.num_classes))
-    return found
+        return analytic(observation, model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+
+    return _one_by_one(one)
 
 
 class _Behind(nn.Module):
@@ -139,7 +198,7 @@ class _Behind(nn.Module):
         return model(block(images), *inputs)
 
 
-def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
+def _imprinted(run: Run, cell: Cell) -> fits.Invert:
     """A11: the clients compute their gradient with the imprint block before their model; all of it goes through the defence, and no label is granted. Or a
     delta, in whose steps block and model move, with the sparse block, of which a row goes on seeing the images of its own bin alone."""
     dataset, bins, defence, evaluation = run.setting.dataset, cell.attack.bins, cell.trained.training.defence, run.recipe.evaluation
@@ -156,19 +215,40 @@ def _imprinted(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Re
     def loss(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None) -> Tensor:
         return simulate.loss({name: own[name] for name in of_model}, known, functional_call(block, {name: own[name] for name in sent}, (x,)), y, e)
 
-    victims, found = cell.victims, []
-    for images, labels, owner, noise, private in zip(victims.images, victims.labels, victims.owners, victims.noise, victims.private, strict=True):
-        report(100.0 / len(victims.updates))
+    def one(victim: int) -> Reconstruction:
+        victims = cell.victims
+        labels, private = victims.labels[victim], victims.private[victim]
         images, targets = observe.trained_on(
-            run, cell.trained, cell.snapshot, images, labels, owner=owner, private=private, batch=len(found), seed=cell.seed
+            run, cell.trained, cell.snapshot, victims.images[victim], labels, owner=victims.owners[victim], private=private, batch=victim, seed=cell.seed
         )  # fmt: skip
         known = {**private, **cell.snapshot.params}
-        drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, len(found))
+        drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, victim)
         step = defence.stepped(lambda: grad(loss), generator=drawn)()
         step = observe.local_training(run, step) if delta else step
-        update = step(weights, known, images, targets, noise)
+        update = step(weights, known, images, targets, victims.noise[victim])
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)
         observation = Observation(weights, update, len(labels), kind=evaluation.release)
-        found.append(invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta))
-    return found
+        return invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta)
+
+    return _one_by_one(one)
+
+
+def _one_by_one(one: Callable[[int], Reconstruction]) -> fits.Invert:
+    def invert(victims: Sequence[int], report: Callable[[float], None]) -> list[Reconstruction]:
+        found = []
+        for victim in victims:
+            report(0.0)
+            found.append(one(victim))
+        return found
+
+    return invert
+
+
+KINDS = {
+    config.Analytic: _Kind(_analytic, 4, lambda cell, victims: 10.0 * victims),
+    config.ImprintServer: _Kind(_imprinted, 8, lambda cell, victims: 10.0 * victims),
+    config.LearnedInversion: _Kind(fits.learned, 64, lambda cell, victims: float(victims)),
+    config.LatentDecoding: _Kind(fits.latent, fits.LATENTS_AT_ONCE, lambda cell, victims: float(cell.attack.iterations * cell.attack.restarts)),
+}
+"""By the attack's type."""

@@ -59,7 +59,9 @@ class Cell:
     releases: list[observe.Victims] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """One per attack: observation, start, seed, iterations, status, error, loss, fit, seconds of its chunk."""
+    """One per observation and start: observation, start, iterations, status, error, loss, fit, seconds (its share of its chunk's), mark. iterations: of
+    a search; the steps of the network's training for A7 and A12, whose victims share it; 0 for closed forms (A4, A11's bins), for a start that was not
+    needed, and where the program raised."""
     failure: str = ""
     """Why none of its attacks could begin; they are failed rows."""
     calibration: Calibration | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ from gidef.models.prior import Generator, autoencoder_for, gan_for
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run
 from gidef.types import Observation, Reconstruction, Tensors
+
+Invert = Callable[[Sequence[int], Callable[[float], None]], list[Reconstruction]]
+"""invert(victims, report): what an attack makes of the observations of these numbers, one for each; it reports often, so that it can be stopped."""
+LATENTS_AT_ONCE = 16
+"""Observations of A5 in a task, and attacks in one program unless asked for otherwise."""
 
 
 def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit: Callable[[Callable[[float], None]], Tensors]) -> Task:
@@ -174,11 +180,13 @@ def decoder_task(run: Run, cell: Cell) -> Task:
 
 
 def collect_decoded(run: Run, cell: Cell) -> None:
-    """Read what a post-hoc decoder made of the latents."""
+    """Read what a post-hoc decoder made of the latents. Its attempts' iterations are the steps of the decoder's training, which they share; 0 if that failed."""
+    own = mark(run, cell.twin or cell)
     try:
-        tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", mark(run, cell.twin or cell))
+        tensors, meta = load_marked((cell.twin or cell).folder / "decoded.safetensors", own)
     except Unfit as error:
         cell.reconstructions = failures(cell, worded(error))
+        cell.attempts = _decodings(cell, seconds=0.0, iterations=0, own=own)
         return
     cell.seconds += meta["seconds"] if cell.twin is None else 0.0
     if "in_loop" in tensors and tensors["in_loop"].isfinite().all():
@@ -188,6 +196,15 @@ def collect_decoded(run: Run, cell: Cell) -> None:
         Reconstruction(images=batch, labels=labels.cpu(), loss=0.0, losses=torch.zeros(1))
         for batch, labels in zip(tensors["images"], cell.victims.labels, strict=True)
     ])
+    cell.attempts = _decodings(cell, seconds=meta["seconds"], iterations=cell.attack.steps, own=own)
+
+
+def _decodings(cell: Cell, *, seconds: float, iterations: int, own: str) -> list[dict[str, Any]]:
+    """A12's attempts: one per observation, of its share of the seconds."""
+    common = {"start": 0, "iterations": iterations, "fit": math.nan, "seconds": seconds / len(cell.reconstructions), "mark": own[:16]}
+    return [
+        {"observation": number, "status": one.status, "error": one.error, "loss": one.loss, **common} for number, one in enumerate(cell.reconstructions)
+    ]
 
 
 def surrogate_path(run: Run, cell: Cell) -> Path:
@@ -259,18 +276,22 @@ def inverter_task(run: Run, cell: Cell) -> Task:
     return _task(run, f"{cell.label}: inverter", "the inverter", cost, path, mark(run, cell), fit)
 
 
-def learned(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
-    """A7, with the network that was trained for it."""
+def learned(run: Run, cell: Cell) -> Invert:
+    """A7, with the network that was trained for it; its iterations are the steps of that training, which all victims share."""
     inverter = _inverter(run, cell)
     inverter.load_state_dict(load_marked(cell.folder / "inverter.safetensors", mark(run, cell), run.world.device)[0])
     params, known = _seen_by_network(run, cell)
-    granted = cell.attack.labels == "known"
-    seen = [
-        Observation(params, {name: update[name] for name in params}, len(labels), labels=labels if granted else None, known=known)
-        for update, labels in zip(cell.victims.updates, cell.victims.labels, strict=True)
-    ]
-    report(50.0)
-    return invert_learned(seen, inverter)
+
+    def invert(victims: Sequence[int], report: Callable[[float], None]) -> list[Reconstruction]:
+        found = []
+        for victim in victims:
+            report(1.0)
+            update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
+            granted = labels if cell.attack.labels == "known" else None
+            found += invert_learned([Observation(params, {name: update[name] for name in params}, len(labels), labels=granted, known=known)], inverter)
+        return [dataclasses.replace(one, iterations=cell.attack.steps) for one in found]
+
+    return invert
 
 
 # --- A5: the latent, then a decoder --------------------------------------------------------------------------------------
@@ -308,23 +329,27 @@ def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
     return decoder_for(model.latent_shape, model.channel_dim, run.setting.dataset.image_shape, size="posthoc", seed=seed).to(run.world.device)
 
 
-def latent(run: Run, cell: Cell, report: Callable[[float], None]) -> list[Reconstruction]:
+def latent(run: Run, cell: Cell) -> Invert:
     """A5: the latent by the predictor's released gradient, then the decoder that was trained for it."""
     decoder = _latent_decoder(run, cell)
     decoder.load_state_dict(load_marked(cell.folder / "latent-decoder.safetensors", mark(run, cell), run.world.device)[0])
-    predictor = Predictor(cell.trained.training.defence.model)
-    granted = cell.attack.labels == "known"
-    seen = [
-        Observation(
-            {name: cell.snapshot.params[name] for name in predictor.names}, {name: update[name] for name in predictor.names}, len(labels),
-            labels=labels if granted else None,
-        )
-        for update, labels in zip(cell.victims.updates, cell.victims.labels, strict=True)
-    ]  # fmt: skip
-    running = invert_latent(
-        seen, predictor, decoder.eval(), seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, device=run.world.device
-    )
-    return _follow(running, report)
+    decoder, predictor = decoder.eval(), Predictor(cell.trained.training.defence.model)
+    params = {name: cell.snapshot.params[name] for name in predictor.names}
+    at_once = run.recipe.speed.attacks_at_once or LATENTS_AT_ONCE
+
+    def invert(victims: Sequence[int], report: Callable[[float], None]) -> list[Reconstruction]:
+        seen = []
+        for victim in victims:
+            update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
+            granted = labels if cell.attack.labels == "known" else None
+            seen.append(Observation(params, {name: update[name] for name in predictor.names}, len(labels), labels=granted))
+        running = invert_latent(
+            seen, predictor, decoder, seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, at_once=at_once,
+            device=run.world.device, numbers=victims,
+        )  # fmt: skip
+        return _follow(running, report)
+
+    return invert
 
 
 # --- A8: a generator of public images ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def in_groups(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str
     slices (FSDP2), into files as those of `matching_tasks`, to which all other attacks are left. All ranks call this together.
 
     The observed update and the weights lie whole on each rank; the network that is attacked, its gradients and what is moved are in slices. Images agree
-    with those of one rank but for rounding. An error of one rank ends the run, as in training.
+    with those of one rank but for rounding. An InputError, which all ranks of a group meet before their first collective, fails that victim alone; any
+    other error ends the run, as in training: it may be one rank's, and the others would wait for it inside of a collective.
     """
     mesh = run.world.mesh
     for cell in cells:
@@ -96,15 +97,27 @@ def in_groups(run: Run, cells: Iterable[Cell], fitted: Callable[[Cell], dict[str
             for observation in mine:
                 began, chunk = time.perf_counter(), tuple((observation, start) for start in starts)
                 running = invert_large(plan.observations[observation], module, plan.matching, seed=cell.seed, chunk=chunk, checkpointing=recomputable(module))
+                refused = ""
                 while True:
                     try:
                         bar.update(over + int(next(running).done))
                     except StopIteration as end:
                         result = end.value
                         break
+                    except StorageError:
+                        raise
+                    except InputError as error:
+                        refused, result = worded(error), attacks.broken(chunk, plan.observations, plan.matching)
+                        break
+                told = mesh.shard.all_gather_json(refused)
+                if any(text != refused for text in told):
+                    raise RuntimeError(f"{cell.label}: the ranks of a group disagree on whether the attack on victim {observation} failed: {told}")
+                if refused:
+                    run.console.notice(f"{cell.label}: {len(chunk)} attacks failed: {refused}")
+                errors = {f"{victim},{start}": refused for victim, start in chunk} if refused else {}
                 over += len(starts) * plan.matching.iterations
                 if mesh.shard.rank == 0:
-                    meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": {}, "mode": "groups", "at_once": 1}
+                    meta = {"mark": own, "attacks": [list(one) for one in chunk], "seconds": time.perf_counter() - began, "errors": errors, "mode": "groups", "at_once": 1}
                     save_file(cell.folder / f"attacks-{observation:05d}-000-{len(chunk):04d}.safetensors", result, meta)
         run.world.barrier()
 
@@ -278,14 +291,15 @@ def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tup
     return tensors, meta
 
 
-def failures(cell: Cell, error: str) -> list[Reconstruction]:
-    """A failure, mid-grey, for each of a cell's observations, with the labels that its threat model grants (zeros where it grants none)."""
+def failures(cell: Cell, error: str, victims: Sequence[int] | None = None) -> list[Reconstruction]:
+    """A failure, mid-grey, for each of a cell's observations, or for some, with the labels that its threat model grants (zeros where it grants none)."""
     granted = getattr(cell.attack, "labels", "known") == "known"
+    some = range(len(cell.victims.rows)) if victims is None else victims
     return [
         Reconstruction(
             torch.full(images.shape, 0.5), (labels if granted else torch.zeros_like(labels)).cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=error
         )
-        for images, labels in zip(cell.victims.images, cell.victims.labels, strict=True)
+        for images, labels in ((cell.victims.images[victim], cell.victims.labels[victim]) for victim in some)
     ]  # fmt: skip
 
 

@@ -113,6 +113,7 @@ class Reconstruction:
     status: "ok", or "failed" with the reason in `error`; a failed attack's images are mid-grey.
     fit, first_fit: distance of the matched updates at the end and at the start; NaN for attacks that match nothing.
     iterations: evaluated.  snapshots: float16 (S, B, C, H, W), the best candidates on the way, for the evaluator's curves.
+    restart_iterations: int64 (restarts,), evaluated for each start; None where they are as many for all.
     """
 
     images: Tensor
@@ -128,6 +129,7 @@ class Reconstruction:
     first_fit: float = float("nan")
     iterations: int = 0
     snapshots: Tensor | None = None
+    restart_iterations: Tensor | None = None
 
 
 def check_same_names(left: Tensors, right: Tensors, what: str) -> None:

@@ -31,7 +31,8 @@ from gidef.types import Observation, Reconstruction, Tensors
 
 class Matched(NamedTuple):
     """latents: (O, B, *latent), of the best start by the attacker's own loss.  loss: (O,), of it, ∞ where every start failed.
-    losses: (O, starts), the lowest of each.  curve: (O, points), of the best start.  restart: int64 (O,), which it is.  labels: int64 (O, B)."""
+    losses: (O, starts), the lowest of each.  curve: (O, points), of the best start.  restart: int64 (O,), which it is.  labels: int64 (O, B).
+    iterations: int64 (O, starts), evaluated for each; none for a start that was not needed, or of an update that cannot be matched."""
 
     latents: Tensor
     loss: Tensor
@@ -39,13 +40,14 @@ class Matched(NamedTuple):
     curve: Tensor
     restart: Tensor
     labels: Tensor
+    iterations: Tensor
 
 
 def match_latent(
     observations: Sequence[Observation], predictor: Predictor, *, seed: int, iterations: int = 400, restarts: int = 1, lr: float = 0.1,
     distance: Literal["cosine", "l2"] = "cosine", kink_width: tuple[float, float] | None = (1.0, 0.02), start_scale: float = 0.5,
     at_once: int = 16, mode: Literal["vmap", "loop"] = "vmap", dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu", every: int = 20,
+    device: torch.device | str = "cpu", every: int = 20, numbers: Sequence[int] | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Search the latents whose gradient of φ is the observed one; yields the iterations done, over all chunks.
 
@@ -59,6 +61,7 @@ def match_latent(
              start_scale: deviation of the first z. What the gradient does not tell (behind a pooling layer, differences within a window)
              stays about as it began, so that small starts give latents of small norm.
              at_once: attacks in one program.  every: iterations between reports.
+             numbers: of the observations, from which they draw, whatever others are attacked with them; None counts them from 0.
     Returns: Matched, on the CPU, in `dtype`.
     Raises:  InputError if observations differ in sizes, lack the predictor's tensors, or labels can neither be had nor recovered.
     Source:  gradient matching (Zhu et al. 2019, arXiv:1906.08935; Geiping et al. 2020), with the latent for the image.
@@ -67,7 +70,7 @@ def match_latent(
         raise InputError(f"restarts={restarts}, iterations={iterations}, at_once={at_once}, lr={lr}: expected at least 1, 0 and 1, and lr above 0.")
     if distance == "l2" and any(observation.kind == "delta" for observation in observations):
         raise InputError('a delta has an unknown step size: match it by distance="cosine".')
-    size = _check(observations, predictor)
+    size, numbers = _check(observations, predictor), _numbered(observations, numbers)
     cast, names, shape = {"device": torch.device(device), "dtype": dtype}, predictor.names, predictor.latent_shape
     labels, told = _labels(observations, predictor.num_classes)
     predictor.to(**cast)
@@ -78,14 +81,14 @@ def match_latent(
             update = predictor.gradient(params, z, labels)
         return _distance(distance, update, target, scale)
 
-    latents, losses, curves, done = [], [], [], 0
+    latents, losses, curves, spent, done = [], [], [], [], 0
     for first in range(0, len(attacks), at_once):
         chunk = attacks[first : first + at_once]
         rows = torch.tensor([index for index, _ in chunk])
         params, dims = _gathered([observations[index].params for index, _ in chunk], names, cast)
         target, scale, alive = _targets([observations[index] for index, _ in chunk], names, cast)
         alive = alive & told[rows].to(alive.device)
-        z = start_scale * torch.stack([torch.randn((size, *shape), generator=generator(seed, "latent", *attack)) for attack in chunk]).to(**cast)
+        z = start_scale * torch.stack([torch.randn((size, *shape), generator=generator(seed, "latent", numbers[index], restart)) for index, restart in chunk]).to(**cast)
         wanted = F.one_hot(labels[rows], predictor.num_classes).to(**cast)
         evaluate = _over(grad_and_value(objective), len(chunk), mode, (0, dims, 0, 0, 0, None))
         m, v, best = torch.zeros_like(z), torch.zeros_like(z), torch.zeros_like(z)
@@ -108,32 +111,36 @@ def match_latent(
         points = torch.linspace(0, iterations, min(iterations + 1, 200)).round().long()
         latents.append(best.cpu())
         losses.append(lowest.cpu())
+        spent.append(iterations * alive.cpu().long())
         curves.append(torch.stack(curve, 1)[:, points.to(device)].cpu())
     every_loss = torch.cat(losses).view(len(observations), restarts)
     restart = every_loss.argmin(1)
     chosen = torch.arange(len(observations)) * restarts + restart
-    return Matched(torch.cat(latents)[chosen], every_loss.min(1).values, every_loss, torch.cat(curves)[chosen], restart, labels)
+    spent = torch.cat(spent).view(len(observations), restarts)
+    return Matched(torch.cat(latents)[chosen], every_loss.min(1).values, every_loss, torch.cat(curves)[chosen], restart, labels, spent)
 
 
 def read_latent(
-    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = 32, enough: float = 1e-4, **settings: Any
-) -> Iterator[int]:
+    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = 32, enough: float = 1e-4, numbers: Sequence[int] | None = None,
+    **settings: Any,
+) -> Iterator[int]:  # fmt: skip
     """The latents of each observation by the best way there is; yields the iterations done.
 
     Where a layer tells the span of the latents (`latent_basis`), they are sought in it (`unmix`); where none does, or the result is
     further than `enough` from the observed gradient, by free matching (`match_latent`), whose result `unmix` polishes: a latent's scale hardly
     shows before a norm layer. The smaller cosine distance counts.
 
-    Args:    observations, predictor, seed, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one number, and for more than 16 behind a convolution
+    Args:    observations, predictor, seed, numbers, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one number, and for more than 16 behind a convolution
              so few that they cost no more than at 16, or one. Above `UNMIXED` images there is free matching alone.
     Returns: Matched, on the CPU, float64; loss and losses are cosine distances; the curve is a single point, the loss, where `unmix` alone
-             gave it. Updates that are zero or not finite have an infinite loss.
+             gave it, and so are all starts' losses. Updates that are zero or not finite have an infinite loss. What `unmix` took counts to the start that is kept.
     """
-    size, shape = _check(observations, predictor), predictor.latent_shape
+    size, shape, numbers = _check(observations, predictor), predictor.latent_shape, _numbered(observations, numbers)
     labels, told = _labels(observations, predictor.num_classes)
     latents = torch.zeros(len(observations), size, *shape, dtype=torch.float64)
     loss = torch.full((len(observations),), torch.inf, dtype=torch.float64)
     left, done, device = [], 0, settings.get("device", "cpu")
+    unmixed, spent = torch.zeros(len(observations), dtype=torch.int64), torch.zeros((len(observations), settings.get("restarts", 1)), dtype=torch.int64)
     for index, observation in enumerate(observations):
         if not told[index] or not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
             continue
@@ -141,28 +148,33 @@ def read_latent(
         reader, basis = next((one for one in bases if one[1] is not None), (None, None))
         if basis is not None:
             tries = _tries(starts, size, len(basis), reader.kernel is None)
-            running = unmix(observation, predictor, basis, labels[index], seed=seed, stream=index, starts=tries, device=device)
+            running = unmix(observation, predictor, basis, labels[index], seed=seed, stream=numbers[index], starts=tries, device=device)
+            before = done
             (latents[index], *_), done = yield from _counted(running, done)
+            unmixed[index] += done - before
             loss[index] = _fit(observation, predictor, latents[index].to(device), labels[index])
         if not loss[index] <= enough:
             left.append(index)
-    losses, curve, restart = loss[:, None], loss[:, None], torch.zeros(len(observations), dtype=torch.int64)
+    losses, curve, restart = loss[:, None].repeat(1, spent.shape[1]), loss[:, None], torch.zeros(len(observations), dtype=torch.int64)
     if left:
-        running = match_latent([observations[index] for index in left], predictor, seed=seed, **settings)
+        running = match_latent([observations[index] for index in left], predictor, seed=seed, numbers=[numbers[index] for index in left], **settings)
         free, done = yield from _counted(running, done)
-        losses, curve = losses.repeat(1, free.losses.shape[1]), curve.repeat(1, free.curve.shape[1])
+        spent[left], curve = free.iterations, curve.repeat(1, free.curve.shape[1])
         for place, index in enumerate(left):
             observation, near, tried = observations[index], {"starts": 1, "first_step": 0.1, "device": device}, [free.latents[place].double()]
             if size <= UNMIXED:
-                running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=index, **near)
+                running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=numbers[index], **near)
+                before = done
                 (polished, *_), done = yield from _counted(running, done)
+                unmixed[index] += done - before
                 tried.append(polished.cpu())
             for found in tried:
                 fit = _fit(observation, predictor, found.to(device), labels[index])
                 if fit < loss[index]:
                     latents[index], loss[index], restart[index] = found, fit, free.restart[place]
                     losses[index], curve[index] = free.losses[place], free.curve[place]
-    return Matched(latents, loss, losses, curve, restart, labels)
+    spent[torch.arange(len(observations)), restart] += unmixed
+    return Matched(latents, loss, losses, curve, restart, labels, spent)
 
 
 @torch.no_grad()
@@ -196,6 +208,8 @@ def invert_latent(observations: Sequence[Observation], predictor: Predictor, dec
                 losses=matched.curve[index].float(),
                 restart=int(matched.restart[index]),
                 restart_losses=matched.losses[index].float(),
+                iterations=int(matched.iterations[index, matched.restart[index]]),
+                restart_iterations=matched.iterations[index],
                 status="failed" if failed else "ok",
                 error="no latent was found: the observed update is zero or not finite, tells no labels, or the loss became infinite" if failed else "",
             )
@@ -231,6 +245,13 @@ def _labels_of(observation: Observation, classes: int) -> Tensor:
     elif labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
     return labels.long().cpu()
+
+
+def _numbered(observations: Sequence[Observation], numbers: Sequence[int] | None) -> Sequence[int]:
+    """The numbers of observations, counted from 0 unless given. InputError if there are more or fewer of them."""
+    if numbers is not None and len(numbers) != len(observations):
+        raise InputError(f"{len(numbers)} numbers for {len(observations)} observations: give one for each.")
+    return range(len(observations)) if numbers is None else numbers
 
 
 def _check(observations: Sequence[Observation], predictor: Predictor) -> int:

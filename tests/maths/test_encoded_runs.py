@@ -241,7 +241,7 @@ def test_the_bins_of_a_malicious_server_catch_what_was_trained_on(trained, tmp_p
         run = evaluated(run, batch_size=1)
         cell = cells.Cell(name, 0, "final", "imprint", ImprintServer(bins=16), one, one.snapshots["final"], tmp_path)
         cell.releases = [released(run, one)]
-        images = torch.cat([one.images for one in applications._imprinted(run, cell, lambda units: None)])
+        images = torch.cat([one.images for one in applications._imprinted(run, cell)(range(len(cell.victims.rows)), lambda units: None)])
         shown = torch.cat([trained_on(run, one, cell.victims, batch)[0] for batch in range(4)])
         found[name] = [float((images - other).abs().amax()) for other in (shown, cell.victims.images.flatten(0, 1))]
     assert max(found["undefended"]) < 1e-2

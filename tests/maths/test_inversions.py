@@ -355,6 +355,11 @@ def test_networks_that_cannot_be_trained_fail_the_attacks_that_need_them_and_no_
     applications.collect(run, learned)
     text = "the inverter could not be trained: the surrogate decoder could not be trained: RuntimeError: no kernel for this"
     assert {one.error for one in learned.reconstructions} == {text}
+    [decoder] = [cell for cell in cells if cell.name == "decoder"]
+    fits.collect_decoded(run, decoder)
+    for cell, error in ((learned, text), (decoder, "the decoder could not be trained: RuntimeError: no kernel for this")):
+        told = [(one["observation"], one["start"], one["status"], one["iterations"], one["error"]) for one in cell.attempts]
+        assert told == [(observation, 0, "failed", 0, error) for observation in range(4)]
 
 
 def test_the_first_look_on_a_cpu_takes_as_many_at_once_as_fit_beside_the_other_workers(trained, tmp_path, monkeypatch):
@@ -647,7 +652,7 @@ def test_an_imprint_block_gives_images_away_by_gradients_and_by_deltas_of_severa
     assert config.problems(recipe) == []
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     [cell] = cells_of(run, found, tmp_path)
-    [one] = applications._imprinted(run, cell, lambda units: None)
+    [one] = applications._imprinted(run, cell)(range(len(cell.victims.rows)), lambda units: None)
     truth = cell.victims.images[0]
     apart = (one.images[:, None].clamp(0, 1) - truth[None].to(one.images)).square().mean((2, 3, 4)).amin(0)
     assert one.status == "ok" and int((-10 * apart.clamp(min=1e-12).log10() > least_db).sum()) >= 3

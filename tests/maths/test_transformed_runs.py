@@ -180,7 +180,7 @@ def test_what_leaves_an_imprinted_client_went_through_the_defence_and_no_label_i
     cell.releases = [released(run, bare)]
     invert = applications.invert_imprint
     monkeypatch.setattr(applications, "invert_imprint", lambda observation, **how: seen.append(observation) or invert(observation, **how))
-    found = applications._imprinted(run, cell, lambda units: None)
+    found = applications._imprinted(run, cell)(range(len(cell.victims.rows)), lambda units: None)
     errors = torch.stack([(one.images - images).square().mean() for one, images in zip(found, cell.victims.images, strict=True)])
     assert least < float(-10 * errors.clamp_min(1e-10).log10().mean()) < most
     assert all(observation.labels is None and observation.update.keys() == observation.params.keys() for observation in seen)

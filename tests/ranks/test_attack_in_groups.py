@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gidef.config import DeepLeakage, Evaluation, IsotropicNoise, JointMatching, NaiveMatching, Recipe, Rounds, Speed
+from gidef.errors import InputError
 from gidef.parallel import World
 from tests.ranks.launch import ROOT, environment
 from tests.ranks.shards_recipe import RECIPE as CLIENTS
@@ -19,7 +20,7 @@ from tests.ranks.shards_recipe import RECIPE as CLIENTS
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 RECIPE = dataclasses.replace(
     CLIENTS, defences={"noise": IsotropicNoise()}, rounds=Rounds(count=1, cohort_size=2),
-    attacks={"naive": NaiveMatching(iterations=3), "joint": JointMatching(iterations=3, restarts=2), "DLG": DeepLeakage(iterations=1)},
+    attacks={"naive": NaiveMatching(iterations=3), "joint": JointMatching(iterations=3, restarts=2), "refused": NaiveMatching(iterations=2), "DLG": DeepLeakage(iterations=1)},
     evaluation=Evaluation(num_victims=3, num_tuning=0, judge_epochs=1), speed=Speed(shard_size=2, workers=1, device="cpu"),
 )  # fmt: skip
 
@@ -40,11 +41,22 @@ def attacked(recipe: Recipe, folder: Path, world: World, *, groups: bool) -> dic
     for cell in cells:
         cell.releases = releases.of(cell)
     if groups:
+        real = inversions.invert_large
+
+        def sometimes(observation, module, matching, *, chunk, **options):
+            if matching.iterations == 2 and chunk[0][0] == 1:
+                raise InputError("granted labels do not fit")
+            return real(observation, module, matching, chunk=chunk, **options)
+
+        inversions.invert_large = lambda *given, **options: (yield from sometimes(*given, **options))
         inversions.in_groups(run, cells, lambda cell: fits.fitted(run, cell, folder / "attacks"))
     for cell in cells:
         if groups:
             rows = [inversions.load_marked(path, inversions.mark(run, cell)) for path in sorted(cell.folder.glob("attacks-*"))]
             found[cell.name] = [[tensors["images"].tolist(), tensors["attacks"].tolist(), meta["mode"]] for tensors, meta in rows]
+            if cell.name == "refused":
+                inversions.collect(run, cell)
+                found["told"] = [[attempt["status"], attempt["error"], attempt["iterations"]] for attempt in cell.attempts]
         else:
             plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=0))
             large = inversions._large(run, cell, plan)
@@ -72,8 +84,11 @@ def test_attacks_of_two_ranks_find_on_one_network_in_slices_what_one_rank_finds(
     assert mine == other  # both read what the group wrote
     alone = attacked(dataclasses.replace(RECIPE, speed=Speed(workers=1, device="cpu")), tmp_path / "alone", World(), groups=False)
     assert mine["DLG"] == alone["DLG"] == []  # left to the vectorised program
-    for name, starts in (("naive", 1), ("joint", 2)):
-        assert [(len(attacks), mode) for _, attacks, mode in mine[name]] == [(starts, "groups")] * 3
+    failed = mine["refused"].pop(1)  # one victim's error fails that victim alone
+    alone["refused"].pop(1)
+    assert mine["told"] == [["ok", "", 3], ["failed", "granted labels do not fit", 0], ["ok", "", 3]] and (torch.tensor(failed[0]) == 0.5).all()
+    for name, starts in (("naive", 1), ("joint", 2), ("refused", 1)):
+        assert [(len(attacks), mode) for _, attacks, mode in mine[name]] == [(starts, "groups")] * len(alone[name])
         for (images, attacks, _), (expected, same, _) in zip(mine[name], alone[name], strict=True):
             apart = (torch.tensor(images) - torch.tensor(expected)).abs()
             assert attacks == same and float(apart.mean()) < 2e-3 and float(apart.quantile(0.95)) < 5e-3, apart.max()

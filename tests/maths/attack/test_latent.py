@@ -443,6 +443,29 @@ def test_updates_that_tell_no_labels_fail_alone_where_none_are_granted():
     assert matched.loss.isfinite().tolist() == [False, True, False]
 
 
+def test_an_observation_s_draws_do_not_depend_on_what_is_read_with_it(monkeypatch):
+    model = split(smooth)
+    (first, *_), (last, *_) = (observe(model, seed=seed) for seed in range(2))
+    nothing = dataclasses.replace(first, update={name: torch.zeros_like(t) for name, t in first.update.items()})
+    settings = {"seed": 0, "dtype": torch.float64, "kink_width": None, "iterations": 10, "restarts": 2}
+    monkeypatch.setattr(latent, "UNMIXED", 0)  # all by free matching, but for the update that cannot be matched
+    together = result(read_latent([first, nothing, last], Predictor(model), **settings))
+    assert together.iterations.tolist() == [[10, 10], [0, 0], [10, 10]] and together.loss.isfinite().tolist() == [True, False, True]
+    alone, other = (result(read_latent([last], Predictor(model), numbers=numbers, **settings)) for numbers in ([2], [1]))
+    torch.testing.assert_close(alone.latents[0], together.latents[2], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(alone.losses[0], together.losses[2], rtol=1e-6, atol=1e-12)
+    assert not torch.allclose(other.losses[0], together.losses[2], rtol=1e-3)
+    for attack in (match_latent, read_latent):
+        with pytest.raises(InputError, match="2 numbers for 1 observations"):
+            result(attack([first], Predictor(model), seed=0, numbers=[0, 1]))
+
+
+def test_a_start_that_the_span_of_the_latents_made_needless_takes_no_iterations():
+    model = split(smooth)
+    found = result(read_latent([observe(model)[0]], Predictor(model), seed=0, iterations=10, restarts=2))
+    assert found.iterations[0, 1] == 0 < found.iterations[0, 0] and found.losses[0].tolist() == [float(found.loss)] * 2
+
+
 def test_observations_that_do_not_fit_are_refused():
     model = split()
     predictor, (good, _, _), (pair, _, _) = Predictor(model), observe(model), observe(model, 2)
