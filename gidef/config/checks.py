@@ -152,6 +152,8 @@ def problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.labels=counts: L-BFGS attacks take known, recovered, soft or searched labels.")
         if isinstance(attack, DeepLeakage) and attack.langevin:
             found.append(f"attacks.{name}.langevin={attack.langevin}: L-BFGS takes no noise in its steps. Set it to 0, or take another attack.")
+        if isinstance(attack, DeepLeakage) and (attack.signed or attack.soft_sign):
+            found.append(f"attacks.{name}: L-BFGS steps by no signs. Set signed and soft_sign to false, or take another attack.")
         if isinstance(attack, ModernInvertingGradients) and attack.opponents and attack.tv_boost != 1:
             found.append(f"attacks.{name}.tv_boost={attack.tv_boost}: the total variation of colours keeps its weight. Set tv_boost=1, or opponents=False.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:

@@ -216,6 +216,7 @@ IMPOSSIBLE = [
     (Recipe(attacks={"x": GradInversion(restarts=1)}), "attacks.x: the consistency of restarts", "set group=0"),
     (Recipe(attacks={"x": DeepLeakage(labels="counts")}), "attacks.x.labels=counts", "searched"),
     (Recipe(attacks={"x": DeepLeakage(langevin=0.2)}), "attacks.x.langevin=0.2: L-BFGS takes no noise", "Set it to 0"),
+    (Recipe(attacks={"x": DeepLeakage(signed=True)}), "attacks.x: L-BFGS steps by no signs", "Set signed and soft_sign to false"),
     (Recipe(attacks={"x": NaiveMatching(langevin=-1.0)}), "attacks.x.langevin=-1.0 is too small", "at least 0"),
     (Recipe(evaluation=Evaluation(local_steps=2)), "evaluation.local_steps", "set evaluation.release=delta"),
     (Recipe(evaluation=Evaluation(local_epochs=2)), "evaluation.local_epochs=2 is of a released delta", "set evaluation.release=delta"),
