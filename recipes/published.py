@@ -12,7 +12,7 @@ On 5,000 CIFAR-10 images, one seed: DLG 16.5 dB [15.9, 17.3] (8 images), R-GAP 1
 another net, 7 dB below its figure and so behind Inverting Gradients.
 
 ResNet-18's residual branches are started as torchvision starts them. As timm does, at nought, and with GroupNorm, the same attack has 10.9 dB: hardly a gradient then depends on the image, which is
-no defence, as a step of training ends it.
+no defence: training takes the branches away from there.
 
 Shows:  each case as near to the published one as these nets and images come; --small takes the small net for ResNet-18, and shorter searches.
 Expect: R-GAP and imprint far above the others, a hundred images in one gradient last, near what an average image has.
