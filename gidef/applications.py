@@ -224,7 +224,7 @@ def _imprinted(run: Run, cell: Cell) -> fits.Invert:
         known = {**private, **cell.snapshot.params}
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, victim)
         step = defence.stepped(lambda: grad(loss), generator=drawn)()
-        step = observe.local_training(run, step) if delta else step
+        step = observe.local_training(evaluation, step) if delta else step
         update = step(weights, known, images, targets, victims.noise[victim])
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)

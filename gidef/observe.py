@@ -76,16 +76,16 @@ def observed_simulator(
     make = defence.simulator(terms=terms, progress=snapshot.progress)
     if adaptive or drawn is not None:
         make = defence.stepped(make, generator=drawn)
-    unrolled = make if evaluation.release == "gradient" else lambda: local_training(run, make())
+    unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make())
     if not adaptive:
         return unrolled
     return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
 
 
-def local_training(run: Run, gradient: Simulate) -> Simulate:
-    """A simulator of the delta that is released, from one of a step's gradient: the same for the victims' clients and for whoever plays them."""
-    evaluation = run.recipe.evaluation
-    settings = {"steps": _steps(run), "epochs": evaluation.local_epochs, "lr": evaluation.local_lr}
+def local_training(evaluation: config.Evaluation, gradient: Simulate) -> Simulate:
+    """A simulator of the delta that is released, from one of a step's gradient: the same for the victims' clients and for whoever plays them. It is bound
+    to numbers: attacks hold it, and a run holds the images."""
+    settings = {"steps": _steps(evaluation), "epochs": evaluation.local_epochs, "lr": evaluation.local_lr}
     return local_adam(gradient, **settings) if evaluation.local_optimiser == "adam" else local_sgd(gradient, momentum=evaluation.local_momentum, **settings)
 
 
@@ -234,14 +234,14 @@ def _moved_statistics(
     if run.recipe.evaluation.release == "gradient":
         move(snapshot.params, images, noise)
     else:
-        local_training(run, step)(snapshot.params, private, images, targets, noise)
+        local_training(run.recipe.evaluation, step)(snapshot.params, private, images, targets, noise)
     after = moving_statistics(model)
     return {name: after[name].detach() - tensor for name, tensor in snapshot.statistics.items()}
 
 
-def _steps(run: Run) -> int:
+def _steps(evaluation: config.Evaluation) -> int:
     """Of all local epochs."""
-    return run.recipe.evaluation.local_steps * run.recipe.evaluation.local_epochs if run.recipe.evaluation.release == "delta" else 1
+    return evaluation.local_steps * evaluation.local_epochs if evaluation.release == "delta" else 1
 
 
 def statistics_known(run: Run, trained: Trained, snapshot: Snapshot, attack: Any) -> Literal["batch", "running", "proxy", "none"]:
@@ -262,7 +262,7 @@ def read_off(run: Run, trained: Trained, snapshot: Snapshot, change: Tensors) ->
 
     over U passes, one for each local step of every epoch: of several, their mean with these weights. With momentum None, r' = Σ_u s_u / U.
     """
-    model, steps, size = trained.training.defence.model, _steps(run), run.recipe.evaluation.batch_size * run.recipe.evaluation.local_epochs
+    model, steps, size = trained.training.defence.model, _steps(run.recipe.evaluation), run.recipe.evaluation.batch_size * run.recipe.evaluation.local_epochs
     layers = {name: layer for name, layer in model.named_modules() if f"{name}.running_mean" in change}
     counts: dict[str, list[int]] = {name: [] for name in layers}
     probe = copy.deepcopy(model)

@@ -87,7 +87,7 @@ def test_every_attack_that_has_something_to_do_runs_and_the_others_are_left_out(
     if "decoder" in found:
         fits.collect_decoded(run, found["decoder"])
     if "latent" in found:
-        found["latent"].reconstructions = fits.latent(run, found["latent"], lambda units: None)
+        found["latent"].reconstructions = fits.latent(run, found["latent"])(range(len(found["latent"].victims.updates)), lambda units: None)
     for name, cell in found.items():
         assert len(cell.reconstructions) == 2 and cell.twin is None, name
         for reconstruction in cell.reconstructions:

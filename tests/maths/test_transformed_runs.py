@@ -161,7 +161,7 @@ def test_a_learned_inversion_is_trained_on_changed_updates(trained, tmp_path, mo
     monkeypatch.setattr(fits, "fit_inverter", watched)
     fits.inverter_task(run, cell).do(0, lambda units: None)
     assert len(seen) >= 30 and all(len(set(update["backbone.head.weight"].abs().flatten().tolist()) - {0.0}) == 1 for update in seen)
-    for found in fits.learned(run, cell, lambda units: None):
+    for found in fits.learned(run, cell)(range(len(cell.victims.updates)), lambda units: None):
         assert found.status == "ok" and found.images.isfinite().all()
 
 
