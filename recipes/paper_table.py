@@ -33,7 +33,7 @@ from gidef.config import (
 )
 from gidef.main import main
 
-POINTS, TV = 2.0, {"tv": (1e-4, 1e-3, 1e-2)}
+POINTS, TV = 2.0, {"tv": (1e-3, 1e-2, 1e-1)}
 RECIPE = Recipe(
     data=Data(name="bloodmnist", num_clients=10),
     model=Model(name="small", cut="blocks.1"),
@@ -60,7 +60,7 @@ SMALL = replace(
     rounds=Rounds(count=4), seeds=(0,), evaluation=Evaluation(num_victims=8, num_tuning=8, checkpoints=("final",), judge_epochs=3),
     defences={key: replace(one, trials=3) if isinstance(one, Matched) else one for key, one in RECIPE.defences.items()},
     attacks={
-        "naive": Tuned(attack=NaiveMatching(iterations=100), grid={"tv": (1e-4, 1e-2)}), "joint": JointMatching(iterations=150),
+        "naive": Tuned(attack=NaiveMatching(iterations=100), grid={"tv": (1e-3, 1e-2)}), "joint": JointMatching(iterations=150),
         "decoder": PostHocDecoder(steps=60),
     },
 )  # fmt: skip
