@@ -68,7 +68,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     reconstructions = [found for cell in group for found in cell.reconstructions]
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
-    certificate, said = _certified(run, group)
+    certificate, said = _certificate(run, group)
     fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
     fits = fits[fits.isfinite().all(1)] if len(fits) else fits
     return {
@@ -101,15 +101,6 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
     return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
 
 
-def _certified(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
-    """`_certificate`, which counts one draw of the noise for a release: nothing is certified of deltas that have more."""
-    found, said = _certificate(run, group)
-    if found.get("certified_bits") is None or (draws := observe.draws_in_release(run, group[0].trained)) == 1:
-        return found, said
-    why = f"a delta of {draws} local epochs draws the noise of each image as often, and one draw is counted."
-    return {"certified_bits": None, "uncertified": why}, f"no certificate: {why}"
-
-
 def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
     """What noise on the latent certifies for the releases of these cells, or why nothing; fields of a row, and words for its note.
 
@@ -136,6 +127,8 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             raise InputError(reason)
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
+        if (draws := observe.draws_in_release(run, group[0].trained)) > 1:
+            raise InputError(f"a delta of {draws} local epochs draws the noise of each image as often, and one draw is counted.")
         if once and strength != 1:
             raise InputError("the training released each image once, with the same draw of noise at another strength: two such releases give the latent away.")
     except InputError as error:

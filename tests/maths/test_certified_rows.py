@@ -55,7 +55,7 @@ def row_of(tmp_path_factory):
         trained = train(run, name, one.at(0.1) if isinstance(one, config.Matched) else one, 0)
         [cell] = make_cells(run, {(name, 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
-        return *findings._certified(run, [cell]), cell
+        return *findings._certificate(run, [cell]), cell
 
     with one_thread():
         yield one
