@@ -35,7 +35,7 @@ RECIPE = Recipe(
     defences={
         "undefended": Undefended(), "isotropic 1": IsotropicNoise(std=1.0), "hardly any": IsotropicNoise(std=0.01),
         "capacity 0.005": CapacityNoise(bits_weight=5e-3), "capacity 0.02": CapacityNoise(bits_weight=2e-2),
-        "level 0.5": CapacityNoise(bits_weight=0.0, level="fixed", std_init=0.5),
+        "level 0.5": CapacityNoise(bits_weight=0.0, level="fixed", std_init=0.5), "level 1": CapacityNoise(bits_weight=0.0, level="fixed", std_init=1.0),
         "frozen front": CapacityNoise(bits_weight=0.0, level="fixed", std_init=0.5, front="frozen"),
     },
     share_policy="head",

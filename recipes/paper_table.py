@@ -33,7 +33,7 @@ from gidef.config import (
 )
 from gidef.main import main
 
-POINTS, TV = 2.0, {"tv": (1e-3, 1e-2, 1e-1)}
+POINTS, TV = 2.0, {"tv": (1e-3, 3e-3, 1e-2, 3e-2)}
 RECIPE = Recipe(
     data=Data(name="bloodmnist", num_clients=10),
     model=Model(name="small", cut="blocks.1"),

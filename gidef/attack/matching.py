@@ -122,7 +122,7 @@ class Matching:
     num_classes: int
     noise_shape: tuple[int, ...] | None = None
     distance: Literal["cosine", "l2", "cosine_layers"] | Distance = "cosine"
-    tv: float = 1e-3
+    tv: float = 3e-3
     tv_boost: float = 100.0
     noise_weight: float = 1e-3
     priors: tuple[tuple[float, Prior], ...] = ()

@@ -32,7 +32,7 @@ class NaiveMatching:
     """Of the step size."""
     warmup: int = 0
     """Iterations over which the step size rises."""
-    tv: float = 1e-3
+    tv: float = 3e-3
     """Weight of the total variation."""
     tv_boost: float = 100.0
     """Times the weight at the start; it falls to 1 over the first 3/4."""
@@ -286,7 +286,7 @@ class Tuned:
 
     attack: Any = JointMatching()
     """One of this page but an ensemble, or one of your own."""
-    grid: dict[str, tuple[Any, ...]] = field(default_factory=lambda: {"lr": (0.03, 0.1, 0.3), "tv": (1e-4, 1e-3, 1e-2)})
+    grid: dict[str, tuple[Any, ...]] = field(default_factory=lambda: {"lr": (0.03, 0.1, 0.3), "tv": (1e-3, 3e-3, 1e-2)})
     """Fields of the attack, each with the values to try; all combinations are tried."""
 
     def points(self) -> list[dict[str, Any]]:
