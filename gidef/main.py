@@ -127,7 +127,7 @@ def _sized(full: Any, small: Any, args: list[str]) -> tuple[Any, list[str]]:
     if "--small" not in args:
         return full, args
     if small is None:
-        fail("--small: this recipe has no small form; lower --rounds.count, --evaluation.num-victims or --attacks.*.iterations instead.")
+        fail("--small: this recipe has no small form; lower --rounds.count, --evaluation.num-victims and its attacks' iterations (--attacks.NAME.iterations) instead.")
     return small, [arg for arg in args if arg != "--small"]
 
 

@@ -20,7 +20,7 @@ gidef_ranks() {
 # gidef_wants ARGS: ends the script with a line of usage if there are none.
 gidef_wants() {
     [ $# -eq 0 ] || return 0
-    echo "usage: bash launch/${0##*/} recipes/RECIPE.py ARGS, e.g. bash launch/${0##*/} recipes/bloodmnist.py --small; or -m gidef COMMAND" >&2
+    echo "usage: bash launch/${0##*/} recipes/RECIPE.py ARGS, e.g. bash launch/${0##*/} recipes/paper_table.py --small; or -m gidef COMMAND" >&2
     exit 2
 }
 

@@ -2,7 +2,7 @@
 
 Shows:  undefended and defended clients under the naive (A0) and the joint (A3) attack, and the post-hoc decoder (A12).
 Expect: the picture and the table in the README.
-Costs:  3 to 5 minutes on 2 CPU cores, sized for that: raise --rounds.count and --attacks.*.iterations for results to quote.
+Costs:  3 to 5 minutes on 2 CPU cores, sized for that: raise --rounds.count, --attacks.naive.iterations and --attacks.joint.iterations for results to quote.
 """
 
 from gidef.config import (
@@ -28,7 +28,7 @@ RECIPE = Recipe(
     defences={"undefended": Undefended(), "learned": LearnedPerturbation(dependence_weight=1.0)},
     share_policy="full",
     attacks={"naive": NaiveMatching(iterations=600), "joint": JointMatching(iterations=600), "decoder": PostHocDecoder(steps=150, batch_size=32)},
-    evaluation=Evaluation(num_victims=16, checkpoints=("early",), judge_epochs=4),
+    evaluation=Evaluation(num_victims=16, checkpoints=("early", "final"), judge_epochs=4),
 )
 
 main(RECIPE)

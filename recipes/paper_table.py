@@ -2,7 +2,8 @@
 
 Shows:  undefended, DP-SGD at epsilon 8 and at matched accuracy, BiDO, CVB, isotropic noise, and the learned perturbation, whose strengths a
         search over whole trainings sets to cost two points of validation accuracy. Both readings of the paper's claim stand under the table. The naive and
-        the joint attack are tuned for each defence on images that are no victims; once the joint one is handed the client's decoder, once it guesses it.
+        the joint attack, which is handed the client's decoder, are tuned for each defence on images that are no victims (--small: the naive one alone); once more
+        the joint one, untuned, guesses the decoder.
         "final" is where the learned noise is as trained: the game's weight rises over the first tenth of the rounds, and "early" lies at their end.
         Other epsilons: privacy_budget. A batch of one image is undefended under BiDO: gidef attack RUN --batch-size 8 attacks batches of the same run.
 Expect: the paper's gap under the naive attack, and none under the joint one.

@@ -1,8 +1,8 @@
-"""What restarts buy an attacker, and what successive halving saves of their cost: blood cells, a net after a tenth of its training.
+"""What restarts buy an attacker, and what successive halving saves of their cost: blood cells, a net after five rounds.
 
 Shows:  one start, eight starts, and eight of which the worse half stops at 1/8, 1/4 and 1/2 of the iterations, by the attacker's own loss.
         The verdict says what each form took and, with a paired interval over the victims, how far it is from eight full starts.
-Expect: eight halved starts within some tenths of a dB of eight full ones, at a third of the iterations and of the time.
+Expect: eight halved starts within some tenths of a dB of eight full ones, at a third of the iterations and half of the time.
 Costs:  five minutes of one CPU core.
 """
 

@@ -1,4 +1,4 @@
-"""Clients that lie: three of ten train on flipped labels, plainly or with a loss three times as large, under four rules that put updates together.
+"""Clients that lie: three of ten train on flipped labels, plainly or with a loss three times as large, under five rules that put updates together.
 
 Shows:  what liars cost the global model under the mean, the median, the trimmed mean, Krum and Multi-Krum, and what each rule costs when nobody lies.
 Expect: liars cost the mean most, those that push more; a robust rule costs some points when nobody lies. In the small form on synthetic cells (three
