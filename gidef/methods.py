@@ -111,6 +111,8 @@ class Case:
         """The attack's own fields as settings of the engine, with changes."""
         fields = {spec.name for spec in dataclasses.fields(Matching)}
         own = {spec.name: getattr(self.attack, spec.name) for spec in dataclasses.fields(self.attack) if spec.name in fields}
+        if "tv" in own:
+            own["tv"] = config.weight_of_variation(self.attack, noise=self.noise_shape is not None)
         if getattr(self.attack, "soft_sign", False):
             own["signed"] = "soft"
         sign = {False: "none", True: "hard"}.get(own.get("signed", False), "soft")

@@ -39,6 +39,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ZeroedLevel,
     controlled,
     standard,
+    weight_of_variation,
 )
 from gidef.config.defences import (  # noqa: F401  (the page of defences)
     ATS,

@@ -146,8 +146,8 @@ class SkipLayers(NaiveMatching):
 class JointMatching(NaiveMatching):
     """A3: match over the images and the noise together. The one to beat."""
 
-    tv: float = 1e-3
-    """Weight of the total variation, less than without noise to search: under much noise more of it draws less."""
+    tv: float | None = None
+    """Weight of the total variation; None: 1e-3 where there is noise on the latent to search, since under much noise more draws less, else as A0's."""
     noise_lr: float = 0.3
     """Adam's first step on the noise, in its standard deviations."""
     noise_weight: float = 1e-3
@@ -265,7 +265,7 @@ class ZeroedLevel(JointMatching):
     """A11: a malicious server sends a noise level of nought, and matches by A3 over the images and the noise that the client's floor keeps. Where no
     noise is left, it finds in the gradient of cross-entropy what A0 does."""
 
-    tv: float = 3e-3
+    tv: float | None = 3e-3
 
 
 @_config
@@ -332,6 +332,11 @@ IDS = {
     JointMatching: "A3", Analytic: "A4", LatentDecoding: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
     SurrogateModel: "A10", ImprintServer: "A11", ZeroedLevel: "A11", PostHocDecoder: "A12", Standard: "standard",
 }  # fmt: skip
+
+
+def weight_of_variation(attack: NaiveMatching, *, noise: bool) -> float:
+    """An attack's `tv`, or what None stands for. noise: whether there is noise on the latent to search."""
+    return attack.tv if attack.tv is not None else 1e-3 if noise else NaiveMatching().tv
 
 
 def controlled(attacks: dict[str, object]) -> str | None:

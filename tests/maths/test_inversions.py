@@ -509,6 +509,20 @@ def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without
     assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 5
 
 
+def test_the_joint_attack_smooths_less_where_there_is_noise_to_search_unless_it_is_told_how_much(trained, tmp_path):
+    run, found = trained
+    kinds = {"naive": config.NaiveMatching(), "joint": config.JointMatching(), "smooth": config.JointMatching(tv=3e-3), "zeroed": config.ZeroedLevel(), "told": config.JointMatching(tv=0.5)}
+    run = with_speed(run, attacks=kinds)
+    for defence, expected in (("learned", {"naive": 3e-3, "joint": 1e-3, "smooth": 3e-3, "zeroed": 3e-3, "told": 0.5}), ("undefended", {"naive": 3e-3, "joint": 3e-3, "smooth": 3e-3, "told": 0.5})):
+        cells = cells_of(run, found, tmp_path, defence)
+        plans = {cell.name: methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed)) for cell in cells}
+        assert {name: plan.matching.tv for name, plan in plans.items()} == expected
+        assert {cell.name: cell.twin and cell.twin.name for cell in cells if cell.twin} == ({} if defence == "learned" else {"joint": "naive", "smooth": "naive"})
+    members = {version: config.standard(version) for version in ("standard", "quick", "smoke")}
+    for one in members.values():
+        assert [config.weight_of_variation(one[name], noise=True) for name in ("naive", "joint", "joint smooth", "joint smoother")] == [3e-3, 1e-3, 3e-3, 1e-2]
+
+
 def test_results_of_another_recipe_are_refused(trained, tmp_path):
     run, found = trained
     finish(run, cells_of(run, found, tmp_path), tmp_path, only=1)
