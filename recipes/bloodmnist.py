@@ -2,7 +2,7 @@
 
 Shows:  undefended and defended clients under the naive (A0) and the joint (A3) attack, and the post-hoc decoder (A12).
 Expect: the picture and the table in the README.
-Costs:  3 to 5 minutes on 2 CPU cores, sized for that: raise --rounds.count, --attacks.naive.iterations and --attacks.joint.iterations for results to quote.
+Costs:  about 5 minutes on 2 CPU cores, sized for that: raise --rounds.count, --attacks.naive.iterations and --attacks.joint.iterations for results to quote.
 """
 
 from gidef.config import (
