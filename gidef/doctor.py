@@ -23,10 +23,10 @@ from typing import Any
 
 REQUIRED = ("torch", "torchvision", "timm", "medmnist", "webdataset", "rich", "tyro", "torchmetrics", "scipy", "numpy", "pillow", "safetensors", "matplotlib")
 OPTIONAL = {
-    "deepspeed": "pip install 'gidef[deepspeed]'", "opacus": "pip install 'gidef[dp]' (DPSGD only)",
-    "tensorboard": "pip install 'gidef[tensorboard]' (--log tensorboard only)", "wandb": "pip install 'gidef[wandb]' (--log wandb only)",
-    "breaching": "pip install 'gidef[bench]' (comparisons only)", "pfl": "pip install 'gidef[bench]' (comparisons only)",
-    "skimage": "pip install 'gidef[test]' (tests only)", "pytest": "pip install 'gidef[test]'",
+    "deepspeed": "pip install -e '.[deepspeed]'", "opacus": "pip install -e '.[dp]' (DPSGD only)",
+    "tensorboard": "pip install -e '.[tensorboard]' (--log tensorboard only)", "wandb": "pip install -e '.[wandb]' (--log wandb only)",
+    "breaching": "pip install -e '.[bench]' (comparisons only)", "pfl": "pip install -e '.[bench]' (comparisons only)",
+    "skimage": "pip install -e '.[test]' (tests only)", "pytest": "pip install -e '.[test]'",
 }  # fmt: skip
 STALE_LOCK_S = 600.0
 ALIKE = ("torch", "torchvision", "timm", "numpy", "safetensors")

@@ -139,7 +139,7 @@ def _imported(device: torch.device) -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise InputError('speed.shard_backend=deepspeed needs DeepSpeed, which is not installed: pip install "gidef[deepspeed]", or take fsdp2.') from error
+        raise InputError('speed.shard_backend=deepspeed needs DeepSpeed, which is not installed: pip install -e ".[deepspeed]", or take fsdp2.') from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # of calls that DeepSpeed makes, at every one
     if device.type == "cpu":

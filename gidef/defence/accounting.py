@@ -44,7 +44,7 @@ def needs_opacus() -> None:
     try:
         import opacus  # noqa: F401
     except ImportError as error:
-        raise InputError(f"DPSGD needs Opacus, which cannot be imported ({error}): pip install 'gidef[dp]', or leave the defence out.") from error
+        raise InputError(f"DPSGD needs Opacus, which cannot be imported ({error}): pip install -e '.[dp]', or leave the defence out.") from error
 
 
 @functools.lru_cache(maxsize=1024)

@@ -22,7 +22,7 @@ def check(names: Iterable[str]) -> None:
     """Raises InputError, with what to install, for a consumer whose package is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"log={name}, but the package {name} is not installed: pip install 'gidef[{name}]', or leave it out.")
+            raise InputError(f"log={name}, but the package {name} is not installed: pip install -e '.[{name}]', or leave it out.")
 
 
 def consumers(names: Iterable[str], folder: Path, title: str) -> list[Consumer]:

@@ -18,7 +18,7 @@ image one step after the one with the lowest loss.
     quality   seconds until our best candidates so far have the mean PSNR of the peer's result, to 0.01 dB (or that of our own, where both are
               equal to 0.05 dB); the evaluator looks at candidates when the engine yields.
 
-The peer comes with `pip install "gidef[bench]"`; without it the engine is measured alone. CIFAR-10 is read from GIDEF_DATA if it is there,
+The peer comes with `pip install -e ".[bench]"`; without it the engine is measured alone. CIFAR-10 is read from GIDEF_DATA if it is there,
 else images are synthetic.
 """
 
@@ -799,7 +799,7 @@ def main(options: Options) -> dict[str, Any]:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with Console() as console:
         if options.peer and not peer_is_there():
-            console.notice(f'{PEER} is not installed: the engine is measured alone. pip install "gidef[bench]" brings it.')
+            console.notice(f'{PEER} is not installed: the engine is measured alone. pip install -e ".[bench]" brings it.')
         with alone(options.lock), tf32() if options.precision == "tf32" else contextlib.nullcontext():
             rates = results["peak_gflops"] = peak_gflops(device, by_cpu)
         console.say(f"{results['hardware']['gpu'] or results['hardware']['cpu']}, {options.threads} threads, " + ", ".join(f"{k} {v:.1f} GFLOP/s" for k, v in rates.items()))

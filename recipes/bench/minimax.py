@@ -451,7 +451,7 @@ def defences(case: Case, options: Options, device: torch.device, console: Consol
     try:
         import opacus  # noqa: F401
     except ImportError:
-        console.notice('Opacus is not installed: no DP-SGD here. pip install "gidef[dp]"')
+        console.notice('Opacus is not installed: no DP-SGD here. pip install -e ".[dp]"')
         return contenders
     return contenders | opacus_steps(case, options, device) | {"DP-SGD": private(case, options, device)}
 

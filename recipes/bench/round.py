@@ -422,7 +422,7 @@ def main(options: Options) -> dict[str, Any]:
         if wanted and not options.peer:
             console.notice(f"{PEER} joins the ranks of a machine with GPUs by NCCL alone, a GPU for each: it is left out.")
         if options.peer and not peer_is_there():
-            console.notice(f'{PEER} is not installed: gidef stands beside the bare loop alone. pip install "gidef[bench]" brings it.')
+            console.notice(f'{PEER} is not installed: gidef stands beside the bare loop alone. pip install -e ".[bench]" brings it.')
         if options.flower and world.size == 1 and not flower_side.is_there():
             console.notice('Flower is not installed and left out. pip install "flwr[simulation]", in an environment of its own with gidef, brings it.')
         by_cpu = world.device.type == "cpu" and options.threads == 1 and world.size == 1

@@ -21,7 +21,7 @@ from tests.ranks.test_shards import CLOSE, SCRIPT, apart, model, work
 
 pytestmark = [pytest.mark.ranks, pytest.mark.cluster, pytest.mark.timeout(1800)]
 ZERO = ("--speed.shard-size", "2", "--speed.shard-backend", "deepspeed", "--speed.zero-stage", "3")
-deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason='DeepSpeed is not installed: pip install "gidef[deepspeed]"')
+deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason='DeepSpeed is not installed: pip install -e ".[deepspeed]"')
 GIB = 2**30
 TOLERANCE = {"adam": 0.02, "bfloat16": 0.03}  # Adam's first steps are lr · sign(g), where g may be but rounding; bfloat16 has 8 bits
 

@@ -20,7 +20,7 @@ from gidef.errors import InputError
 
 CPU = torch.device("cpu")
 there = all(importlib.util.find_spec(name) is not None for name in ("breaching", "hydra", "omegaconf"))
-needs_peer = pytest.mark.skipif(not there, reason='the peer `breaching` is not installed here: pip install "gidef[bench]"')
+needs_peer = pytest.mark.skipif(not there, reason='the peer `breaching` is not installed here: pip install -e ".[bench]"')
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_sides_that_do_not_agree_are_not_timed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_round_beside_the_peer_and_from_end_to_end(tmp_path):
-    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install "gidef[bench]"')
+    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install -e ".[bench]"')
     round_ = load("round")
     (row,) = round_.main(round_.Options(small=True, flower=False, out=tmp_path / "round.json"))["rows"]
     assert {"bare", "gidef", "pfl", "recipe"} <= set(row["sides"]) and row["apart"]["pfl"] < 1e-5
@@ -121,7 +121,7 @@ def test_what_an_actor_of_flower_computes_is_the_bare_loop_s_client(tmp_path, mo
 @pytest.mark.slow
 def test_a_round_on_two_ranks_beside_the_peer(tmp_path):
     """The peer joins the ranks, and gidef goes along."""
-    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install "gidef[bench]"')
+    pytest.importorskip("pfl", reason='the peer `pfl` is not installed here: pip install -e ".[bench]"')
     out = tmp_path / "round.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(FOLDER / "round.py"), "--small", "--no-recipe", "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(FOLDER.parents[1]), "OMP_NUM_THREADS": "1"})

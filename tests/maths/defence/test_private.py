@@ -315,7 +315,7 @@ def test_targets_that_cannot_be_and_settings_that_contradict_are_refused():
 
 def test_without_opacus_there_is_one_message_that_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(InputError, match=r"DPSGD needs Opacus.*pip install 'gidef\[dp\]'"):
+    with pytest.raises(InputError, match=r"DPSGD needs Opacus.*pip install -e '\.\[dp\]'"):
         PrivatePlayer(make_model(), clip=1.0, noise_multiplier=1.0)
 
 

@@ -42,7 +42,7 @@ def test_scalars_carry_their_round_and_skip_what_is_no_number():
 
 def test_a_package_that_is_missing_is_bad_input(monkeypatch):
     monkeypatch.setattr(consumers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"log=wandb, but the package wandb is not installed: pip install 'gidef\[wandb\]'"):
+    with pytest.raises(InputError, match=r"log=wandb, but the package wandb is not installed: pip install -e '\.\[wandb\]'"):
         consumers.check(["wandb"])
     consumers.check([])
 
