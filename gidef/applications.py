@@ -213,6 +213,7 @@ def _imprinted(run: Run, cell: Cell) -> fits.Invert:
     behind = _Behind(block, copy.deepcopy(defence.model))
 
     def loss(own: dict[str, Tensor], known: dict[str, Tensor], x: Tensor, y: Tensor, e: Tensor | None) -> Tensor:
+        known = {**known, **{name: tensor for name, tensor in own.items() if name not in weights}}  # of a delta, a private front that has moved
         return simulate.loss({name: own[name] for name in of_model}, known, functional_call(block, {name: own[name] for name in sent}, (x,)), y, e)
 
     def one(victim: int) -> Reconstruction:
@@ -224,7 +225,7 @@ def _imprinted(run: Run, cell: Cell) -> fits.Invert:
         known = {**private, **cell.snapshot.params}
         drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, victim)
         step = defence.stepped(lambda: grad(loss), generator=drawn)()
-        step = observe.local_training(evaluation, step) if delta else step
+        step = observe.local_training(evaluation, step, moving=observe.trained_names(cell.trained)) if delta else step
         update = step(weights, known, images, targets, victims.noise[victim])
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
         update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)

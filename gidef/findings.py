@@ -17,7 +17,10 @@ from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
 from gidef.defence.base import Defence
 from gidef.defence.capacity import certify, fano_bound, lifetime_releases
+from gidef.defence.instahide import Hide
+from gidef.defence.mixup import Mix
 from gidef.defence.private import PrivateNoise
+from gidef.defence.transformations import Transformed
 from gidef.errors import InputError
 from gidef.models.perturbation import Perturbation
 from gidef.report import attack_curves, grid
@@ -79,7 +82,7 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
         **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
         "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group),
-        "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", said))), **({"tuned": first.tuned} if first.tuned else {}),
+        "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),
@@ -99,6 +102,14 @@ def _privacy(group: list[Cell]) -> dict[str, Any]:
         return {"epsilon": None, "delta": None}
     worst = max(spent, key=lambda one: one.epsilon)
     return {"epsilon": worst.epsilon, "delta": worst.delta, "privacy_unit": worst.unit, "noise_multiplier": max(one.noise_multiplier for one in spent)}
+
+
+def _beyond_epsilon(cell: Cell) -> str:
+    """That a client's epsilon says nothing of an attack on its single update, which carries its own share of a cohort's noise alone; "" elsewhere."""
+    defence = cell.trained.training.defence
+    if defence.budget is None or defence.budget.unit != "client" or defence.secure is not None:
+        return ""
+    return "epsilon is against who sees sums of cohorts alone, and this server reads single updates: add SecureAggregation()"
 
 
 def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
@@ -127,6 +138,16 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             raise InputError(reason)
         if looks := [type(one).__name__ for one in defence.transforms if getattr(one, "needs_own", False)]:
             raise InputError(f"{looks[0]} looks at the images themselves, so that what leaves is no function of the noisy latent. Leave it out.")
+        if defence.encoders and once:
+            raise InputError("images are encoded anew in every round, under noise that stays: the difference of two releases has none. Train on them as they are.")
+        alone = (Transformed, Mix, Hide) if run.recipe.evaluation.batch_size == 1 else (Transformed,)
+        if mixing := [type(one).__name__ for one in defence.encoders if not isinstance(one, alone)]:
+            raise InputError(f"{mixing[0]} may put an image into several latents of a release, and one is counted. Set evaluation.batch_size=1, or leave it out.")
+        if (told_of := run.recipe.evaluation).release == "delta" and told_of.local_steps > 1 and not (front_frozen and (noise.mode == "fixed" or settings.level_still)):
+            raise InputError(
+                f"in a delta of {told_of.local_steps} local steps the private layers move, by gradients that are no functions of the noisy latents. "
+                "Set evaluation.local_steps=1, or leave them as they are (front=frozen, level=fixed)."
+            )
         if (draws := observe.draws_in_release(run, group[0].trained)) > 1:
             raise InputError(f"a delta of {draws} local epochs draws the noise of each image as often, and one draw is counted.")
         if once and strength != 1:
@@ -172,12 +193,18 @@ def _asks(chosen: Any) -> bool:
 
 
 def _draws(run: Run, group: list[Cell]) -> int:
-    """Releases of a victim's image over all rounds of the recipe, also those that patience leaves out: the most of any victim's client and seed."""
-    most = 0
+    """Releases of a victim's image over all rounds of the recipe, also those that patience leaves out: the most of any victim's client and seed.
+
+    One in an epoch; under DP-SGD of images, whose batches are drawn with each image by itself, any step may take it, and all count.
+    """
+    most, settings = 0, build.local_settings(run.recipe.clients)
     for cell in group:
+        poisson = isinstance(cell.trained.training.defence, PrivateNoise)
         taken = Counter(client for number in range(run.setting.rounds) for client in cell.trained.training.draw(number))
-        most = max(most, *(taken[owner] for owner in cell.victims.owners))
-    return most * build.local_settings(run.recipe.clients).epochs
+        for owner in cell.victims.owners:
+            often = settings.steps_in_round(run.setting.clients[owner].num_examples) if poisson else settings.epochs
+            most = max(most, taken[owner] * often)
+    return most
 
 
 def _worst_rows(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> list[dict[str, Any]]:

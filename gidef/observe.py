@@ -19,6 +19,7 @@ from gidef.attack.surgery import STATISTICS, norm_names
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
+from gidef.defence.perturbation import LearnedDefence, still_parts
 from gidef.defence.share import imitated, revealed
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
@@ -76,17 +77,25 @@ def observed_simulator(
     make = defence.simulator(terms=terms, progress=snapshot.progress)
     if adaptive or drawn is not None:
         make = defence.stepped(make, generator=drawn)
-    unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make())
+    moving = trained_names(trained)
+    unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make(), moving=moving)
     if not adaptive:
         return unrolled
     return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
 
 
-def local_training(evaluation: config.Evaluation, gradient: Simulate) -> Simulate:
+def local_training(evaluation: config.Evaluation, gradient: Simulate, *, moving: frozenset[str] = frozenset()) -> Simulate:
     """A simulator of the delta that is released, from one of a step's gradient: the same for the victims' clients and for whoever plays them. It is bound
-    to numbers: attacks hold it, and a run holds the images."""
-    settings = {"steps": _steps(evaluation), "epochs": evaluation.local_epochs, "lr": evaluation.local_lr}
+    to numbers: attacks hold it, and a run holds the images. moving: of the model, as `trained_names`."""
+    settings = {"steps": _steps(evaluation), "epochs": evaluation.local_epochs, "lr": evaluation.local_lr, "moving": moving}
     return local_adam(gradient, **settings) if evaluation.local_optimiser == "adam" else local_sgd(gradient, momentum=evaluation.local_momentum, **settings)
+
+
+def trained_names(trained: Trained) -> frozenset[str]:
+    """Names of the model's tensors that a client's steps move, shared or private: all but a frozen front and a level that stands still."""
+    defence = trained.training.defence
+    still = set(still_parts(defence.model, defence.settings)) if isinstance(defence, LearnedDefence) else set()
+    return frozenset(name for name, parameter in defence.model.named_parameters() if parameter.requires_grad and name not in still)
 
 
 def members(run: Run, trained: Trained) -> int:
@@ -234,7 +243,7 @@ def _moved_statistics(
     if run.recipe.evaluation.release == "gradient":
         move(snapshot.params, images, noise)
     else:
-        local_training(run.recipe.evaluation, step)(snapshot.params, private, images, targets, noise)
+        local_training(run.recipe.evaluation, step, moving=trained_names(trained))(snapshot.params, private, images, targets, noise)
     after = moving_statistics(model)
     return {name: after[name].detach() - tensor for name, tensor in snapshot.statistics.items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ ALPHA, FINAL = "alpha", "final/"
 """Of `surrogate_model`: the unknown in `known`, and the prefix there of the client's weights after its local training."""
 
 
-def local_sgd(gradient: Simulate, *, steps: int, lr: float, momentum: float = 0.0, epochs: int = 1) -> Simulate:
+def local_sgd(
+    gradient: Simulate, *, steps: int, lr: float, momentum: float = 0.0, epochs: int = 1, moving: Collection[str] = ()
+) -> Simulate:
     """A simulator of local SGD, unrolled and differentiable.
 
         v ← μ v + g_t(w, batch_t, noise_t),   w ← w − η v,   t = 1 … steps;   the update is w − w_server
 
     Args:    gradient: simulator of one step's gradient; tensors that it does not return stay as they are.
+             moving: names of tensors that take the steps also where they stand in `known`, as those of a private front; the delta is of `params` alone.
              steps: in all epochs together.  lr: η > 0.  momentum: μ in [0, 1), as torch.optim.SGD.
              epochs: passes over the B images. The batches are the candidate's consecutive slices of B · epochs / steps images,
              in the same order in every epoch.
@@ -43,12 +46,13 @@ def local_sgd(gradient: Simulate, *, steps: int, lr: float, momentum: float = 0.
         slots = {name: momentum * slots[name] + g if slots else g for name, g in gradients.items()} if momentum else gradients
         return slots, {name: lr * slot for name, slot in slots.items()}
 
-    return _unrolled(gradient, step, steps, epochs)
+    return _unrolled(gradient, step, steps, epochs, frozenset(moving))
 
 
 def local_adam(
-    gradient: Simulate, *, steps: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, epochs: int = 1
-) -> Simulate:
+    gradient: Simulate, *, steps: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, epochs: int = 1,
+    moving: Collection[str] = (),
+) -> Simulate:  # fmt: skip
     """A simulator of local Adam, as `local_sgd` otherwise.
 
     Args:    lr, betas, eps: as torch.optim.Adam.
@@ -72,7 +76,7 @@ def local_adam(
             changes[name] = lr * m / (root + eps)
         return slots, changes
 
-    return _unrolled(gradient, step, steps, epochs)
+    return _unrolled(gradient, step, steps, epochs, frozenset(moving))
 
 
 def _check(steps: int, lr: float, epochs: int) -> None:
@@ -80,7 +84,9 @@ def _check(steps: int, lr: float, epochs: int) -> None:
         raise InputError(f"steps={steps}, epochs={epochs}, lr={lr}: expected steps a multiple of epochs, both at least 1, and lr above 0.")
 
 
-def _unrolled(gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[Tensors, Tensors]], steps: int, epochs: int) -> Simulate:
+def _unrolled(
+    gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[Tensors, Tensors]], steps: int, epochs: int, moving: frozenset[str]
+) -> Simulate:
     """Local training as a simulator; step(t, slots, gradients) → slots, what is taken off the weights."""
 
     def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
@@ -89,13 +95,15 @@ def _unrolled(gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[
             raise InputError(f"{len(images)} images do not divide into {batches} local batches of equal size: change the batch size or the steps.")
         if noise is not None and len(noise) not in (batches, steps):
             raise InputError(f"noise of {len(noise)} steps: expected one draw for each of {steps}, or for each of the {batches} of an epoch.")
-        size, weights, slots = len(images) // batches, dict(params), {}
+        own = {name: tensor for name, tensor in known.items() if name in moving}
+        rest = {name: tensor for name, tensor in known.items() if name not in moving}
+        size, weights, slots = len(images) // batches, {**params, **own}, {}
         for t in range(steps):
             rows = slice((t % batches) * size, (t % batches + 1) * size)
-            gradients = gradient(weights, known, images[rows], labels[rows], None if noise is None else noise[t % len(noise)])
+            gradients = gradient(weights, rest, images[rows], labels[rows], None if noise is None else noise[t % len(noise)])
             slots, changes = step(t + 1, slots, gradients)
             weights = {name: tensor - changes[name] if name in changes else tensor for name, tensor in weights.items()}
-        return {name: weights[name] - params[name] for name in changes}
+        return {name: weights[name] - params[name] for name in changes if name not in own}
 
     return simulate
 

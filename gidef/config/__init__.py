@@ -312,8 +312,8 @@ class Evaluation:
     """kappa of the evaluation: times the level of the noise on the latent that a defence was trained with, its floor included, in what the victims
     release and in the accuracy of the row; 0 is no noise. Attackers know it. Defences without such noise are evaluated once."""
     release: Literal["gradient", "delta"] = "gradient"
-    """What the server observes of the victim: one gradient (FedSGD), or the delta of local training (FedAvg). In a delta only
-    the shared tensors move: a private front and the decoder stand still during the victim's steps."""
+    """What the server observes of the victim: one gradient (FedSGD), or the delta of local training (FedAvg), in whose steps a private front moves
+    too, by the same optimiser, and a private decoder stands still."""
     local_steps: int = 1
     """Of a released delta: steps of one epoch, on consecutive batches."""
     local_epochs: int = 1

@@ -18,6 +18,7 @@ from gidef.config import (
     DeepLeakage,
     Evaluation,
     GradDefense,
+    GradientNoise,
     GradInversion,
     InstaHide,
     IsotropicNoise,
@@ -370,6 +371,22 @@ def _aggregate_problems(recipe: Recipe) -> list[str]:
     return found
 
 
+def _looks_at_images(part: Any) -> bool:
+    return isinstance(part, (Soteria, Censor, GradDefense)) or getattr(part, "needs_own", False)
+
+
+def _behind_dpsgd(part: Any) -> str:
+    """Why a change of updates cannot come after a DPSGD of clients; "" if it can, as what leaves the update's noise as it is does."""
+    if not getattr(part, "changes_update", False) or (isinstance(part, GradientNoise) and not part.relative):
+        return ""
+    if _looks_at_images(part):
+        return f"{type(part).__name__} behind DPSGD chooses what leaves by the images themselves, which no noise covers then. Put it before DPSGD."
+    return (
+        f"{type(part).__name__} behind DPSGD changes each client's update by itself, its share of the cohort's noise with it, which epsilon counts as a whole in the "
+        "sum. Put it before DPSGD."
+    )
+
+
 def _beside_dpsgd(part: Any, private: DPSGD) -> str:
     """Why a defence of training has no place beside a DPSGD of images; "" if it has one."""
     name = type(part).__name__
@@ -481,7 +498,9 @@ def _privacy_problems(name: str, parts: tuple[Any, ...], recipe: Recipe) -> list
     if isinstance(recipe.rounds.server, Scaffold):
         found.append(f"{name}: rounds.server=Scaffold would carry the noise of a round, in control variates, into all later steps: take another server.")
     if private[0].level == "client":
-        return found
+        return found + [f"{name}: {why}" for part in parts[parts.index(private[0]) + 1 :] if (why := _behind_dpsgd(part))]
+    looking = [type(part).__name__ for part in parts if _looks_at_images(part)]
+    found += [f"{name}: {one} chooses what leaves by the images themselves, which no noise of DPSGD covers. Leave one out." for one in looking]
     if getattr(clients, "accumulate", 1) > 1:
         found.append(f"{name}: clients.accumulate={clients.accumulate}: a step is one Poisson sample, as epsilon counts them. Set it to 1, and raise batch_size.")
     if (share := {"tf32": 0.05, "bfloat16": 0.4}.get(clients.precision)) is not None:

@@ -321,7 +321,9 @@ class DPSGD:
 
     Give exactly one of noise_multiplier and target_epsilon. (epsilon, delta) is of the whole schedule of rounds, for the client that is worst
     off; what a victim of the evaluation releases comes on top. clients.grad_clip still bounds the noisy gradient: 0 leaves it alone. A DPSGD of images
-    stands in a tuple with noise on the latent that has no decoder (IsotropicNoise, LearnedPerturbation(dependence_weight=0), CapacityNoise, Precode, CVB).
+    stands in a tuple with noise on the latent that has no decoder (IsotropicNoise, LearnedPerturbation(dependence_weight=0), CapacityNoise, Precode, CVB),
+    and with no change of updates that looks at the images (Soteria, Censor, GradDefense), which no noise covers. Before a DPSGD of clients any change of
+    updates may stand, behind it a GradientNoise of absolute size alone: others would change each client's share of the noise.
     """
 
     clip: float = 1.0

@@ -102,10 +102,15 @@ def client_loss(
 
 
 def hold_still(model: SplitModel, settings: MinimaxSettings) -> None:
-    """What of a player's model is not trained: a frozen front, a level that stands still."""
-    still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
-    for name in (name for part in still for name in model.parts[part]):
+    """Training leaves out `still_parts` of a player's model."""
+    for name in still_parts(model, settings):
         model.get_parameter(name).requires_grad_(False)
+
+
+def still_parts(model: SplitModel, settings: MinimaxSettings) -> list[str]:
+    """Names of what is not trained: a frozen front, a level that stands still."""
+    still = [*(["encoder"] if settings.front_frozen else []), *(["perturbation"] if settings.level_still else [])]
+    return [name for part in still for name in model.parts[part]]
 
 
 class MinimaxPlayer:

@@ -359,7 +359,10 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append("Attackers choose among their starts by their own loss; oracle dB: what the truth would have chosen, which no attacker can.")
     units = list(dict.fromkeys(row.get("privacy_unit", "image") for row in results["rows"] if row.get("delta") is not None))
     if units:
-        lines.append(f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training.")
+        lines.append(
+            f"Differentially private: (eps, delta) of the presence of one {' or '.join(units)}, over all rounds of the training"
+            f"{'; of a client, against who sees sums of cohorts alone' if 'client' in units else ''}."
+        )
     if any(row.get("certified_bits") is not None for row in results["rows"]):
         lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
     if any(row.get("uncertified") for row in results["rows"]):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from gidef import config, findings, observe
 from gidef.cells import make_cells
 from gidef.config import (
+    ATS,
     DPSGD,
     CapacityNoise,
     Data,
@@ -30,12 +31,15 @@ from gidef.config import (
 from gidef.defence.capacity import capacity_bits
 from gidef.models import make_backbone
 from gidef.training import train
+from gidef.types import Client
 from tests.small_run import CELLS, RECIPE, one_thread, start
 
 DEFENCES = {
     "capacity": CapacityNoise(bits_weight=0.1), "isotropic": IsotropicNoise(std=2.0), "once": CapacityNoise(frozen=True, front="frozen"),
     "still": CapacityNoise(front="frozen", level="fixed", std_init=4.0), "moving": CapacityNoise(front="frozen"),
     "mixed": (CapacityNoise(front="frozen", level="fixed"), MixUp()), "looking": (CapacityNoise(), Soteria()),
+    "mixed once": (CapacityNoise(front="frozen", level="fixed", frozen=True), MixUp()), "turned": (CapacityNoise(front="frozen", level="fixed"), ATS(policy=("rotate 2",))),
+    "sampled": (CapacityNoise(front="frozen", level="fixed"), DPSGD(target_epsilon=50.0)),
     "searched": config.Matched(defence=CapacityNoise(), field="bits_weight", accuracy=0.5), "private": (CapacityNoise(), DPSGD(target_epsilon=50.0)), "conditional": LearnedPerturbation(level="conditional", dependence_weight=0.0), "none": config.Undefended(),
 }  # fmt: skip
 
@@ -84,6 +88,37 @@ def test_a_delta_that_draws_the_noise_of_an_image_twice_is_not_certified_for_one
         assert told["certified_bits"] > 0 and "certified: at most" in words
     else:
         assert told["certified_bits"] is None and words == f"no certificate: {told['uncertified']}" and "2 local epochs" in words
+
+
+@pytest.mark.parametrize(("name", "steps", "certified"), [("capacity", 1, True), ("capacity", 2, False), ("isotropic", 2, False), ("moving", 2, False), ("still", 2, True), ("once", 2, True)])
+def test_a_delta_in_whose_steps_the_private_layers_move_is_not_certified(name, steps, certified, row_of):
+    told, words, _ = row_of("head", name, release="delta", local_steps=steps, batch_size=2)
+    assert (told["certified_bits"] is not None) == certified
+    assert certified or ("2 local steps the private layers move" in told["uncertified"] and words == f"no certificate: {told['uncertified']}")
+
+
+def test_images_that_are_encoded_anew_under_noise_that_stays_are_not_certified(row_of):
+    told, words, _ = row_of("head", "mixed once")
+    assert told["certified_bits"] is None and "the difference of two releases has none" in told["uncertified"] and words == f"no certificate: {told['uncertified']}"
+
+
+@pytest.mark.parametrize(("name", "batch", "certified"), [("mixed", 1, True), ("mixed", 2, False), ("turned", 2, True)])
+def test_a_batch_whose_images_are_mixed_into_one_another_is_not_certified_for_one_latent(name, batch, certified, row_of):
+    told, _, _ = row_of("head", name, batch_size=batch)
+    assert (told["certified_bits"] is not None) == certified
+    assert certified or "Mix may put an image into several latents" in told["uncertified"]
+
+
+def test_under_dp_sgd_s_samples_an_image_may_be_released_in_every_step(row_of):
+    told, _, cell = row_of("head", "sampled", None, Rounds(count=3), LocalTraining(batch_size=8, epochs=2))
+    client = Client(0, torch.zeros(24, 3, 16, 16, dtype=torch.uint8), torch.zeros(24, dtype=torch.int64))
+    assert told["lifetime_releases"] == 3 * 2 * 3, "rounds, epochs, steps of an epoch"
+    player, drawn = cell.trained.training.defence.player(), torch.zeros(24)
+    for number in range(3):
+        player.begin(client, seed=0, round=number, progress=1.0, first=False)
+        for _, rows in player.draw_batches(client, batch_size=8, epochs=2, seed=0, round=number):
+            drawn[rows] += 1
+    assert 3 * 2 < drawn.max() <= told["lifetime_releases"], "once an epoch would have been too few"
 
 
 def test_frozen_noise_before_a_frozen_front_is_one_release(row_of):

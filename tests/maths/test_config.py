@@ -127,6 +127,8 @@ def recipes():
     yield Recipe(defences={"d": DPSGD(clip=0.5, noise_multiplier=1.0, target_epsilon=None), "p": (Pruning(), DPSGD(level="client", delta=1e-3))})
     of_data = (MixUp(mixing=0.5), ATS(policy=("cifar100-convnet", "rotate 2, invert 0")), InstaHide(mixed=2, largest=0.7, signs=False), DPSGD(level="client"))
     yield Recipe(defences={"m": of_data, "c": (DCS(concealed=2, iterations=5, x_weight=0.1, z_weight=0.1, blend=1.0, lr=0.2, apart=9.0), Sign())})
+    private = DPSGD(level="client")
+    yield Recipe(defences={"d": (Soteria(), Pruning(), private), "n": (private, GradientNoise(relative=False)), "i": (DPSGD(), Pruning(), Sign(), GradientNoise())})
     yield Recipe(defences={"s": (LearnedPerturbation(), Pruning(), SecureAggregation(dropouts=0.3)), "d": (DPSGD(level="client"), SecureAggregation())})
     single = {name: attack for name, attack in PRESETS.items() if not isinstance(attack, SurrogateModel)}
     yield Recipe(attacks=single)
@@ -208,6 +210,11 @@ IMPOSSIBLE = [
     (Recipe(defences={"d": (DPSGD(level="client"), DPSGD(level="client"))}), "defences.d holds 2 DPSGD", "keep one"),
     (Recipe(defences={"d": (Coupled(), DPSGD())}), "defences.d: the loss of Coupled couples the images", "Leave one out"),
     (Recipe(defences={"d": (LearnedPerturbation(dependence="dcor"), DPSGD())}), "defences.d: the loss of LearnedPerturbation couples", "Leave one out"),
+    (Recipe(defences={"d": (DPSGD(), Soteria())}), "defences.d: Soteria chooses what leaves by the images themselves", "Leave one out"),
+    (Recipe(defences={"d": (Censor(), DPSGD())}), "defences.d: Censor chooses what leaves by the images themselves", "Leave one out"),
+    (Recipe(defences={"d": (DPSGD(level="client"), GradDefense())}), "defences.d: GradDefense behind DPSGD chooses", "Put it before DPSGD"),
+    (Recipe(defences={"d": (DPSGD(level="client"), Pruning())}), "defences.d: Pruning behind DPSGD changes each client's update", "Put it before DPSGD"),
+    (Recipe(defences={"d": (DPSGD(level="client"), GradientNoise())}), "defences.d: GradientNoise behind DPSGD", "Put it before DPSGD"),
     (Recipe(defences={"d": DPSGD(clip=0.0)}), "defences.d.clip=0.0", "larger"),
     (Recipe(defences={"d": DPSGD(delta=1.0)}), "defences.d.delta=1.0", "smaller"),
     (Recipe(attacks={"x": Undefended()}), "attacks.x=Undefended()", "use one of gidef.config.attacks"),

@@ -244,10 +244,12 @@ def placed(images: Tensor, labels: Tensor) -> Client:
     return client
 
 
+@pytest.mark.parametrize("policy", ["full", "head"])
 @pytest.mark.parametrize("defence", ["undefended", "level"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, steps, trained):
-    run, one = trained("full", defence)
+def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, steps, policy, trained):
+    """Under head, the front and the level that the client keeps take the steps, too."""
+    run, one = trained(policy, defence)
     run, snapshot = evaluated(run, release="delta", batch_size=4, local_steps=steps, local_lr=0.05), one.snapshots["final"]
     victims = observe.release(run, one, snapshot, seed=0)
     rows = victims.rows[0]
@@ -255,18 +257,21 @@ def test_a_released_delta_is_what_local_training_with_plain_sgd_gives(defence, s
     settings = LocalSettings(epochs=1, batch_size=4 // steps, optimiser="sgd", lr=0.05, grad_clip=0.0)
     player = one.training.defence.player()
     player.begin(client, seed=0, round=5, progress=1.0, first=False)
-    found = train_locally(player, snapshot.params, client, settings, seed=0, round=5)
+    private = victims.private[0]
+    assert bool(private) == (policy == "head")
+    found = train_locally(player, {**snapshot.params, **private}, client, settings, seed=0, round=5)
     update, shape = victims.updates[0], observe.noise_shape(run, one)
     if shape is not None:  # the player draws noise of its own
         draws = generator(0, "noise", 5, client.id)
         noise = torch.stack([one.training.defence.draw_noise(4 // steps, generator=draws) for _ in range(steps)])
         assert noise.shape == shape
         simulate = observe.observed_simulator(run, one, snapshot, terms="client")()
-        update = simulate(snapshot.params, {}, victims.images[0], F.one_hot(victims.labels[0], 8).float(), noise)
+        update = simulate(snapshot.params, private, victims.images[0], F.one_hot(victims.labels[0], 8).float(), noise)
     assert found.steps == steps
-    assert set(update) == set(found.delta)
-    for name, tensor in found.delta.items():
-        torch.testing.assert_close(update[name], tensor, rtol=1e-4, atol=1e-6)
+    assert set(update) == set(snapshot.params)
+    assert set(found.delta) == set(update) | set(private)
+    for name, tensor in update.items():
+        torch.testing.assert_close(tensor, found.delta[name], rtol=1e-4, atol=1e-6)
 
 
 OPTIMISERS = {

@@ -32,6 +32,7 @@ from gidef.config import (
     Pruning,
     Recipe,
     Rounds,
+    SecureAggregation,
     Speed,
     Undefended,
 )
@@ -521,3 +522,15 @@ def test_one_run_from_recipe_to_table_says_epsilon_and_delta_in_every_row(tmp_pa
     saved["rows"] = [row for row in saved["rows"] if row["defence"] == "undefended"]
     assert all("eps, delta" not in " ".join(render(saved).split()) for render in (tables.text, tables.markdown, tables.latex))
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["defences"]["image"]["type"] == "DPSGD"
+
+
+def test_the_epsilon_of_clients_is_said_to_hold_for_sums_alone_where_the_server_reads_single_updates(tmp_path):
+    private = DPSGD(level="client", noise_multiplier=1.0, target_epsilon=None, accountant="rdp")
+    chosen = {"read": private, "summed": (private, SecureAggregation())}
+    recipe = dataclasses.replace(RECIPE, defences=chosen, attacks={"naive": NaiveMatching(iterations=2)}, rounds=Rounds(count=1), out=str(tmp_path / "run"))
+    run_recipe(recipe, "private")
+    saved = results.load(tmp_path / "run" / "results.json")
+    notes = {row["defence"]: row["note"] for row in saved["rows"] if row["attack"] == "naive"}
+    assert "this server reads single updates" in notes["read"] and "single updates" not in notes["summed"]
+    assert all(row["epsilon"] > 0 and row["privacy_unit"] == "client" for row in saved["rows"] if row["attack"] == "naive")
+    assert "presence of one client, over all rounds of the training; of a client, against who sees sums of cohorts alone." in " ".join(tables.text(saved).split())
