@@ -359,6 +359,8 @@ def _aggregate_problems(recipe: Recipe) -> list[str]:
     for key, defence in recipe.defences.items():
         defence = defence.defence if isinstance(defence, Matched) else defence
         parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, SecureAggregation) for part in parts):
+            found.append(f"defences.{key}: {name} needs the single updates of a cohort, which SecureAggregation masks: leave it out, or set rounds.aggregate=Mean.")
         if any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
             found.append(f"defences.{key}: the noise of a DPSGD of clients is measured out for their mean, not for {name}: set level=sample, or aggregate=Mean.")
     if isinstance(rule, TrimmedMean) and (not 0 <= rule.share < 0.5 or 2 * math.ceil(rule.share * size - 1e-9) >= size):

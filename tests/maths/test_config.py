@@ -228,6 +228,8 @@ IMPOSSIBLE = [
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),
     (Recipe(evaluation=Evaluation(checkpoints=())), "evaluation.checkpoints is empty", '"untrained"'),
+    *((Recipe(defences={"x": (Pruning(), SecureAggregation())}, rounds=Rounds(aggregate=rule)), f"defences.x: {type(rule).__name__} needs the single updates", "set rounds.aggregate=Mean")
+      for rule in (config.Median(), config.TrimmedMean(), config.Krum())),
 ]  # fmt: skip
 
 
