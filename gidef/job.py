@@ -61,9 +61,7 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
         setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
         for key, defence in recipe.chosen.items():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
-                strengths.check(build.make_defence(one, recipe, setting.dataset, seed=0), recipe.evaluation.strengths, key)
-                for seed in recipe.seeds:
-                    build.privacy_budget(setting, one, seed=seed)
+                _check_built(setting, key, one)
         for judge in recipe.evaluation.judges:
             judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
@@ -99,6 +97,18 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
                 run.append("end", seconds=content["seconds"]["total"])
             world.barrier()
     return content
+
+
+def _check_built(setting: build.Setting, key: str, defence: Any) -> None:
+    """Raises InputError, with its name, for a defence that cannot be built, or whose ε is out of reach."""
+    recipe = setting.recipe
+    try:
+        made = build.make_defence(defence, recipe, setting.dataset, seed=0)
+        for seed in recipe.seeds:
+            build.privacy_budget(setting, defence, seed=seed)
+    except InputError as error:
+        raise InputError(f"defences.{key}: {error}") from error
+    strengths.check(made, recipe.evaluation.strengths, key)
 
 
 def rank_log(folder: Path, rank: int) -> Path:

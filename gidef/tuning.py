@@ -20,13 +20,15 @@ CLOSE = 0.002
 """Accuracy this near to the target ends the search."""
 
 
-def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int) -> list[tuple[float, float]]:
+def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int, step: int = 0) -> list[tuple[float, float]]:
     """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target, whether measure falls or rises with the value.
 
-    Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.
-    Returns: (value, measured) in the order tried. The first two are high and low, whose accuracies tell the direction; one alone where high is on the
-             target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is not
-             looked at), else as soon as something is within 0.002 of it. Where measure is not monotone, one of its crossings is closed in on.
+    Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.  step: values are low, low + step, ... up to high, as
+             whole numbers are; 0 for any of four digits.
+    Returns: (value, measured) in the order tried, no value twice. The first two are high and low, whose accuracies tell the direction; one alone where high
+             is on the target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is
+             not looked at), else as soon as something is within 0.002 of it, or nothing is left between the nearest on both sides. Where measure is not
+             monotone, one of its crossings is closed in on.
     """
     tried: list[tuple[float, float]] = []
 
@@ -42,9 +44,20 @@ def search(measure: Callable[[float], float], *, low: float, high: float, target
         return tried
     above, below = (low, high) if bottom > target else (high, low)
     while len(tried) < trials and min(abs(found - target) for _, found in tried) > CLOSE:
-        middle = float(f"{math.sqrt(above * below):.4g}")
+        if (middle := _between(*sorted((above, below)), step)) is None:
+            break
         above, below = (middle, below) if at(middle) > target else (above, middle)
     return tried
+
+
+def _between(low: float, high: float, step: int) -> float | None:
+    """The value nearest to the middle on a logarithmic scale, None where none lies between."""
+    middle = math.sqrt(low * high)
+    if not step:
+        value = float(f"{middle:.4g}")
+        return value if low < value < high else None
+    inside = (high - low - 1) // step
+    return low + step * min(max(round((middle - low) / step), 1), inside) if inside else None
 
 
 def closest(tried: list[tuple[float, float]], target: float, *, private: Literal["low", "high"] | None = "high") -> float:
@@ -163,10 +176,11 @@ def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[P
             one = train(run, f"{key} at {value:g}", matched.at(value), recipe.seeds[0])
             return float(one.summary["val_accuracy"])
 
-        tried = search(measure, low=matched.low, high=matched.high, target=target, trials=matched.trials)
+        low, high = matched.value(matched.low), matched.value(matched.high)
+        tried = search(measure, low=low, high=high, target=target, trials=matched.trials, step=matched.step)
         value = closest(tried, target, private=matched.private_end)
         told[key] = {
-            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=matched.low, high=matched.high, target=target),
+            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=low, high=high, target=target),
             "trials": len(tried), "tried": [[one, found] for one, found in tried],
         }  # fmt: skip
         run.append("tuned", defence=key, **told[key])
@@ -200,6 +214,6 @@ def resolved(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
         return chosen, {}
     try:
         told = json.loads(path.read_text())
-        return {key: one.at(float(told[key]["value"])) if key in wanted else one for key, one in chosen.items()}, told
+        return {key: one.at(told[key]["value"]) if key in wanted else one for key, one in chosen.items()}, told
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not say what strength {', '.join(wanted)} was trained at ({error!r}): finish the run with --resume first.") from error
