@@ -98,7 +98,7 @@ def _unreferenced(recipe: Recipe) -> list[str]:
     """Searches below an undefended net that is not there."""
     if any(isinstance(one, Undefended) for one in recipe.chosen.values()):
         return []
-    searched = {name: one for name, one in recipe.defences.items() if isinstance(one, Matched) and one.accuracy is None}
+    searched = {name: one for name, one in recipe.chosen.items() if isinstance(one, Matched) and one.accuracy is None}
     return [f"defences.{name}: points={one.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy." for name, one in searched.items()]
 
 

@@ -265,6 +265,8 @@ def test_a_search_that_makes_no_sense_is_refused(given, said):
 def test_points_below_nothing_are_refused():
     assert any("add Undefended()" in text for text in problems(Recipe(defences={"m": matched()})))
     assert problems(Recipe(defences={"m": matched(accuracy=0.8)})) == []
+    both = Recipe(defences={"u": Undefended(), "m": matched(), "p": Pruning()})
+    assert problems(dataclasses.replace(both, only=("p",))) == [] and any("add Undefended()" in text for text in problems(dataclasses.replace(both, only=("m",))))
 
 
 @pytest.mark.parametrize(
