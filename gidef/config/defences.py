@@ -373,7 +373,8 @@ class Matched:
     """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
 
     Validation accuracy alone is looked at. It may fall or rise with the field: both ends of the range are tried first. A target that no trial comes
-    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest.
+    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest. A trial that diverges counts as
+    accuracy 0.
     """
 
     defence: Any = LearnedPerturbation()
