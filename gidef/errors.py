@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class Diverged(InputError):
+    """A training whose numbers are no longer finite, raised on every rank together: other trainings of the run can go on."""
+
+
 class StorageError(InputError):
     """A full disk, or a file that is missing, damaged or of another run: nothing that an attack did, and nothing to go on with."""
 

@@ -17,6 +17,7 @@ from gidef.clients.evaluate import CHUNK, num_chunks, predict_chunk
 from gidef.clients.local import load_parameters
 from gidef.clients.sharded import predict_part
 from gidef.data import Images
+from gidef.errors import Diverged
 from gidef.models import moving_statistics
 from gidef.parallel import Beside, World
 from gidef.rng import generator
@@ -52,6 +53,13 @@ def logits(run: Run, training: build.Training, tensors: Tensors, images: Images,
         model.train()
     world.all_reduce_sum_(result)  # every row comes from one rank and zeros from the others: exact
     return result
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """The logits, the same on every rank.  Raises: Diverged if one is not finite."""
+    if not logits.isfinite().all():
+        raise Diverged("the network predicts NaN or infinity: training diverged. Lower clients.lr, or set clients.grad_clip.")
+    return logits
 
 
 def _own_chunks(world: World, images: Images) -> list[int]:
@@ -118,7 +126,7 @@ def _each_front(training: build.Training, params: Tensors, clients: list[int], v
 def accuracies(run: Run, training: build.Training, params: Tensors, images: Images, *, seed: int, split: str, clients: list[int]) -> list[float]:
     """Accuracy on a split, of the server's model or of each client's own front under `head`."""
     return [
-        metrics.accuracy(logits(run, training, tensors, images, seed=seed, split=split), images.labels.cpu())
+        metrics.accuracy(_finite(logits(run, training, tensors, images, seed=seed, split=split)), images.labels.cpu())
         for tensors in fronts(training, params, clients)
     ]
 
@@ -148,7 +156,7 @@ class EvaluationBeside(Beside):
     def accuracies(self) -> list[float]:
         """Of the evaluation that was begun. All ranks call this together."""
         began, val = time.perf_counter(), self._run_of.setting.dataset.val
-        found = [metrics.accuracy(self._run_of.world.all_reduce_sum_(rows), val.labels.cpu()) for rows in self.wait()]
+        found = [metrics.accuracy(_finite(self._run_of.world.all_reduce_sum_(rows)), val.labels.cpu()) for rows in self.wait()]
         self.waited.append(time.perf_counter() - began)
         return found
 
@@ -171,7 +179,7 @@ def scores_on_test(run: Run, training: build.Training, params: Tensors, *, seed:
     """Of a model on the test split; per client: the accuracy under the client's own mix of classes. Every rank calls this together."""
     dataset, counts = run.setting.dataset, run.setting.counts.double()
     everyone = list(range(run.recipe.data.num_clients))
-    outputs = [logits(run, training, tensors, dataset.test, seed=seed, split="test") for tensors in fronts(training, params, everyone)]
+    outputs = [_finite(logits(run, training, tensors, dataset.test, seed=seed, split="test")) for tensors in fronts(training, params, everyone)]
     labels = dataset.test.labels.cpu()
     scores = [metrics.accuracy(output, labels) for output in outputs]
     mixes = counts / counts.sum(1, keepdim=True)

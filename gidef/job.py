@@ -39,7 +39,8 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
     """Train each defence and seed, attack it, report. Every rank calls this; returns results.json's content (on rank 0, else {}).
 
     part: (I, N), only the I-th of N `tuning.shares`, which is not empty; gidef.parts joins them.
-    Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then.
+    Raises: InputError for bad data or an unusable run folder; nothing of an existing run is touched then. Once all is reported, InputError where every training
+            diverged; of a part not, as others may have trained something.
     """
     began = time.perf_counter()
     leave_on_sigterm(recipe.out)
@@ -61,9 +62,7 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
         setting = build.load_setting(recipe, world=world, notice=said.append, folder=folder)
         for key, defence in recipe.chosen.items():  # what cannot be built, a missing extra or an ε out of reach is refused before any file
             for one in (defence.at(defence.low), defence.at(defence.high)) if isinstance(defence, config.Matched) else (defence,):
-                strengths.check(build.make_defence(one, recipe, setting.dataset, seed=0), recipe.evaluation.strengths, key)
-                for seed in recipe.seeds:
-                    build.privacy_budget(setting, one, seed=seed)
+                _check_built(setting, key, one)
         for judge in recipe.evaluation.judges:
             judge_called(recipe.evaluation.judge_named(judge)[0], num_classes=setting.dataset.num_classes, image_shape=setting.dataset.image_shape)
         mark = fingerprint(recipe, setting.dataset)
@@ -90,15 +89,35 @@ def run_recipe(recipe: config.Recipe, name: str, *, part: tuple[int, int] | None
             if part is not None:
                 console.notice(f"this is part {part[0]} of {part[1]} of {name}: its rows alone, which a page over all parts joins.")
             nets = copies.check(run, recipe.chosen, folder / copies.FILE)
-            trained, tuned = tuning.train_all(run, tuning.shares(recipe, part[1])[part[0]] if part is not None else None)
+            trained, tuned, failed = tuning.train_all(run, tuning.shares(recipe, part[1])[part[0]] if part is not None else None)
             attacked = strengths.evaluated(run, trained)
             found = audit.audit(run, attacked, folder=folder / "attacks")
-            content = describe(run, name, trained | attacked, found, tuned, nets, seconds=time.perf_counter() - began, part=part)
+            content = describe(run, name, trained | attacked, found, tuned, nets, failed, seconds=time.perf_counter() - began, part=part)
             if world.rank == 0:
                 publish(content, folder, console)
                 run.append("end", seconds=content["seconds"]["total"])
             world.barrier()
+            if part is None:
+                check_any(trained, failed)
     return content
+
+
+def check_any(trained: dict[tuple[str, int], Trained], failed: list[dict[str, Any]]) -> None:
+    """Raises InputError where every training failed."""
+    if failed and not trained:
+        raise InputError(f"nothing was trained. The first of {len(failed)}: {failed[0]['defence']}, seed {failed[0]['seed']}: {failed[0]['error']}")
+
+
+def _check_built(setting: build.Setting, key: str, defence: Any) -> None:
+    """Raises InputError, with its name, for a defence that cannot be built, or whose ε is out of reach."""
+    recipe = setting.recipe
+    try:
+        made = build.make_defence(defence, recipe, setting.dataset, seed=0)
+        for seed in recipe.seeds:
+            build.privacy_budget(setting, defence, seed=seed)
+    except InputError as error:
+        raise InputError(f"defences.{key}: {error}") from error
+    strengths.check(made, recipe.evaluation.strengths, key)
 
 
 def rank_log(folder: Path, rank: int) -> Path:
@@ -300,12 +319,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def describe(
-    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], nets: list[dict[str, Any]], *, seconds: float,
-    part: tuple[int, int] | None = None,
+    run: Run, name: str, trained: dict[tuple[str, int], Trained], found: audit.Findings, tuned: dict[str, Any], nets: list[dict[str, Any]],
+    failed: list[dict[str, Any]], *, seconds: float, part: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """results.json's content; see the docstring of gidef.report."""
     recipe, dataset, roles = run.recipe, run.setting.dataset, run.setting.roles
     own = {place: one for place, one in trained.items() if one.strength == 1}
+    lost = [{**one, "defence": recipe.evaluation.named(one["defence"], strength)} for one in failed for strength in recipe.evaluation.strengths]
     content = {
         "format": results.FORMAT, "recipe_name": name, "recipe": config.to_json(recipe), **({"part": list(part)} if part is not None else {}),
         "data": {
@@ -322,9 +342,9 @@ def describe(
         },
         "weights_sha256": {f"{key}/{seed}": one.sha256 for (key, seed), one in own.items()},
         "training": [one.summary for one in trained.values()],
-        "tuned": tuned, "nets": nets, "rows": tuning.noted(found.rows, tuned), "bounds": found.bounds, "judge": found.judge,
+        "tuned": tuned, "nets": nets, "rows": tuning.noted(found.rows, tuned, lost), "bounds": found.bounds, "judge": found.judge,
         "pictures": found.pictures, "verdict": [], "choice": None,
-        **({"not_applicable": found.not_applicable} if found.not_applicable else {}),
+        **({"not_applicable": found.not_applicable} if found.not_applicable else {}), **({"failed": failed} if failed else {}),
     }  # fmt: skip
     lines = read(run.record.path) if run.record is not None else ()
     content["comparisons"], content["starts"] = compare(content, lines), starts(content, lines)
@@ -464,12 +484,15 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
             console.heading(f"{name}: {folder} attacked again")
             for note in dict.fromkeys([*said, *setting.dataset.notes]):
                 console.notice(note)
-            defences, tuned = tuning.resolved(run)
-            nets = copies.check(run, defences, out / copies.FILE)
-            trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in new.seeds}
+            defences, tuned, failed = tuning.resolved(run)
+            for one in failed:
+                console.notice(f"{one['defence']}, seed {one['seed']} was not trained: {one['error']}")
+            check_any(defences, failed)
+            nets = copies.check(run, {key: one for (key, _), one in defences.items()}, out / copies.FILE)
+            trained = {(key, seed): reload(run, key, defence, seed) for (key, seed), defence in defences.items()}
             attacked = strengths.evaluated(run, trained)
             findings = audit.audit(run, attacked, folder=out / "attacks", pictures=out / "pictures")
-            content = describe(run, name, trained | attacked, findings, tuned, nets, seconds=time.perf_counter() - began)
+            content = describe(run, name, trained | attacked, findings, tuned, nets, failed, seconds=time.perf_counter() - began)
             if world.rank == 0:
                 publish(content, out, console)
             world.barrier()

@@ -21,7 +21,7 @@ from gidef.training import reload
 FOLDER = "parts"
 """In the run's folder: those of its parts."""
 RESULTS = "results.json"
-KEPT = ("start", "round", "trained", "tuned")
+KEPT = ("start", "round", "trained", "failed", "tuned")
 """Lines of the parts' records that the whole run's takes over; those of attacks are written anew."""
 
 
@@ -58,7 +58,7 @@ def join(recipe: config.Recipe, name: str, out: Path, count: int) -> bool:
     Nothing is trained or attacked again: reconstructions are scored and pooled over seeds as in a run by one job, so that rows are the same.
 
     Returns: whether there is a whole run now.
-    Raises:  InputError for parts of another recipe, other data, or damaged ones.
+    Raises:  InputError for parts of another recipe, other data, or damaged ones, and, once all is reported, where every training of every part diverged.
     """
     shares = {number: share for number, share in enumerate(tuning.shares(recipe, count)) if share}
     folders = {number: folder_of(out, number, count) for number in shares}
@@ -94,6 +94,8 @@ def _join(recipe: config.Recipe, name: str, out: Path, parts: dict[int, tuple[Pa
     tuned = {key: value for content in told for key, value in (content.get("tuned") or {}).items()}
     if tuned:
         write_atomically(out / tuning.FILE, (json.dumps(tuned, indent=1) + "\n").encode())
+    order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
+    tuning.save_failed(out, sorted((one for content in told for one in content.get("failed") or []), key=lambda one: order.index((one["defence"], one["seed"]))))
     write_atomically(out / "record.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     recipe = dataclasses.replace(recipe, out=str(out), resume=True)
     job.write_recipe(recipe, name, out)
@@ -110,16 +112,17 @@ def _join(recipe: config.Recipe, name: str, out: Path, parts: dict[int, tuple[Pa
         console.heading(f"{name}: {len(parts)} parts joined")
         for note in dict.fromkeys([*said, *setting.dataset.notes]):
             console.notice(note)
-        defences, _ = tuning.resolved(run)
-        nets = copies.check(run, defences, out / copies.FILE)
-        trained = {(key, seed): reload(run, key, defence, seed) for key, defence in defences.items() for seed in recipe.seeds}
+        defences, _, failed = tuning.resolved(run)
+        nets = copies.check(run, {key: one for (key, _), one in defences.items()}, out / copies.FILE)
+        trained = {(key, seed): reload(run, key, defence, seed) for (key, seed), defence in defences.items()}
         attacked = strengths.evaluated(run, trained)
         found = audit.audit(run, attacked, folder=out / "attacks")
         seconds = sum(content["seconds"]["total"] for content in told) + time.perf_counter() - began
-        content = job.describe(run, name, trained | attacked, found, tuned, nets, seconds=seconds)
+        content = job.describe(run, name, trained | attacked, found, tuned, nets, failed, seconds=seconds)
         _calibrated(content["rows"], told)
         job.publish(content, out, console)
         run.append("end", seconds=seconds)
+    job.check_any(trained, failed)
 
 
 def _science(folder: Path) -> str:

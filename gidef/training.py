@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections import ChainMap, defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from gidef import at_once, build, config, memory
 from gidef.checkpoint import Behind, export_model, load_export, load_file, weights_sha256
 from gidef.clients.evaluate import num_chunks
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.evaluation import EvaluationBeside, accuracies, model_names, scores_on_test
 from gidef.parallel import OVERLAP_ABOVE, SlicedCheckpoints, World
 from gidef.rounds.algorithm import federate
@@ -86,7 +87,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     The final model is the best round's on validation accuracy (ties: the earlier). Where `build.overlaps_evaluation` says so on all ranks, a round is
     evaluated while the next one is computed; its line in the record, its snapshot and its checkpoint follow then, in order, with the same bits, and a
     kill costs one round more than else. The last round, and one after which `rounds.patience` may end the training, is evaluated before anything follows.
-    Raises InputError on a checkpoint of another run.
+    Raises InputError on a checkpoint of another run, and Diverged, on every rank, if the loss, an update or a prediction stops being finite.
     """
     recipe, world, key = run.recipe, run.world, run_key(name, seed)
     export = run.folder / "models" / f"{key}.safetensors"
@@ -124,7 +125,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     started = life - progress.seconds
     early = early_round(total)
     beside = EvaluationBeside(run, training, seed=seed) if not world.any(not build.overlaps_evaluation(recipe, world)) else None
-    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind, beside or contextlib.nullcontext():
+    with run.console.track(f"{name}, seed {seed}: round", total, start=server.round) as bar, Behind() as behind, beside or contextlib.nullcontext(), _closing(saver):
 
         def settle(done: _Computed, values: list[float]) -> None:
             """What follows once a round is evaluated."""
@@ -205,6 +206,17 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
     if sharded is not None and recipe.attacks:
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
     return Trained(training, load_snapshots(run, key, training), summary, sha)
+
+
+@contextlib.contextmanager
+def _closing(saver: SlicedCheckpoints | None) -> Iterator[None]:
+    """A training that diverges, which all ranks see, ends with its last checkpoint on disk, so that the next training's saver meets no other."""
+    try:
+        yield
+    except Diverged:
+        if saver is not None:
+            saver.close()
+        raise
 
 
 def _costly_sums(summing: float, seconds: float) -> str | None:

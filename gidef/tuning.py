@@ -5,28 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from gidef import config
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.report.claim import MATCHED
 from gidef.report.files import write_atomically
 from gidef.runs import Run, Trained
 from gidef.training import train
 
-FILE = "tuning.json"
+FILE, FAILED = "tuning.json", "failed.json"
 CLOSE = 0.002
 """Accuracy this near to the target ends the search."""
 
 
-def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int) -> list[tuple[float, float]]:
+def search(measure: Callable[[float], float], *, low: float, high: float, target: float, trials: int, step: int = 0) -> list[tuple[float, float]]:
     """Bisection on a logarithmic scale for a value in [low, high] with measure(value) = target, whether measure falls or rises with the value.
 
-    Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.
-    Returns: (value, measured) in the order tried. The first two are high and low, whose accuracies tell the direction; one alone where high is on the
-             target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is not
-             looked at), else as soon as something is within 0.002 of it. Where measure is not monotone, one of its crossings is closed in on.
+    Args:    measure: accuracy in [0, 1] at a strength.  low, high: above 0.  trials: at least 1.  step: values are low, low + step, ... up to high, as
+             whole numbers are; 0 for any of four digits.
+    Returns: (value, measured) in the order tried, no value twice. The first two are high and low, whose accuracies tell the direction; one alone where high
+             is on the target (at most 0.002 above it) or trials is 1. It stops there if both are on one side of the target (what lies between them is
+             not looked at), else as soon as something is within 0.002 of it, or nothing is left between the nearest on both sides. Where measure is not
+             monotone, one of its crossings is closed in on.
     """
     tried: list[tuple[float, float]] = []
 
@@ -42,9 +45,20 @@ def search(measure: Callable[[float], float], *, low: float, high: float, target
         return tried
     above, below = (low, high) if bottom > target else (high, low)
     while len(tried) < trials and min(abs(found - target) for _, found in tried) > CLOSE:
-        middle = float(f"{math.sqrt(above * below):.4g}")
+        if (middle := _between(*sorted((above, below)), step)) is None:
+            break
         above, below = (middle, below) if at(middle) > target else (above, middle)
     return tried
+
+
+def _between(low: float, high: float, step: int) -> float | None:
+    """The value nearest to the middle on a logarithmic scale, None where none lies between."""
+    middle = math.sqrt(low * high)
+    if not step:
+        value = float(f"{middle:.4g}")
+        return value if low < value < high else None
+    inside = (high - low - 1) // step
+    return low + step * min(max(round((middle - low) / step), 1), inside) if inside else None
 
 
 def closest(tried: list[tuple[float, float]], target: float, *, private: Literal["low", "high"] | None = "high") -> float:
@@ -84,10 +98,15 @@ def missed(one: dict[str, Any]) -> str:
     return said + (f", at the {ENDS[one['end']]} end of the range" if one["end"] else "")
 
 
-def noted(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows, those of defences that missed their target with a note that says so."""
-    said = {key: missed(one) for key, one in tuned.items()}
-    return [row | {"note": "; ".join(filter(None, (row.get("note"), said[row["defence"]])))} if said.get(row["defence"]) else row for row in rows]
+def noted(rows: list[dict[str, Any]], tuned: dict[str, Any], failed: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """The rows, with a note those of defences that missed their target, or that were not trained under every seed.
+
+    failed: of `train_all`, by the names of rows.
+    """
+    said = {key: [missed(one)] for key, one in tuned.items()}
+    for one in failed:
+        said.setdefault(one["defence"], []).append(f"without seed {one['seed']}, whose training diverged")
+    return [row | {"note": "; ".join(notes)} if (notes := [*filter(None, (row.get("note"), *said.get(row["defence"], ())))]) else row for row in rows]
 
 
 ENDS = {"low": "lower", "high": "upper"}
@@ -141,65 +160,120 @@ def _to_train(recipe: config.Recipe, wanted: Collection[Place]) -> list[Place]:
     return [place for place in plain if place in wanted or place in reference]
 
 
-def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[Place, Trained], dict[str, Any]]:
+def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[Place, Trained], dict[str, Any], list[dict[str, Any]]]:
     """Train every defence and seed of the recipe, or those wanted, one of `shares`; those without `Matched` first.
 
-    An undefended net that a search measures itself by is trained too, though not returned where nobody wants it.
+    An undefended net that a search measures itself by is trained too, though not returned where nobody wants it. A training that diverges is told and left
+    out, and the others go on. A trial of a search that diverges counts as accuracy 0, below any target, and its value is not taken where another was tried.
 
-    Returns: what was trained, and what was tuned (see `resolved`). Every rank calls this together; a resumed run finds its trials again.
+    Returns: what was trained; what was tuned (see `resolved`), with `diverged`: values, where trials did; [{defence, seed, error}] of what diverged, or has no
+             undefended net to be measured by for that reason, in the recipe's order. Every rank calls this together; a resumed run finds its trials
+             again, and tries again what diverged.
     """
-    recipe = run.recipe
+    recipe, trained, errors = run.recipe, {}, {}
     order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
     wanted = order if wanted is None else wanted
-    trained = {(key, seed): train(run, key, recipe.chosen[key], seed) for key, seed in _to_train(recipe, wanted)}
+
+    def fail(key: str, seed: int, error: str) -> None:
+        errors[key, seed] = error
+        run.append("failed", defence=key, seed=seed, error=error)
+        run.console.notice(f"{key}, seed {seed} is left out: {error}")
+
+    def attempt(key: str, chosen: Any, seed: int) -> None:
+        try:
+            trained[key, seed] = train(run, key, chosen, seed)
+        except Diverged as error:
+            fail(key, seed, str(error))
+
+    for key, seed in _to_train(recipe, wanted):
+        attempt(key, recipe.chosen[key], seed)
     told: dict[str, Any] = {}
     for key, matched in recipe.chosen.items():
         if not isinstance(matched, config.Matched) or (key, recipe.seeds[0]) not in wanted:
             continue
         target = _target(run, key, matched, trained)
+        if target is None:
+            for seed in recipe.seeds:
+                fail(key, seed, f"its target is {matched.points:g} points below the undefended net, whose training diverged.")
+            continue
         run.console.say(f"{key}: looking for {matched.field} in [{matched.low:g}, {matched.high:g}] at {100 * target:.1f} % validation accuracy")
 
-        def measure(value: float, key: str = key, matched: config.Matched = matched) -> float:
-            one = train(run, f"{key} at {value:g}", matched.at(value), recipe.seeds[0])
+        diverged: list[float] = []
+
+        def measure(value: float, key: str = key, matched: config.Matched = matched, diverged: list[float] = diverged) -> float:
+            try:
+                one = train(run, f"{key} at {value:g}", matched.at(value), recipe.seeds[0])
+            except Diverged as error:
+                diverged.append(value)
+                run.console.notice(f"{key}: the training at {matched.field} = {value:g} counts as accuracy 0: {error}")
+                return 0.0
             return float(one.summary["val_accuracy"])
 
-        tried = search(measure, low=matched.low, high=matched.high, target=target, trials=matched.trials)
-        value = closest(tried, target, private=matched.private_end)
+        low, high = matched.value(matched.low), matched.value(matched.high)
+        tried = search(measure, low=low, high=high, target=target, trials=matched.trials, step=matched.step)
+        value = closest([one for one in tried if one[0] not in diverged] or tried, target, private=matched.private_end)
         told[key] = {
-            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=matched.low, high=matched.high, target=target),
-            "trials": len(tried), "tried": [[one, found] for one, found in tried],
+            "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=low, high=high, target=target),
+            "trials": len(tried), "tried": [[one, found] for one, found in tried], **({"diverged": diverged} if diverged else {}),
         }  # fmt: skip
         run.append("tuned", defence=key, **told[key])
         if run.leads:
             write_atomically(run.folder / FILE, (json.dumps(told, indent=1) + "\n").encode())
         _tell(run, key, told[key], matched.trials)
         for seed in recipe.seeds:
-            trained[key, seed] = train(run, key, matched.at(value), seed)
+            attempt(key, matched.at(value), seed)
+    failed = [{"defence": key, "seed": seed, "error": errors[key, seed]} for key, seed in order if (key, seed) in errors and (key, seed) in wanted]
+    if run.leads:
+        save_failed(run.folder, failed)
     run.world.barrier()
-    return {place: trained[place] for place in order if place in wanted}, told
+    return {place: trained[place] for place in order if place in wanted and place in trained}, told, failed
 
 
-def _target(run: Run, key: str, matched: config.Matched, trained: dict[Place, Trained]) -> float:
-    """The wanted validation accuracy: as given, or so many points below the undefended net of the same seed."""
+def _target(run: Run, key: str, matched: config.Matched, trained: dict[Place, Trained]) -> float | None:
+    """The wanted validation accuracy: as given, or so many points below the first undefended net of the same seed; None where that one diverged."""
     if matched.accuracy is not None:
         return matched.accuracy
-    for (name, seed), one in trained.items():
-        if isinstance(run.recipe.chosen[name], config.Undefended) and seed == run.recipe.seeds[0]:
-            return float(one.summary["val_accuracy"]) - matched.points / 100
+    for name, one in run.recipe.chosen.items():
+        if isinstance(one, config.Undefended):
+            found = trained.get((name, run.recipe.seeds[0]))
+            return found and float(found.summary["val_accuracy"]) - matched.points / 100
     raise InputError(f"defences.{key}: points={matched.points} are below the undefended net, which this recipe does not train: add Undefended(), or give accuracy.")
 
 
-def resolved(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The defences of a finished run with the strengths that its tuning found, and what was tuned.
+def save_failed(folder: Path, failed: list[dict[str, Any]]) -> None:
+    """Keep what was not trained in a run's folder, for `resolved`; no file where all was."""
+    if failed:
+        write_atomically(folder / FAILED, (json.dumps(failed, indent=1) + "\n").encode())
+    else:
+        (folder / FAILED).unlink(missing_ok=True)
 
-    Raises:  InputError if the run's tuning.json is missing or lacks one of them.
+
+def resolved(run: Run) -> tuple[dict[Place, Any], dict[str, Any], list[dict[str, Any]]]:
+    """What a finished run trained: its defences and seeds, with the strengths that its tuning found; what was tuned; what failed, as `train_all` returns it.
+
+    Raises:  InputError if the run's tuning.json is missing or lacks one of them, or if its failed.json cannot be read.
     """
-    path, chosen = run.folder / FILE, dict(run.recipe.chosen)
-    wanted = [key for key, one in chosen.items() if isinstance(one, config.Matched)]
+    path, chosen, failed = run.folder / FILE, run.recipe.chosen, _failed(run)
+    lost = {(one["defence"], one["seed"]) for one in failed}
+    places = [(key, seed) for key in chosen for seed in run.recipe.seeds if (key, seed) not in lost]
+    wanted = list(dict.fromkeys(key for key, _ in places if isinstance(chosen[key], config.Matched)))
     if not wanted:
-        return chosen, {}
+        return {(key, seed): chosen[key] for key, seed in places}, {}, failed
     try:
         told = json.loads(path.read_text())
-        return {key: one.at(float(told[key]["value"])) if key in wanted else one for key, one in chosen.items()}, told
+        found = {key: chosen[key].at(told[key]["value"]) for key in wanted}
+        return {(key, seed): found.get(key, chosen[key]) for key, seed in places}, told, failed
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} does not say what strength {', '.join(wanted)} was trained at ({error!r}): finish the run with --resume first.") from error
+
+
+def _failed(run: Run) -> list[dict[str, Any]]:
+    """What of the run's defences was not trained."""
+    path = run.folder / FAILED
+    if not path.exists():
+        return []
+    try:
+        failed = [{"defence": one["defence"], "seed": one["seed"], "error": one["error"]} for one in json.loads(path.read_text())]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} does not say which trainings failed ({error!r}): finish the run with --resume first.") from error
+    return [one for one in failed if one["defence"] in run.recipe.chosen and one["seed"] in run.recipe.seeds]

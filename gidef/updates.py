@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.types import Client, Tensors, Update, check_same_names
 
 
@@ -120,7 +120,7 @@ class FixedPointSum:
 
         Args:    delta: the template's names and shapes, any float dtype and device.  weight: examples, at least 0.
                  client: who sent it, for the message.
-        Raises:  InputError when an entry is NaN, infinite or too large for the exact sum; ValueError when names,
+        Raises:  Diverged when an entry is NaN, infinite or too large for the exact sum; ValueError when names,
                  shapes or metrics differ from the template's, or the sum is full.
         """
         if weight < 0:
@@ -244,7 +244,7 @@ class FixedPointSum:
         else:
             most = self._limit / self._one / max(weight, 1)
             what = f"reaches {peak / self._one / max(weight, 1):.3g}, where weight {weight} allows {most:.3g}"
-        raise InputError(f"client {client}: {name} {what}; training diverged: lower the learning rate or clip gradients")
+        raise Diverged(f"client {client}: {name} {what}; training diverged: lower the learning rate or clip gradients")
 
     def _mark_written(self) -> None:
         """Threads may work on different CUDA streams: the lock orders their launches, and these two their writes, without a wait of the host's."""
@@ -285,11 +285,11 @@ class Float32Sum:
 
     @torch.no_grad()
     def add(self, delta: Tensors, weight: int, metrics: Mapping[str, float], *, client: int | str = "?") -> None:
-        """As FixedPointSum.add. Raises InputError for NaN or infinity."""
+        """As FixedPointSum.add. Raises Diverged for NaN or infinity."""
         check_same_names(delta, self._template, f"client {client}: the update (left) against the template (right)")
         flat = torch.cat([delta[name].to(self.body).flatten() for name in self._template]) * weight
         if not torch.isfinite(flat).all():
-            raise InputError(f"client {client}: the update holds NaN or infinity; training diverged: lower the learning rate or clip gradients")
+            raise Diverged(f"client {client}: the update holds NaN or infinity; training diverged: lower the learning rate or clip gradients")
         with self._lock:
             self._rest.add({}, weight, metrics, client=client)
             self.body += flat

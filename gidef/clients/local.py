@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.models import count_afresh, moving, moving_statistics, running_statistics
 from gidef.precision import in_own_precision
 from gidef.rng import generator
@@ -135,7 +135,7 @@ def train_locally(
                     (the rest of an epoch makes a smaller step); the clip acts on the average.
         correction: name → tensor added to each step's gradient (SCAFFOLD's c − c_i).
     Returns: LocalResult; `start` is not modified.
-    Raises:  InputError if the loss stops being finite.
+    Raises:  Diverged if the loss stops being finite.
 
     Everything random is a function of (seed, round, client.id). FedProx (Li et al. 2020) adds proximal · (w − start)
     to the gradient, after clipping, as its proximal term is exact.
@@ -196,7 +196,7 @@ def train_locally(
                     break
     mean_loss = float(total) / max(num_batches, 1)  # the only wait for the device
     if not math.isfinite(mean_loss):
-        raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
+        raise Diverged(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
     delta = [step.contiguous() for step in torch._foreach_sub([p.detach() for p in parameters], origin)]
     delta += [tensor - start[name].to(tensor.device) for name, tensor in statistics.items()]
     return LocalResult(dict(zip([*named, *statistics], delta, strict=True)), steps, mean_loss)

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gidef.clients.evaluate import CHUNK
 from gidef.clients.local import LocalResult, LocalSettings, Player, batches, torch_optimiser
 from gidef.clients.participate import Store
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.precision import in_own_precision
 from gidef.types import Client, Tensors
 
@@ -207,7 +207,7 @@ def _part(count: int, group: Group) -> slice:
 def train_sharded(engine: Engine, group: Group) -> Callable[..., LocalResult]:
     """`clients.local.train_locally` on the engine's network; delta, start and correction are slices, and all ranks of the group call it together.
 
-    Raises: InputError on all of them if the loss stops being finite.
+    Raises: Diverged on all of them if the loss stops being finite.
     """
 
     @in_own_precision
@@ -235,7 +235,7 @@ def train_sharded(engine: Engine, group: Group) -> Callable[..., LocalResult]:
                     break
         mean_loss = float(torch.stack(group.all_gather(total)).sum() / (group.size * max(num_batches, 1)))
         if mean_loss != mean_loss or abs(mean_loss) == float("inf"):
-            raise InputError(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
+            raise Diverged(f"client {client.id}'s loss is {mean_loss} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
         after = engine.slices()
         return LocalResult({name: tensor - start[name].to(tensor.device) for name, tensor in after.items()}, steps, mean_loss)
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from gidef.clients.local import LocalResult, LocalSettings, batches
 from gidef.clients.recorded import Recorder
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.precision import in_own_precision
 from gidef.types import Client, Tensors
 
@@ -86,7 +86,7 @@ def train_together(
         recorder:     keeps the steps of all clients with full batches recorded, where nothing is `kept` and the game is steady. Those with fewer
                       are not worth a recording. A function of the clients alone, so that bits do not depend on what ran before.
     Returns: per client its LocalResult and what became of `kept`.
-    Raises:  InputError if a client's loss stops being finite.  Whatever `vmap` raises for a model that it cannot take.
+    Raises:  Diverged if a client's loss stops being finite.  Whatever `vmap` raises for a model that it cannot take.
     """
     plans = [_plan(client, settings, seed=seed, round=round) for client in clients]
     order = sorted(range(len(clients)), key=lambda place: -len(plans[place]))  # the longest first: those who still train are a prefix
@@ -176,7 +176,7 @@ def train_together(
     means = (total / torch.tensor([len(plan) for plan in plans], device=device)).tolist()
     for client, mean in zip(clients, means, strict=True):
         if not math.isfinite(mean):
-            raise InputError(f"client {client.id}'s loss is {mean} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
+            raise Diverged(f"client {client.id}'s loss is {mean} in round {round}: training diverged. Lower clients.lr, or set clients.grad_clip.")
     deltas = layout.each(weights - origin)
     ends = of_kept.each(opponents) if of_kept else [{} for _ in clients]
     found: list[Any] = [None] * len(clients)

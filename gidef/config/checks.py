@@ -11,6 +11,7 @@ from gidef.config import (
     ATTACKS,
     CVB,
     DCS,
+    DEFENCES,
     DPSGD,
     CapacityNoise,
     Censor,
@@ -29,6 +30,8 @@ from gidef.config import (
     Mean,
     ModernInvertingGradients,
     Precode,
+    Pruning,
+    Quantisation,
     Recipe,
     Scaffold,
     SecureAggregation,
@@ -68,9 +71,70 @@ def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with a recipe that can be known without its data: what was given, what was expected, what to change."""
     found: list[str] = []
     _check_fields(recipe, "", found)
-    if found:  # what follows compares fields, and takes them for sound
+    if found := found or _defence_problems(recipe):  # what follows compares fields, and takes them for sound
         return found
-    data, rounds = recipe.data, recipe.rounds
+    searched = {name: one for name, one in recipe.defences.items() if isinstance(one, Matched)}
+    if not searched:
+        return _plain_problems(recipe)
+    low, high = ([*_unreferenced(recipe), *_problems_at(recipe, end)] for end in ("low", "high"))
+    told = [text if text in high else _told_of(text, searched, "low") for text in low]
+    return list(dict.fromkeys(told + [_told_of(text, searched, "high") for text in high if text not in low]))
+
+
+def _problems_at(recipe: Recipe, end: Literal["low", "high"]) -> list[str]:
+    """What is wrong with the recipe that has each search's defence at that end of its range; what lies between is as good as both."""
+    defences = {name: one.at(getattr(one, end)) if isinstance(one, Matched) else one for name, one in recipe.defences.items()}
+    plain, found = dataclasses.replace(recipe, defences=defences), []
+    _check_fields(plain, "", found)
+    return found or _plain_problems(plain)
+
+
+def _told_of(text: str, searched: dict[str, Matched], end: str) -> str:
+    """A problem of one end of a search, with that end."""
+    names = [name for name in searched if any(text.startswith(f"defences.{name}{mark}") for mark in ":. ")]
+    return f"{text} The search tries {end}={getattr(searched[max(names, key=len)], end)}." if names else text
+
+
+def _unreferenced(recipe: Recipe) -> list[str]:
+    """Searches below an undefended net that is not there."""
+    if any(isinstance(one, Undefended) for one in recipe.chosen.values()):
+        return []
+    searched = {name: one for name, one in recipe.chosen.items() if isinstance(one, Matched) and one.accuracy is None}
+    return [f"defences.{name}: points={one.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy." for name, one in searched.items()]
+
+
+def _defence_problems(recipe: Recipe) -> list[str]:
+    """What among the defences is none, and what is wrong with searches in themselves."""
+    found: list[str] = []
+    for name, defence in recipe.defences.items():
+        if isinstance(defence, tuple) and not defence:
+            found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
+        searched, called = (defence.defence, "defence=") if isinstance(defence, Matched) else (defence, "")
+        wrong = [f"defences.{name}: {called}{text}" for part in (searched if isinstance(searched, tuple) else (searched,)) if (text := _no_defence(part))]
+        if isinstance(defence, Matched) and not wrong:
+            wrong = [f"defences.{name}: {text}" for text in defence.problems()]
+        found += wrong
+    return found
+
+
+def _no_defence(part: Any) -> str:
+    """Why a member of a combination, or a defence by itself, is none; "" if it is one."""
+    if isinstance(part, Matched):
+        return f"Matched(field={part.field!r}) is no member of another defence: write one Matched(defence=(..., ...), field={part.field!r}) around the whole combination."
+    if isinstance(part, type):
+        return f"{part.__name__} is a class: write {part.__name__}(), with its fields where they differ from their defaults."
+    if isinstance(part, (tuple, list)):
+        return f"{part!r:.80} is a {type(part).__name__} and no defence: a combination is one tuple, without another inside."
+    own = (("changes_update", ("apply", "reveals", "imitate")), ("changes_data", ("encode", "unknowns", "imitate")))
+    acts = any(getattr(part, kind, False) and all(callable(getattr(part, one, None)) for one in needed) for kind, needed in own)
+    if isinstance(part, DEFENCES) or dataclasses.is_dataclass(part) and (acts or callable(getattr(part, "build", None))):
+        return ""
+    return f"{part!r:.80} is no defence: use one of gidef.config, or a dataclass with a method build(make_model)."
+
+
+def _plain_problems(recipe: Recipe) -> list[str]:
+    """What is wrong with a recipe without searches whose fields are sound."""
+    data, rounds, found = recipe.data, recipe.rounds, []
     if rounds.cohort_size is not None and rounds.cohort_size > data.num_clients:
         found.append(
             f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
@@ -103,20 +167,11 @@ def problems(recipe: Recipe) -> list[str]:
     if isinstance(recipe.clients, LocalTraining) and recipe.clients.optimiser == "adam" and recipe.clients.momentum:
         found.append(f"clients.momentum={recipe.clients.momentum} is sgd's: set clients.optimiser=sgd, or momentum to 0 for adam.")
     for name, defence in recipe.defences.items():
-        if isinstance(defence, Matched):
-            wrong = defence.problems()
-            found += [f"defences.{name}: {text}" for text in wrong]
-            if wrong:
-                continue
-            if defence.accuracy is None and not any(isinstance(one, Undefended) for one in recipe.chosen.values()):
-                found.append(f"defences.{name}: points={defence.points} are below the undefended net, which is not trained: add Undefended(), or give accuracy.")
-            defence = defence.defence
         parts = defence if isinstance(defence, tuple) else (defence,)
-        if not parts:
-            found.append(f"defences.{name} is an empty tuple: give the defences that it combines.")
         found.extend(_privacy_problems(f"defences.{name}", parts, recipe))
         found += [f"defences.{name}: {text}" for text in _data_problems(parts)]
         found += [f"defences.{name}: {text}" for text in _sum_problems(parts, recipe)]
+        found += [f"defences.{name}: {text}" for text in _update_problems(parts)]
         training = [part for part in parts if trains(part)]
         others = [part for part in training if not isinstance(part, DPSGD)]
         if len(others) > 1 or (len(others) < len(training) and any(isinstance(part, Undefended) for part in others)):
@@ -242,7 +297,6 @@ def _strength_problems(recipe: Recipe) -> list[str]:
         return found
     levels, foreign = False, False
     for name, defence in recipe.chosen.items():
-        defence = defence.defence if isinstance(defence, Matched) else defence
         for part in defence if isinstance(defence, tuple) else (defence,):
             levels |= isinstance(part, (LearnedPerturbation, IsotropicNoise, CapacityNoise))
             foreign |= not ours(type(part))
@@ -319,7 +373,6 @@ def _norm_problems(recipe: Recipe) -> list[str]:
     if recipe.speed.sharded_server:
         found.append(f"speed.sharded_server=True steps every tensor alike, and running statistics (model.norm=keep) are averaged. {ways}, or leave it out.")
     for name, defence in recipe.defences.items():
-        defence = defence.defence if isinstance(defence, Matched) else defence
         parts = defence if isinstance(defence, tuple) else (defence,)
         if any(isinstance(part, DPSGD) for part in parts):
             found.append(f"defences.{name}: DPSGD clips and noises gradients, and running statistics (model.norm=keep) would tell of the images beside them. {ways}.")
@@ -338,7 +391,6 @@ def _stream_problems(recipe: Recipe) -> list[str]:
     if (data.path is None) == (not data.client_shards):
         found.append("data.stream needs the clients' shards: give data.path with a {client}, or data.client_shards, and not both.")
     for name, defence in recipe.defences.items():
-        defence = defence.defence if isinstance(defence, Matched) else defence
         parts = defence if isinstance(defence, tuple) else (defence,)
         if any(isinstance(part, DPSGD) and part.level == "sample" for part in parts):
             found.append(f"defences.{name}: a DPSGD of images draws each step from all of a client's images: set level=client, or data.stream=False.")
@@ -358,8 +410,9 @@ def _aggregate_problems(recipe: Recipe) -> list[str]:
     if isinstance(recipe.rounds.server, Scaffold):
         found.append(f"rounds.aggregate={name}: Scaffold's control variate is the mean of the clients', which no other rule keeps. Take another server.")
     for key, defence in recipe.defences.items():
-        defence = defence.defence if isinstance(defence, Matched) else defence
         parts = defence if isinstance(defence, tuple) else (defence,)
+        if any(isinstance(part, SecureAggregation) for part in parts):
+            found.append(f"defences.{key}: {name} needs the single updates of a cohort, which SecureAggregation masks: leave it out, or set rounds.aggregate=Mean.")
         if any(isinstance(part, DPSGD) and part.level == "client" for part in parts):
             found.append(f"defences.{key}: the noise of a DPSGD of clients is measured out for their mean, not for {name}: set level=sample, or aggregate=Mean.")
     if isinstance(rule, TrimmedMean) and (not 0 <= rule.share < 0.5 or 2 * math.ceil(rule.share * size - 1e-9) >= size):
@@ -433,7 +486,7 @@ def _shard_problems(recipe: Recipe) -> list[str]:
         if unlike:
             found.append(f"{', '.join(unlike)}: the step of speed.shard_backend=deepspeed knows none of it. Set shard_backend=fsdp2.")
     for name, defence in recipe.chosen.items():
-        parts = defence if isinstance(defence, tuple) else (getattr(defence, "defence", defence),)
+        parts = defence if isinstance(defence, tuple) else (defence,)
         for part in parts:
             if getattr(part, "schedule", "") == "simultaneous":
                 found.append(f"defences.{name}: schedule=simultaneous routes gradients itself: take alternating, or set speed.shard_size=1.")
@@ -462,6 +515,19 @@ def _data_problems(parts: tuple[Any, ...]) -> list[str]:
     apart = [part for part in parts if trains(part) and not isinstance(part, Undefended)]
     if any(isinstance(part, DCS) for part in data) and apart:
         found.append(f"DCS adds images to a batch, whose noise and terms {type(apart[0]).__name__} counts by the private ones: leave one out.")
+    return found
+
+
+def _update_problems(parts: tuple[Any, ...]) -> list[str]:
+    """Ranges of the defences of updates among a combination that their fields' names do not say, without its name."""
+    found = []
+    for part in parts:
+        if isinstance(part, (Pruning, Soteria)) and not 0 <= part.share <= 1:
+            found.append(f"share={part.share} of {type(part).__name__}: expected a share in [0, 1].")
+        if isinstance(part, Quantisation) and part.bits > 16:
+            found.append(f"bits={part.bits} of Quantisation: expected 2 to 16.")
+        if isinstance(part, GradDefense) and part.noisy > part.slices:
+            found.append(f"noisy={part.noisy} of slices={part.slices} of GradDefense: expected at most as many. Lower noisy, or raise slices.")
     return found
 
 

@@ -375,13 +375,15 @@ class Matched:
     """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
 
     Validation accuracy alone is looked at. It may fall or rise with the field: both ends of the range are tried first. A target that no trial comes
-    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest.
+    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest. A trial that diverges counts as
+    accuracy 0.
     """
 
     defence: Any = LearnedPerturbation()
     """One of this page, or a tuple of them."""
     field: str = "strength"
-    """The number that is searched, of the defence or of the one member of a tuple that has it."""
+    """The number that is searched, of the defence or of the one member of a tuple that has it. Of whole numbers only such are tried, of CVB.kernel odd
+    ones. Of DPSGD's noise_multiplier and target_epsilon the other one is None then."""
     low: float = 0.1
     high: float = 10.0
     """The search's ends, both above 0; it is logarithmic."""
@@ -395,35 +397,61 @@ class Matched:
     @property
     def private_end(self) -> Literal["low", "high"] | None:
         """The end of the range at which the defence protects most; None for a defence that is not of this page."""
-        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
-        owner = next((part for part in parts if self.field in _fields(part)), None)
+        owner = next((part for part in self._parts if self.field in _fields(part)), None)
         return None if not isinstance(owner, DEFENCES) else "low" if self.field in WEAKENS else "high"
+
+    @property
+    def step(self) -> int:
+        """How far apart the field's values are: 1 of whole numbers, 2 of odd ones, 0 where any number is one."""
+        owner = next((part for part in self._parts if self.field in _fields(part)), None)
+        if owner is None or self.field not in _fields(owner, WHOLE):
+            return 0
+        return 2 if isinstance(owner, CVB) and self.field == "kernel" else 1
+
+    def value(self, number: float) -> float:
+        """A number as the field has it: whole ones stay whole, whatever they were read from."""
+        if not self.step:
+            return float(number)
+        return int(number) if float(number).is_integer() else number
 
     def at(self, value: float) -> Any:
         """The defence with the field at a value."""
-        if isinstance(self.defence, tuple):
-            return tuple(replace(part, **{self.field: value}) if self.field in _fields(part) else part for part in self.defence)
-        return replace(self.defence, **{self.field: value})
+        found = tuple(replace(part, **self._changes(part, value)) if self.field in _fields(part) else part for part in self._parts)
+        return found if isinstance(self.defence, tuple) else found[0]
+
+    def _changes(self, part: Any, value: float) -> dict[str, Any]:
+        other = EITHER.get(self.field) if isinstance(part, DPSGD) else None
+        return {self.field: self.value(value), **({other: None} if other else {})}
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.defence if isinstance(self.defence, tuple) else (self.defence,)
 
     def problems(self) -> list[str]:
         """What is wrong with the search, without the recipe's name for it."""
-        parts = self.defence if isinstance(self.defence, tuple) else (self.defence,)
+        parts = self._parts
         found, having = [], [part for part in parts if is_dataclass(part) and self.field in _fields(part)]
-        if not parts or not all(is_dataclass(part) and not isinstance(part, Matched) for part in parts):
+        if not parts or not all(is_dataclass(part) and not isinstance(part, (Matched, type)) for part in parts):
             return [f"defence={self.defence!r} is no defence to search: give one, or a tuple of them."]
         if len(having) != 1:
             names = sorted({name for part in parts for name in _fields(part)})
             found.append(f"field={self.field!r} names a number of exactly one defence to search; there are {', '.join(names) or 'none'}.")
         if not 0 < self.low < self.high:
             found.append(f"low={self.low}, high={self.high}: expected 0 < low < high, as the search is logarithmic.")
+        elif len(having) == 1 and self.step and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            found.append(f"low={self.low}, high={self.high}: {self.field} is a whole number of {type(having[0]).__name__}. Give whole ends.")
         if self.accuracy is not None and not 0 < self.accuracy <= 1:
             found.append(f"accuracy={self.accuracy}: expected a share in (0, 1].")
         return found
 
 
-def _fields(part: Any) -> set[str]:
+WHOLE = ("int", "int | None")
+EITHER = {"noise_multiplier": "target_epsilon", "target_epsilon": "noise_multiplier"}
+"""Fields of DPSGD of which one follows from the other."""
+
+
+def _fields(part: Any, kinds: tuple[str, ...] = (*WHOLE, "float", "float | None")) -> set[str]:
     """Names of the number fields of a defence."""
-    kinds = {"int", "float", "int | None", "float | None"}
     return {spec.name for spec in fields(part) if (spec.type if isinstance(spec.type, str) else getattr(spec.type, "__name__", str(spec.type))) in kinds}
 
 

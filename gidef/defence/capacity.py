@@ -26,13 +26,13 @@ def water_filling(variance: Tensor, power: float) -> Tensor:
     """Pᵢ = max(ν − σᵢ², 0) with Σ Pᵢ = power: how a source spends its power to get the most through.
 
     Args:    variance: σ² (d,), floating, above 0.  power: above 0.
-    Returns: (d,), without a gradient.
+    Returns: (d,), without a gradient; NaN for a variance that is NaN, as in a training that diverged.
     """
     with torch.no_grad():
         rising = variance.sort().values
         count = torch.arange(1, len(rising) + 1, device=variance.device, dtype=variance.dtype)
         levels = (power + rising.cumsum(0)) / count  # ν if the k least noisy channels are in use
-        used = (levels > rising).sum() - 1
+        used = ((levels > rising).sum() - 1).clamp_min(0)
         return (levels.gather(0, used[None]) - variance).clamp_min(0)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.parallel.cohort import COUNTERS, Part
 from gidef.parallel.plan import longest_first
 from gidef.parallel.world import World
@@ -177,7 +177,7 @@ def mean_over_mesh(
     every client counts once, and nothing is gathered. The mean has the same bits for any number of groups.
 
     Args:    costs, learn: as in `mean_over_world`; a client's seconds are those of its group's first rank.
-    Raises:  (by the returned callable) InputError on every rank if a client raised one, which must be the same on all ranks of a group. Any
+    Raises:  (by the returned callable) InputError on every rank if a client raised one, Diverged if that, which must be the same on all ranks of a group. Any
              other error leaves this rank at once: its group cannot go on, and the others see the connection close.
     """
     cost_of = costs or (lambda client: client.num_examples)
@@ -197,10 +197,10 @@ def mean_over_mesh(
                 refused = None
                 try:
                     total.add(update.delta, update.num_examples, update.metrics, client=client.id)
-                except InputError as error:
+                except Diverged as error:
                     refused = error
                 if mesh.shard.any(refused is not None):  # a slice that cannot be summed is one rank's alone
-                    raise refused or InputError(f"client {client.id}: another rank of its group refused its part of the update")
+                    raise refused or Diverged(f"client {client.id}: another rank of its group refused its part of the update")
             except InputError as error:
                 errors[position] = error
                 break

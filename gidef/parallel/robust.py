@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.parallel import traffic
 from gidef.parallel.cohort import COUNTERS, Groups, take_part
 from gidef.parallel.work import Schedule
@@ -35,7 +35,7 @@ def robust_over_world(
 
     Args:    rule: with name, combine and choose.  The others as in `mean_over_world`.
     Returns: over_cohort → CohortMean: delta by the rule; num_examples and metrics as in the mean.
-    Raises:  as `mean_over_world`, but a client may send NaN, infinity or any size; InputError if the rule's result is not finite.
+    Raises:  as `mean_over_world`, but a client may send NaN, infinity or any size; Diverged if the rule's result is not finite.
     """
     cost_of = costs or (lambda client: client.num_examples)
 
@@ -110,7 +110,7 @@ def _aggregate(world: World, rule: Any, kept: dict[int, Tensor], owners: list[in
             place = span(first + rank)
             result[place] = part[: place.stop - place.start].cpu()
     if not torch.isfinite(result).all():
-        raise InputError(f"{rule.name} of the cohort's updates is not finite: more clients sent NaN or infinity than it can pass over")
+        raise Diverged(f"{rule.name} of the cohort's updates is not finite: more clients sent NaN or infinity than it can pass over")
     return result
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gidef.errors import Diverged
+
 Item = TypeVar("Item")
 
 
@@ -95,7 +97,8 @@ class Beside:
     behind all that the calling thread had launched when it called.
 
     An error surfaces where the calling thread waits. The context's end waits for nothing if the caller has failed: `stopped` is set, what is
-    running ends in the background, and its own error, if any, is dropped for the caller's, which came first.
+    running ends in the background, and its own error, if any, is dropped for the caller's, which came first. Of a training that diverged the run goes on,
+    so that what is running is waited for.
 
     Args: device: the rank's.  threads: that an operator computes with.
     """
@@ -126,7 +129,7 @@ class Beside:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.stopped.set()
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        self._pool.shutdown(wait=kind is None or issubclass(kind, Diverged), cancel_futures=True)
 
     def _start(self) -> None:
         torch.set_num_threads(self._threads)

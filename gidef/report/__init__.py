@@ -17,7 +17,8 @@
                   trained_as: the recipe's, strength, seed and the test results]
     tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
                   is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
-                  trials: int, tried: [[value, validation accuracy]]}: of those at a wanted accuracy
+                  trials: int, tried: [[value, validation accuracy]], diverged: values of trials that did, which count as accuracy 0, not there where none did}:
+                  of those at a wanted accuracy
     nets          [one per network that was attacked: defences: [names];  changes: [what was changed in it for gradients of gradients, and of its dropout];
                   parity: how far the attacks' first gradient is from the untouched network's, relative, in float64, null where not checked;
                   skipped: why it was not;  statistics: {changes, parity} of the copy that GradInversion takes statistics of]
@@ -52,6 +53,7 @@
                   psnr_db, failed}]
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
+    failed        [defence, seed, error: of trainings that diverged, or had no target for that reason; they are in no row. Not there where none did]
     not_applicable [defence, attack, attack_id, reason: of attacks that have nothing to attack in a defence, and so no row]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   of, checkpoint: the defence and the checkpoint of a shuffled gradient, of each its own;
@@ -64,7 +66,7 @@
     starts        [a form of an attack beside another that differs in restarts and halving alone, the most restarts that all run to their end (`paired.starts`): as
                   of comparisons, without `under` and `adaptive`;  seconds: [ours, other], null where they were not measured]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
-    choice        null, or of a recipe with `choose`: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
+    choice        null, or of a recipe with `choose`, whose undefended net was trained: {points, on: images attacked, take: the defence or null, grid: [{defence, val_accuracy, psnr_db of the strongest
                   attack or null, within: of the points}]}
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]

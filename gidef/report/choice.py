@@ -11,7 +11,7 @@ BOUNDS = ("A11", "A12", "standard", "control")
 
 
 def choice(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The defence to take, and the grid that it was taken from; None where the recipe does not choose.
+    """The defence to take, and the grid that it was taken from; None where the recipe does not choose, or no undefended net was trained.
 
     Returns: points, on, take, grid, see `gidef.report`. Seeds count by their means. A defence's PSNR is the highest mean of any attack and checkpoint; rows with
              failed reconstructions do not count, as mid-grey would flatter, and a defence without others is not taken. Of equals the more accurate is.
@@ -25,6 +25,8 @@ def choice(results: dict[str, Any]) -> dict[str, Any] | None:
     means = {name: sum(values) / len(values) for name, values in accuracies.items()}
     specs = results["recipe"]["defences"]
     plain = {name for name in means if isinstance(specs.get(name), dict) and specs[name].get("type") == "Undefended"}
+    if not plain:
+        return None
     least = max(means[name] for name in plain) - asked["points"] / 100
     grid = []
     for name, accuracy in means.items():

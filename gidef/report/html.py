@@ -146,7 +146,7 @@ def _shown(name: str, drawn: Html, kind: str = "scroll", **attributes: Any) -> H
 
 
 def _verdict(page: Page, several: bool) -> Html:
-    loud = ("Warning", "SYNTHETIC", "A demonstration")
+    loud = ("Warning", "SYNTHETIC", "A demonstration", "Not trained")
     said = [tag("li", text, class_="warning" if text.startswith(loud) else None) for text in page.results.get("verdict", [])]
     return join(_run_head(page, several), tag("ul", said, class_="verdict") if said else tag("p", "No verdict was recorded."))
 

@@ -13,6 +13,9 @@ STRENGTHS = (
 )  # fmt: skip
 """Numbers of gidef's defences that say how strong one is; the others are sizes, budgets and schedules. Of a defence of your own every number may be one."""
 
+EITHER = {"noise_multiplier": "target_epsilon", "target_epsilon": "noise_multiplier"}
+"""Fields of which one follows from the other: where one was searched, the other is null."""
+
 Settings = dict[tuple[str, ...], Any]
 """Every value of a defence by its place: the member of a combination, its type, the names of fields."""
 
@@ -44,6 +47,8 @@ def settings(results: dict[str, Any], defence: str) -> Settings:
     spec = defences(results).get(name)
     if isinstance(spec, dict) and spec.get("type") == "Matched":
         found = {spec.get("field"): ((results.get("tuned") or {}).get(name) or {}).get("value")}
+        if other := EITHER.get(spec.get("field")):
+            found[other] = None
         spec = spec.get("defence")
     values: Settings = {}
     for number, part in enumerate(spec if isinstance(spec, list) else [spec]):

@@ -17,9 +17,10 @@ EXPORTED = (*MEASURED, "nmse")
 """Measured values that the CSV holds; tables have a column for each of MEASURED, the page for `nmse` as well, where it was measured."""
 
 _TOP = {"recipe": dict, "recipe_name": str, "data": dict, "versions": dict, "seeds": list, "training": list, "rows": list, "bounds": list}
-_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list, "not_applicable": list}
+_TOP_OPTIONAL = {"part": list, "hardware": dict, "seconds": dict, "weights_sha256": dict, "judge": dict, "pictures": list, "verdict": list, "nets": list, "not_applicable": list, "failed": list}
 _ROW = {"defence": str, "attack": str, "attack_id": str, "checkpoint": str, "share_policy": str, "victims": int, "psnr_db": object}
 
+_FAILED = {"defence": str, "seed": int, "error": str}
 _IDLE = {"defence": str, "attack": str, "attack_id": str, "reason": str}
 
 
@@ -54,7 +55,7 @@ def validate(results: Any, where: str = "results") -> None:
     _check_keys(results, _TOP, where)
     _check_keys({key: value for key, value in results.items() if key in _TOP_OPTIONAL}, _TOP_OPTIONAL, where, missing=False)
     _check_keys(results["data"], {"name": str, "synthetic": bool}, f"{where}.data")
-    for key, needed in (("training", {"defence": str}), ("rows", _ROW), ("not_applicable", _IDLE), ("bounds", {"name": str, "psnr_db": object})):
+    for key, needed in (("training", {"defence": str}), ("rows", _ROW), ("not_applicable", _IDLE), ("failed", _FAILED), ("bounds", {"name": str, "psnr_db": object})):
         for index, entry in enumerate(results.get(key, [])):
             place = f"{where}.{key}[{index}]"
             if not isinstance(entry, dict):
@@ -98,6 +99,11 @@ def not_applicable(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows without a number for the attacks that have nothing to attack in a defence; the note says why."""
     empty = {"checkpoint": "", "psnr_db": None, "victims": None}
     return [{**one, **empty, "note": f"not applicable: {one['reason']}"} for one in results.get("not_applicable") or []]
+
+
+def failed(results: dict[str, Any]) -> list[str]:
+    """What was not trained, and why: a line for each defence and seed."""
+    return [f"Not trained: {one['defence']}, seed {one['seed']}: {one['error']}" for one in results.get("failed") or []]
 
 
 def _check_keys(entry: dict[str, Any], needed: dict[str, type], place: str, *, missing: bool = True) -> None:

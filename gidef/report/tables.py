@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gidef.report.claim import MATCHED
 from gidef.report.kinds import defences
-from gidef.report.results import EXPORTED, MEASURED, bound_label, interval_of, mean_of, not_applicable
+from gidef.report.results import EXPORTED, MEASURED, bound_label, failed, interval_of, mean_of, not_applicable
 from gidef.report.verdict import criteria
 
 _HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "bits per release", "lifetime bits", "Fano %", "oracle dB", "victims", "note")
@@ -139,9 +139,10 @@ def _outcome(entry: dict[str, Any], spec: Any, accuracy: float | None) -> str:
     spec = spec if isinstance(spec, dict) else {}
     ended = [end for end in ("low", "high") if value is not None and spec.get(end) == value]
     place = f"the {ended[0]} end of its range [{spec['low']:g}, {spec['high']:g}]" if ended else None
+    gone = f"; diverged at {', '.join(f'{one:.4g}' for one in entry['diverged'])}" if entry.get("diverged") else ""
     if reached:
-        return f"reached, at {place}" if place else "reached"
-    return f"NOT reached: the search ended at {place}" if place else "NOT reached: the nearest of its trials"
+        return (f"reached, at {place}" if place else "reached") + gone
+    return (f"NOT reached: the search ended at {place}" if place else "NOT reached: the nearest of its trials") + gone
 
 
 def judge_names(results: dict[str, Any]) -> list[str]:
@@ -183,7 +184,7 @@ def csv(results: dict[str, Any]) -> str:
     page = io.StringIO()
     writer = csv_format.writer(page, lineterminator="\n")
     writer.writerow(["kind", "data", "synthetic", *names, *(f"{key}_{part}" for key in EXPORTED for part in _STATISTICS), *tail, "threat", *(f"attacker_accuracy_by_{name}" for name in judges)])
-    lines = [("attack", row) for row in results["rows"]] + [("not applicable", row) for row in not_applicable(results)] + [("bound", {"defence": bound_label(bound), **bound}) for bound in results["bounds"]]
+    lines = [("attack", row) for row in results["rows"]] + [("not applicable", row) for row in not_applicable(results)] + [("not trained", {**one, "note": one["error"]}) for one in results.get("failed") or []] + [("bound", {"defence": bound_label(bound), **bound}) for bound in results["bounds"]]
     for kind, row in lines:
         seeds = " ".join(map(str, row["seeds"])) if row.get("seeds") else row.get("seed")
         measured = [value if isinstance(value, dict) else {"mean": value} for value in map(row.get, EXPORTED)]
@@ -367,6 +368,7 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
         lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
     if any(row.get("uncertified") for row in results["rows"]):
         lines.append("Bits none: no certificate, for the reason in the note.")
+    lines += failed(results)
     lines += [f"Attacker accuracy is a judge's on the reconstructions; the judge has {', '.join(known)}."] if known else []
     return lines + _numbered(notes)
 

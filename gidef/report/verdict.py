@@ -14,6 +14,7 @@ A decoder on the latent itself (A12) is a bound on attackers and has its own sen
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from gidef.report.claim import claim
 from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
 from gidef.report.paired import comparisons
-from gidef.report.results import bound_named, interval_of, mean_of
+from gidef.report.results import bound_named, failed, interval_of, mean_of, recipe_name
 from gidef.report.starts import starts
 
 MARGIN_DB = 0.5
@@ -51,6 +52,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
         said.append("SYNTHETIC DATA: the images are made up, so no number here says anything about patients.")
     if part := results.get("part"):
         said.append(f"Part {part[0]} of {part[1]} of a run: what follows is about its own rows, and what it misses may stand in another part. Read the page that joins them.")
+    said += failed(results)
     if not results["rows"]:
         return [*said, "No attack was run, so this run says nothing about privacy.", *_accuracy_cost(results)]
     said += [_scope(results), *_demonstration(results)]
@@ -124,7 +126,9 @@ def _scope(results: dict[str, Any]) -> str:
 
 
 def _demonstration(results: dict[str, Any]) -> list[str]:
-    victims, seeds = min(row["victims"] for row in results["rows"]), len(results["seeds"])
+    rowed = {recipe_name(results, row["defence"]) for row in results["rows"]}
+    lost = Counter(one["defence"] for one in results.get("failed") or [] if one["defence"] in rowed)
+    victims, seeds = min(row["victims"] for row in results["rows"]), len(results["seeds"]) - max(lost.values(), default=0)
     if victims >= CLAIM_VICTIMS and seeds >= CLAIM_SEEDS:
         return []
     found = f"{_count(victims, 'victim')} and {_count(seeds, 'seed')}"

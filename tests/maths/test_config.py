@@ -86,6 +86,27 @@ class Coupled(Own):
     couples_batch: ClassVar[bool] = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bare:
+    """What looks like a defence, and has nothing of one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sent(Bare):
+    """One of updates, with what gidef.defence.share asks for."""
+
+    changes_update: ClassVar[bool] = True
+
+    def apply(self, update, *, generator, own):
+        return update
+
+    def reveals(self, update):
+        return {}
+
+    def imitate(self, update, known):
+        return update
+
+
 CLASSES = [kind for kind in vars(config).values() if dataclasses.is_dataclass(kind)]
 SGD = LocalTraining(optimiser="sgd")
 
@@ -235,6 +256,22 @@ IMPOSSIBLE = [
     (Recipe(evaluation=Evaluation(num_victims=10, batch_size=4)), "num_victims=10 is no multiple of evaluation.batch_size=4", "Change one"),
     (Recipe(evaluation=Evaluation(release="delta", local_steps=3, batch_size=4)), "is no multiple of evaluation.local_steps=3", "equal slice"),
     (Recipe(evaluation=Evaluation(checkpoints=())), "evaluation.checkpoints is empty", '"untrained"'),
+    *((Recipe(defences={"x": (Pruning(), SecureAggregation())}, rounds=Rounds(aggregate=rule)), f"defences.x: {type(rule).__name__} needs the single updates", "set rounds.aggregate=Mean")
+      for rule in (config.Median(), config.TrimmedMean(), config.Krum())),
+    (Recipe(defences={"x": (Matched(defence=IsotropicNoise(), field="std"), Pruning())}), "defences.x: Matched(field='std') is no member", "Matched(defence=(..., ...), field='std')"),
+    (Recipe(defences={"x": Matched(defence=Matched(), accuracy=0.5)}), "defences.x: defence=Matched(field='strength') is no member", "around the whole combination"),
+    (Recipe(defences={"x": ((IsotropicNoise(), Pruning()), Sign())}), "defences.x: (IsotropicNoise(", "a combination is one tuple"),
+    (Recipe(defences={"x": [Pruning(), Sign()]}), "defences.x: [Pruning(", "a combination is one tuple"),
+    (Recipe(defences={"x": IsotropicNoise}), "defences.x: IsotropicNoise is a class", "write IsotropicNoise()"),
+    (Recipe(defences={"x": (Pruning, Sign())}), "defences.x: Pruning is a class", "write Pruning()"),
+    (Recipe(defences={"x": Matched(defence=IsotropicNoise, field="std", accuracy=0.5)}), "defences.x: defence=IsotropicNoise is a class", "write IsotropicNoise()"),
+    (Recipe(defences={"x": Own}), "defences.x: Own is a class", "write Own()"),
+    (Recipe(defences={"x": Bare()}), "defences.x: Bare() is no defence", "a method build(make_model)"),
+    (Recipe(defences={"x": "none"}), "defences.x: 'none' is no defence", "use one of gidef.config"),
+    (Recipe(defences={"x": Soteria(share=1.1)}), "defences.x: share=1.1 of Soteria", "[0, 1]"),
+    (Recipe(defences={"x": (Sign(), Pruning(share=-0.1))}), "defences.x: share=-0.1 of Pruning", "[0, 1]"),
+    (Recipe(defences={"x": Quantisation(bits=17)}), "defences.x: bits=17 of Quantisation", "2 to 16"),
+    (Recipe(defences={"x": GradDefense(noisy=6, slices=5)}), "defences.x: noisy=6 of slices=5", "raise slices"),
 ]  # fmt: skip
 
 
@@ -256,6 +293,7 @@ def test_what_is_possible_beside_it_is_allowed():
         Recipe(evaluation=Evaluation(release="delta", local_steps=4, local_epochs=5, local_momentum=0.9, batch_size=8)),
         Recipe(attacks={"n": NaiveMatching(labels="recovered")}, evaluation=Evaluation(release="delta", local_optimiser="adam")),
         Recipe(seeds=[0, 1]),
+        Recipe(defences={"own": Own(), "sent": (Own(), Sent(), Pruning()), "searched": Matched(defence=(Own(), Sent()), field="size", accuracy=0.5), "masked": SecureAggregation()}),
     ):
         assert problems(recipe) == []
 

@@ -9,7 +9,29 @@ import types
 
 import pytest
 
-from gidef.config import DPSGD, CapacityNoise, Clipping, LearnedPerturbation, Matched, Pruning, Recipe, Undefended, problems
+from gidef.config import (
+    CVB,
+    DCS,
+    DPSGD,
+    CapacityNoise,
+    Censor,
+    Clipping,
+    GradDefense,
+    InstaHide,
+    IsotropicNoise,
+    LearnedPerturbation,
+    LocalTraining,
+    Matched,
+    MixUp,
+    Precode,
+    Pruning,
+    Quantisation,
+    Recipe,
+    SecureAggregation,
+    Soteria,
+    Undefended,
+    problems,
+)
 from gidef.tuning import _tell, closest, noted, outcome, search
 from tests.ranks.launch import ROOT, environment, results
 
@@ -107,6 +129,90 @@ def test_a_rising_measure_is_the_mirror_of_a_falling_one():
     assert closest([(1.0, 0.6), (2.0, 0.4)], 0.5, private="low") == 1.0 and closest([(1.0, 0.6), (2.0, 0.4)], 0.5) == 2.0
 
 
+@pytest.mark.parametrize("target", [0.45, 0.62, 0.79, 0.88])
+@pytest.mark.parametrize(("low", "high", "step"), [(1, 8, 1), (2, 3, 1), (3, 4096, 1), (1, 2, 1), (1, 9, 2), (5, 7, 2), (3, 31, 2)])
+def test_a_search_over_whole_numbers_tries_no_other_and_none_twice_and_ends_between_neighbours(low, high, step, target):
+    def measure(value):
+        assert isinstance(value, int) and low <= value <= high and (value - low) % step == 0
+        return 0.9 - 0.5 * math.log(value / low) / math.log(high / low)
+
+    tried = search(measure, low=low, high=high, target=target, trials=50, step=step)
+    values, found = sorted(value for value, _ in tried), dict(tried)
+    assert len(set(values)) == len(values)
+    around = [max(value for value in values if found[value] > target), min(value for value in values if found[value] < target)]
+    assert around[1] - around[0] == step or min(abs(one - target) for one in found.values()) <= 0.002
+    mirrored = search(lambda value: 1.3 - measure(value), low=low, high=high, target=1.3 - target, trials=50, step=step)
+    assert [value for value, _ in mirrored] == [value for value, _ in tried]
+
+
+def test_the_middle_of_whole_numbers_is_the_one_next_to_the_logarithmic_middle():
+    steep = {64: 0.1, 4: 0.9, 16: 0.8, 32: 0.6}
+    assert [value for value, _ in search(steep.__getitem__, low=4, high=64, target=0.6, trials=9, step=1)] == [64, 4, 16, 32]
+
+
+def test_a_range_of_fewer_than_four_digits_ends_where_nothing_new_lies_between():
+    tried = search(lambda value: 1.5 - value, low=1.0001, high=1.0003, target=0.4998, trials=9)
+    assert [value for value, _ in tried] == [1.0003, 1.0001]
+
+
+@pytest.mark.parametrize(
+    ("defence", "field", "step"),
+    [
+        (Precode(), "width", 1), (CVB(), "kernel", 2), (Censor(), "draws", 1), (GradDefense(), "noisy", 1), (InstaHide(), "mixed", 1), (Quantisation(), "bits", 1),
+        (DCS(), "concealed", 1), ((LearnedPerturbation(), Quantisation()), "bits", 1), (CVB(), "kl_weight", 0), (DPSGD(), "target_epsilon", 0), (Mine(), "level", 0),
+    ],
+)  # fmt: skip
+def test_a_value_keeps_the_type_of_its_field_also_from_a_file(defence, field, step):
+    matched = Matched(defence=defence, field=field, low=3, high=5.0)
+    assert matched.step == step
+    for value in (matched.value(matched.low), matched.value(matched.high), matched.value(json.loads(json.dumps(matched.value(3))))):
+        assert type(value) is (int if step else float)
+        found = matched.at(value)
+        [owner] = [part for part in (found if isinstance(found, tuple) else (found,)) if hasattr(part, field)]
+        assert type(getattr(owner, field)) is type(value) and getattr(owner, field) == value
+
+
+@pytest.mark.parametrize("field", ["noise_multiplier", "target_epsilon"])
+@pytest.mark.parametrize("defence", [DPSGD(), DPSGD(noise_multiplier=1.0, target_epsilon=None), DPSGD(target_epsilon=None)])
+def test_of_noise_and_epsilon_the_one_that_is_searched_is_given_and_the_other_follows(field, defence):
+    matched = Matched(defence=(IsotropicNoise(), defence), field=field, low=0.5, high=2.0)
+    found = matched.at(0.7)[1]
+    assert {name: getattr(found, name) for name in ("noise_multiplier", "target_epsilon")} == {"noise_multiplier": None, "target_epsilon": None, field: 0.7}
+    assert problems(Recipe(defences={"u": Undefended(), "m": matched})) == []
+
+
+@pytest.mark.parametrize(
+    ("defence", "field", "low", "high", "said"),
+    [
+        (SecureAggregation(), "dropouts", 0.1, 0.9, "defences.m: dropouts=0.9 leave"),
+        (Pruning(), "share", 0.1, 10.0, "defences.m: share=10.0 of Pruning"),
+        (Soteria(), "share", 0.1, 10, "defences.m: share=10.0 of Soteria"),
+        ((LearnedPerturbation(), Pruning()), "share", 0.1, 5.0, "defences.m: share=5.0 of Pruning"),
+        (CVB(), "kernel", 1, 8, "defences.m.kernel=8 is even"),
+        (CVB(), "kernel", 2, 9, "defences.m.kernel=2 is even"),
+        (Quantisation(), "bits", 2, 20, "defences.m: bits=20 of Quantisation"),
+        (Quantisation(), "bits", 1, 8, "defences.m.bits=1 is too small"),
+        (Quantisation(), "bits", 2.5, 8, "low=2.5, high=8: bits is a whole number"),
+        (InstaHide(largest=0.3), "mixed", 2, 6, "defences.m: largest=0.3 leaves next to no coefficients of 2"),
+        (GradDefense(), "noisy", 1, 12, "defences.m: noisy=12 of slices=10"),
+        (DCS(), "blend", 0.5, 2.0, "defences.m: blend=2.0"),
+        (DPSGD(), "delta", 1e-6, 1.0, "defences.m.delta=1.0 is not below 1"),
+        ((MixUp(), DPSGD()), "target_epsilon", 1.0, 8.0, "defences.m: MixUp changes the images"),
+    ],
+)  # fmt: skip
+def test_the_ends_of_a_search_are_checked_as_the_plain_defence_is(defence, field, low, high, said):
+    [found] = problems(Recipe(defences={"u": Undefended(), "m": Matched(defence=defence, field=field, low=low, high=high)}))
+    assert said in found
+    assert said.startswith("low=") or "MixUp" in said or found.endswith((f"The search tries low={low}.", f"The search tries high={high}."))
+
+
+def test_what_a_search_sets_is_checked_and_not_what_stands_in_its_place():
+    assert problems(Recipe(defences={"m": Matched(defence=CVB(kernel=4), field="kernel", low=3, high=9, accuracy=0.5)})) == []
+    cka = LearnedPerturbation(dependence="cka", dependence_weight=0.0)
+    recipe = Recipe(defences={"m": Matched(defence=cka, field="dependence_weight", accuracy=0.5)}, clients=LocalTraining(batch_size=2))
+    assert ["dependence=cka needs 4 images" in text for text in problems(recipe)] == [True]
+
+
 @pytest.mark.parametrize(
     ("defence", "field", "end"),
     [(LearnedPerturbation(), "strength", "high"), (DPSGD(), "target_epsilon", "low"), ((LearnedPerturbation(), Clipping()), "bound", "low"), (Mine(), "level", None)],
@@ -148,6 +254,7 @@ def test_the_field_is_set_in_the_one_member_that_has_it():
         ({"low": 0.0}, "low=0.0"),
         ({"accuracy": 1.2}, "accuracy=1.2"),
         ({"defence": 3}, "defence=3"),
+        ({"defence": ()}, "defence=()"),
         ({"defence": (LearnedPerturbation(), CapacityNoise()), "field": "std_init"}, "exactly one"),
     ],
 )
@@ -158,6 +265,8 @@ def test_a_search_that_makes_no_sense_is_refused(given, said):
 def test_points_below_nothing_are_refused():
     assert any("add Undefended()" in text for text in problems(Recipe(defences={"m": matched()})))
     assert problems(Recipe(defences={"m": matched(accuracy=0.8)})) == []
+    both = Recipe(defences={"u": Undefended(), "m": matched(), "p": Pruning()})
+    assert problems(dataclasses.replace(both, only=("p",))) == [] and any("add Undefended()" in text for text in problems(dataclasses.replace(both, only=("m",))))
 
 
 @pytest.mark.parametrize(

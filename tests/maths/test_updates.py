@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gidef import updates as updates_module
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.types import Client, Update
 from gidef.updates import FixedPointSum, Float32Sum, add, mean_over, norm, scale, subtract
 from tests.stand_in import DEVICE, watched
@@ -132,7 +132,7 @@ def test_what_cannot_be_summed_is_refused_by_name_and_leaves_the_sum_alone(bad: 
     update = draw(2)
     if where == "weight":
         update["weight"][1, 2, 0] = bad
-    with pytest.raises(InputError, match=f"client 7: {'weight' if where == 'weight' else 'metric loss'} .*diverged"):
+    with pytest.raises(Diverged, match=f"client 7: {'weight' if where == 'weight' else 'metric loss'} .*diverged"):
         total.add(update, 8, {"loss": bad if where == "metric" else 0.5}, client=7)
     assert torch.equal(total.buffer, before)
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import gidef
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.parallel import Costs, World, mean_over_world, open_world, run_tasks
 from gidef.parallel import cohort as cohort_module
 from gidef.rng import generator
@@ -120,7 +120,7 @@ def collectives(world: World, folder: Path) -> None:
     for workers in (1, 2):
         run = mean_over_world(world, workers=workers)
         raises(RuntimeError, "client 1 failed on rank 0: KeyError: 1", lambda run=run: run(broken, clients(), template=TEMPLATE, metric_names=names))
-        raises(InputError, "client 2: w holds NaN or infinity", lambda run=run: run(diverged, clients(), template=TEMPLATE, metric_names=names))
+        raises(Diverged, "client 2: w holds NaN or infinity", lambda run=run: run(diverged, clients(), template=TEMPLATE, metric_names=names))
     if world.size > 1:
         odd = clients(range(7) if world.rank else range(1, 7))
         try:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gidef.clients.local import LocalSettings, batches, load_parameters, train_locally
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.types import Client
 
 CLASSES = 3
@@ -214,7 +214,7 @@ def test_a_loss_that_diverges_is_bad_input_that_names_the_client_and_the_cure():
 
     player = Growing()
     settings = LocalSettings(epochs=60, batch_size=4, optimiser="sgd", lr=1e3, grad_clip=0)
-    with pytest.raises(InputError, match=r"client 4's loss is (inf|nan) in round 3: training diverged\. Lower clients\.lr"):
+    with pytest.raises(Diverged, match=r"client 4's loss is (inf|nan) in round 3: training diverged\. Lower clients\.lr"):
         train_locally(player, weights(player.model), make_client(), settings, seed=0, round=3)
 
 

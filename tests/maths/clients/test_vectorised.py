@@ -9,7 +9,7 @@ from torch.func import functional_call
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.recorded import Recorder
 from gidef.clients.vectorised import cut_into_groups, train_together
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.rng import generator
 from gidef.types import Client
 
@@ -221,7 +221,7 @@ def test_a_client_that_diverges_is_named():
     clients = [make_client(3, 8), make_client(4, 22)]
     clients[0].images.zero_()  # its loss is 0
     game, settings = Game(decoder=False), LocalSettings(**SGD | {"lr": 1e9, "epochs": 20})
-    with pytest.raises(InputError, match=r"client 4's loss is (inf|nan) in round 3: training diverged\. Lower clients\.lr"):
+    with pytest.raises(Diverged, match=r"client 4's loss is (inf|nan) in round 3: training diverged\. Lower clients\.lr"):
         train_together(Growing(game), [weights(game.model, 0)] * 2, [{}] * 2, clients, settings, seed=0, round=3, progress=0.0, first=(True, True))
 
 

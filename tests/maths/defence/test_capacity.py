@@ -37,6 +37,11 @@ def test_no_division_of_the_power_carries_more(std):
     assert (variance[filled == 0] >= levels[0] - 1e-12).all()
 
 
+def test_a_level_that_is_no_number_has_no_capacity_and_no_index_of_its_own():
+    std = torch.tensor([math.nan, math.nan, math.nan], requires_grad=True)
+    assert capacity_bits(std).isnan() and capacity_bits(torch.tensor([math.inf, math.inf])).isnan()
+
+
 def test_equal_noise_is_the_textbook_channel():
     assert float(capacity_bits(torch.full((64,), 2.0, dtype=torch.float64))) == pytest.approx(32 * math.log2(1.25))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gidef.errors import InputError
+from gidef.errors import Diverged
 from gidef.parallel import Costs, World, mean_over_world, run_tasks
 from gidef.rng import generator
 from gidef.types import Client, Update
@@ -73,7 +73,7 @@ def test_a_failing_client_is_named_and_bad_input_stays_bad_input(workers: int) -
     with pytest.raises(RuntimeError, match="client 13 failed on rank 0: KeyError: 'no such layer'") as caught:
         run(broken, clients(), template=TEMPLATE, metric_names=["loss"])
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(InputError, match="^client 13: w holds NaN"):
+    with pytest.raises(Diverged, match="^client 13: w holds NaN"):
         run(diverged, clients(), template=TEMPLATE, metric_names=["loss"])
 
 

@@ -22,6 +22,13 @@ def test_searches_and_combinations_are_opened():
     assert settings({"recipe": results["recipe"]}, "both")["0", "IsotropicNoise", "std"] is None, "not said by these results"
 
 
+def test_a_search_over_the_noise_of_dpsgd_leaves_no_epsilon_to_it():
+    searched = config.Matched(defence=config.DPSGD(), field="noise_multiplier", low=0.1, high=2.0)
+    recipe = config.Recipe(defences={"searched": searched, "given": searched.at(0.7)})
+    results = {"recipe": config.to_json(recipe), "tuned": {"searched": {"value": 0.7}}}
+    assert settings(results, "searched") == settings(results, "given")
+
+
 def test_groups_differ_in_one_strength_and_rise():
     def noise(**more):
         return settings({"recipe": {"defences": {"x": config.to_json(config.IsotropicNoise(**more))}}}, "x")

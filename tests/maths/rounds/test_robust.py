@@ -9,7 +9,7 @@ from scipy.stats import trim_mean
 
 from gidef.build import robust_rule
 from gidef.config import DPSGD, Data, Dirichlet, Krum, Mean, Median, Recipe, Rounds, Scaffold, SingleGradient, Speed, TrimmedMean, problems
-from gidef.errors import InputError
+from gidef.errors import Diverged, InputError
 from gidef.parallel import World, robust, robust_over_world
 from gidef.rng import generator
 from gidef.rounds.robust import krum, mean_in_order, median, trimmed, trimmed_mean
@@ -119,7 +119,7 @@ def test_lies_of_more_clients_than_a_rule_can_pass_over_are_an_error():
         update = honest(client, worker)
         return update if client.id < 3 else Update({n: t * float("nan") for n, t in update.delta.items()}, update.num_examples, update.metrics)
 
-    with pytest.raises(InputError, match="the median of the cohort's updates is not finite"):
+    with pytest.raises(Diverged, match="the median of the cohort's updates is not finite"):
         robust_over_world(World(), median())(most_lie, clients(), template=TEMPLATE, metric_names=["loss"])
 
 

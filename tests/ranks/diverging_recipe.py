@@ -1,0 +1,11 @@
+"""The comparison of tests/diverging.py as a script, so that it can run on several ranks."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from gidef.main import main
+from tests.diverging import RECIPE
+
+main(RECIPE)
