@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from gidef import attack as attacks
 from gidef import build, config, metrics, observe, tuned_attacks
 from gidef.cells import CONTROL, Cell, beyond, chosen_attacks
 from gidef.checkpoint import load_file, save_file
@@ -72,17 +73,20 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
     certificate, said = _certificate(run, group)
+    size = first.victims.rows.shape[1]
+    lost = sum(one.status == "ok" and one.error.endswith(attacks.KEPT) for one in reconstructions) * size
+    cut = f"of {lost} of {len(reconstructions) * size} images the attacker's loss became infinite or NaN on the way, and its best point counts" if lost else ""
     fits = torch.tensor([[one.first_fit, one.fit] for one in reconstructions if one.status == "ok"], dtype=torch.float64)
     fits = fits[fits.isfinite().all(1)] if len(fits) else fits
     return {
         "defence": first.defence, "attack": first.name, "attack_id": first.attack_id, "checkpoint": first.checkpoint,
         "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
-        "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * first.victims.rows.shape[1],
+        "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * size,
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
         **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
         "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group),
-        "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said))), **({"tuned": first.tuned} if first.tuned else {}),
+        "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said, cut))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),

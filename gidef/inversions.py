@@ -270,10 +270,9 @@ def collect(run: Run, cell: Cell) -> None:
         errors |= here
         cell.seconds += meta["seconds"] if cell.twin is None else 0.0
         for row, (observation, start) in enumerate(tensors["attacks"].tolist()):
-            failed = int(tensors["failure"][row])
-            error = here.get((observation, start)) or (attacks.REASONS[failed].format(int(tensors["failed_at"][row])) if failed else "")
+            status, error = attacks.outcome({name: tensor[row] for name, tensor in tensors.items()}, here.get((observation, start), ""))
             cell.attempts.append({
-                "observation": observation, "start": start, "iterations": int(tensors["iterations"][row]), "status": "failed" if failed else "ok",
+                "observation": observation, "start": start, "iterations": int(tensors["iterations"][row]), "status": status,
                 "error": error, "loss": float(tensors["loss"][row]), "fit": float(tensors["fit"][row]), "seconds": meta["seconds"] / len(tensors["attacks"]),
                 "mark": own[:16],
             })  # fmt: skip

@@ -110,7 +110,8 @@ class Reconstruction:
     images: float32 (B, C, H, W) in [0, 1].  labels: int64 (B,), granted or recovered.  loss: the attacker's final
     objective.  losses: float32 (points,), its curve.  restart: which start won.  restart_losses: float32 (restarts,).
     restart_images: float32 (restarts, B, C, H, W), for the evaluator's separate oracle column only.
-    status: "ok", or "failed" with the reason in `error`; a failed attack's images are mid-grey.
+    status: "ok", or "failed" with the reason in `error`; a failed attack's images are mid-grey. Of an attack that is "ok" `error` says what it lacks, such
+    as that its loss became NaN on the way, where its best point counts.
     fit, first_fit: distance of the matched updates at the end and at the start; NaN for attacks that match nothing.
     iterations: evaluated.  snapshots: float16 (S, B, C, H, W), the best candidates on the way, for the evaluator's curves.
     restart_iterations: int64 (restarts,), evaluated for each start; None where they are as many for all.

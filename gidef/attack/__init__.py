@@ -1,8 +1,8 @@
 """Attacks on what a client releases. Nothing in this room sees the private images, not even to choose a restart."""
 
-from gidef.attack.batch import REASONS, Chunk
+from gidef.attack.batch import KEPT, Chunk
 from gidef.attack.calibrate import Calibration, calibrate, fitting, free_bytes
-from gidef.attack.engine import Progress, broken, drain, invert, joined, plan, run, run_chunk, select
+from gidef.attack.engine import Progress, broken, drain, invert, joined, outcome, plan, run, run_chunk, select
 from gidef.attack.joint import joint
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.labels import classifier_names, recover_labels
@@ -23,7 +23,7 @@ from gidef.attack.simulate import (
 )
 
 __all__ = [
-    "REASONS",
+    "KEPT",
     "Calibration",
     "Chunk",
     "CurvedKinks",
@@ -54,6 +54,7 @@ __all__ = [
     "modern_inverting_gradients",
     "multi_round",
     "naive",
+    "outcome",
     "plan",
     "recover_labels",
     "rounds_apart",

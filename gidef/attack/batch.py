@@ -33,6 +33,8 @@ REASONS = {
     BROKEN: "the attack's program raised an error",
     UNTOLD: "the labels cannot be recovered: the last layer's update is zero, not finite or degenerate",
 }
+KEPT = "; the best point that it had found is kept"
+"""Follows the reason where an attack has something all the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gidef.attack.batch import BROKEN, LOST, OK, REASONS, Batch, Chunk, make_batch
+from gidef.attack.batch import BROKEN, KEPT, LOST, OK, REASONS, Batch, Chunk, make_batch
 from gidef.attack.matching import Matching, Simulate
 from gidef.attack.optimisers import rows
 from gidef.attack.program import Programs
@@ -33,7 +33,7 @@ IMPROVED = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One report of a running chunk. loss: mean objective of its attacks that have not failed (NaN if all have).
+    """One report of a running chunk. failed: attacks that had nothing to match, or whose loss was infinite or NaN once.  loss: mean objective of the others (NaN without any).
 
     done: iterations of single attacks that are over or, with starts that were given up, will not come; of attacks × iterations.
     """
@@ -90,12 +90,13 @@ def run_chunk(
              rung of halving to what is left of a whole chunk, with a program for each rung. None: all.  programs: recorded programs to share between chunks.
     Yields:  Progress, at multiples of `every`, whenever `every_s` are over, and at the end. A consumer may stop the attack there, by going away.
     Returns: tensors on the CPU, one row per attack and ready to be saved:
-             attacks int64 (K, 2): observation and start;  images float32 (K, B, C, H, W): of the lowest loss seen;
+             attacks int64 (K, 2): observation and start;  images float32 (K, B, C, H, W): of the lowest loss seen, mid-grey if none was finite;
              noise float32 (K, *noise_shape), where noise was searched;  labels int64 (K, B), or the likeliest searched ones;
-             loss float32 (K,): lowest objective;  fit float32 (K,): its distance alone;  first_fit: that of the start;
+             loss float32 (K,): lowest objective, else infinite;  fit float32 (K,): its distance alone;  first_fit: that of the start;
              losses float32 (K, points): the objective at evenly spaced iterations, the last included, NaN after an attack stopped;
              iterations int64 (K,): evaluated;  snapshots float16 (K, S, B, C, H, W), if there are any;
-             failure int64 (K,): 0 or the kind of failure;  failed_at int64 (K,): iteration.
+             failure int64 (K,): 0 or the kind of failure;  failed_at int64 (K,): iteration. One whose loss became infinite or NaN on the way keeps its best point;
+             given_up bool (K,): by halving.
     Raises:  InputError, before the first iteration, if observations do not fit the simulator, the settings or one another.
     """
     cast = {"device": torch.device(device), "dtype": dtype}
@@ -255,7 +256,8 @@ class ChunkRun:
         state = _join([state for _, state in self.stopped]) if len(self.stopped) > 1 else self.stopped[0][1]
         order = torch.tensor([attacks.index(attack) for attack in batch.chunk])
         matching, best, own = self.matching, state["best"], state["own"]
-        alive = own["failure"] == OK
+        # lost on the way: what it had found until then is what an attacker has
+        alive = (own["failure"] == OK) | ((own["failure"] == LOST) & own["best_loss"].isfinite())
         images = best["images"] if matching.render is None else _rendered(matching, best["code"])
         result = {
             "images": torch.where(rows(alive, images), images, 0.5).float(),
@@ -266,6 +268,7 @@ class ChunkRun:
             "iterations": own["ran"],
             "failure": own["failure"],
             "failed_at": own["failed_at"],
+            "given_up": torch.arange(len(attacks)) < len(attacks) - len(self.stopped[-1][0]),
         }
         for name, tensor in best.items():
             if name != "images":
@@ -289,7 +292,7 @@ def broken(chunk: Chunk, observations: Sequence[Observation], matching: Matching
         "losses": torch.full((count, min(matching.iterations + 1, CURVE_POINTS)), torch.nan), "failure": torch.full((count,), BROKEN),
     }  # fmt: skip
     result |= {name: torch.full((count,), torch.inf) for name in ("loss", "fit", "first_fit")}
-    result |= {name: torch.zeros(count, dtype=torch.int64) for name in ("failed_at", "iterations")}
+    result |= {name: torch.zeros(count, dtype=torch.int64) for name in ("failed_at", "iterations")} | {"given_up": torch.zeros(count, dtype=torch.bool)}
     if matching.snapshots:
         result["snapshots"] = torch.full((count, matching.snapshots, size, *matching.image_shape), 0.5, dtype=torch.float16)
     return result
@@ -298,19 +301,26 @@ def broken(chunk: Chunk, observations: Sequence[Observation], matching: Matching
 def joined(results: Sequence[Tensors], iterations: Sequence[int]) -> Tensors:
     """Stages of the same attacks, each of which began where the one before ended, as one result in the layout of `run_chunk`'s.
 
-    What was found and its fit are the last stage's, `first_fit` the first one's, `iterations` those of all, snapshots the stages' one after another, and
-    the curve has at most CURVE_POINTS points, evenly over all iterations; stages may have objectives of their own. A failure's iteration counts from the start.
+    What was found and its fit are the last stage's that saw a finite loss, `first_fit` the first one's, `iterations` those of all, snapshots the stages' one
+    after another, and the curve has at most CURVE_POINTS points, evenly over all iterations; stages may have objectives of their own. Of failures the first
+    one is told, and its iteration counts from the start.
 
     Args: results: of the stages, with equal `attacks`.  iterations: of each stage.
     """
-    before = sum(iterations[:-1])
     starts = [sum(iterations[:place]) for place in range(len(iterations))]
     at = torch.tensor([start + point for start, count in zip(starts, iterations, strict=True) for point in _points(count)])
     nearest = (torch.tensor(_points(sum(iterations)))[:, None] - at).abs().argmin(1)
     found = dict(results[-1])
+    for one in reversed(results[:-1]):
+        keep = found["loss"].isfinite() | ~one["loss"].isfinite()
+        found |= {name: torch.where(rows(keep, found[name]), found[name], one[name]) for name in ("images", "labels", "noise", "loss", "fit") if name in found and name in one}
+    failure, failed_at = torch.zeros_like(found["failure"]), torch.zeros_like(found["failed_at"])
+    for one, start in zip(reversed(results), reversed(starts), strict=True):
+        later = torch.where(one["failure"] == LOST, one["failed_at"] + start, one["failed_at"])
+        failure, failed_at = (torch.where(one["failure"] == OK, old, new) for old, new in ((failure, one["failure"]), (failed_at, later)))
     found |= {
         "first_fit": results[0]["first_fit"], "iterations": torch.stack([one["iterations"] for one in results]).sum(0),
-        "losses": torch.cat([one["losses"] for one in results], dim=1)[:, nearest], "failed_at": torch.where(found["failure"] == LOST, found["failed_at"] + before, found["failed_at"]),
+        "losses": torch.cat([one["losses"] for one in results], dim=1)[:, nearest], "failure": failure, "failed_at": failed_at,
     }  # fmt: skip
     if all("snapshots" in one for one in results):
         found["snapshots"] = torch.cat([one["snapshots"] for one in results], dim=1)
@@ -374,7 +384,7 @@ def _noted(
     best: Tensors, own: Tensors, variables: Tensors, final: Tensor, fit: Tensor, iteration: int, running: Tensor, patience: int | None
 ) -> tuple[Tensors, Tensors]:
     """The best point so far, and what is kept on each attack, after an evaluation."""
-    better = (final < own["best_loss"]) & running
+    better = (final < own["best_loss"]) & final.isfinite() & running
     best = {name: torch.where(rows(better, new), new, best[name]) for name, new in variables.items()}
     newly = (own["failure"] == OK) & ~final.isfinite() & running
     own = dict(own)
@@ -410,11 +420,11 @@ def _boxed(variables: Tensors, matching: Matching) -> Tensors:
 def select(
     results: Sequence[Tensors], num_observations: int, *, choose_by: str = "objective", errors: Mapping[tuple[int, int], str] | None = None
 ) -> list[Reconstruction]:
-    """Each observation's start that the attacker likes best; a failed start is never chosen while another one lives.
+    """Each observation's start that the attacker likes best; one that has nothing is never chosen while another one has.
 
     Args:    results: of `run_chunk`, in any order, for every start of every observation.  choose_by: the lowest "objective", "fit", or
              "tv" of the result, see `Matching`.  errors: of attacks whose program raised one.
-    Returns: one Reconstruction per observation, in order; restart_losses of failed starts are infinite.
+    Returns: one Reconstruction per observation, in order, with the images of all starts; restart_losses of failed starts are infinite.
     Raises:  ValueError if an attack is missing or there twice.
     """
     found = {(o, r): (result, row) for result in results for row, (o, r) in enumerate(result["attacks"].tolist())}
@@ -426,25 +436,47 @@ def select(
     for observation in range(num_observations):
         tried = [{name: tensor[row] for name, tensor in result.items()} for result, row in (found[observation, r] for r in range(starts))]
         losses = torch.stack([one["loss"] for one in tried])
-        start = int(torch.stack([_standing(one, choose_by) for one in tried]).argmin())
+        start = _chosen(tried, choose_by)
         one = tried[start]
-        failure = int(one["failure"])
-        error = "" if failure == OK else (errors or {}).get((observation, start)) or REASONS[failure].format(int(one["failed_at"]))
+        status, error = outcome(one, (errors or {}).get((observation, start), ""))
         chosen.append(
             Reconstruction(
                 images=one["images"], labels=one["labels"], loss=float(one["loss"]), losses=one["losses"], restart=start, restart_losses=losses,
-                restart_images=torch.stack([one["images"] for one in tried]), status="ok" if failure == OK else "failed", error=error,
+                restart_images=torch.stack([one["images"] for one in tried]), status=status, error=error,
                 fit=float(one["fit"]), first_fit=float(one["first_fit"]), iterations=int(one["iterations"]), snapshots=one.get("snapshots"),
             )  # fmt: skip
         )
     return chosen
 
 
-def _standing(one: Tensors, choose_by: str) -> Tensor:
-    """What the choice among starts goes by; infinite for a failed one."""
-    if choose_by == "tv":
-        return torch.where(one["failure"] == OK, total_variation(one["images"]).mean(), torch.inf)
-    return one["loss" if choose_by == "objective" else "fit"]
+def outcome(one: Tensors, raised: str = "") -> tuple[Literal["ok", "failed"], str]:
+    """Status and error of one attack, a row of a result: "failed" without a point of finite loss; "ok" with an error for one that was lost after such a point.
+
+    raised: the error of its program, if it raised one.
+    """
+    failure = int(one["failure"])
+    if failure == OK:
+        return "ok", ""
+    reason = raised or REASONS[failure].format(int(one["failed_at"]))
+    return ("ok", reason + KEPT) if bool(one["loss"].isfinite()) else ("failed", reason)
+
+
+def _chosen(tried: Sequence[Tensors], choose_by: str) -> int:
+    """The number of the start that the attacker likes best. Smoothness says nothing of how far an attack has come: it chooses among those that ran longest."""
+    if choose_by != "tv":
+        return int(torch.stack([one["loss" if choose_by == "objective" else "fit"] for one in tried]).argmin())
+    lengths = torch.tensor([_length(one) for one in tried])
+    roughness = torch.stack([total_variation(one["images"]).mean() for one in tried])
+    return int(torch.where(lengths == lengths.max(), roughness, torch.inf).argmin())
+
+
+def _length(one: Tensors) -> float:
+    """How long an attack ran: infinite to its end, which patience may set; until halving gave it up, or its loss was lost; −1 if it has nothing."""
+    if not bool(one["loss"].isfinite()):
+        return -1.0
+    if int(one["failure"]) != OK:
+        return float(one["failed_at"])
+    return float(one["iterations"]) if bool(one.get("given_up", False)) else math.inf  # results that were saved before halving told have no "given_up"
 
 
 def invert(

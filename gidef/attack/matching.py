@@ -107,7 +107,8 @@ class Matching:
                   the attacker's own loss, stop, until one is left (successive halving, Jamieson and Talwalkar 2016). It goes on as it would
                   have without: 8 starts with h = 2 cost 2.5 full ones, 16 with h = 4 the same.
     patience:     an attack whose best loss fell by less than a thousandth in so many iterations stops; None never stops early.
-    choose_by:    what picks a start: the "objective", the "fit" without priors, or the "tv" of the result (as LAMP and breaching offer).
+    choose_by:    what picks a start: the "objective", the "fit" without priors, or the "tv" of the result (as LAMP and breaching offer), among the starts
+                  that ran longest: those that halving gave up, or whose loss was lost, are unfinished.
     form:         how ∂distance/∂x is computed: "double_backward"; or without second derivatives of operators, as the derivative of the input
                   gradient along v = ∂distance/∂g: exactly, by "forward_over_reverse", or by "central_difference" (see large.py).
     difference_step: h of the central difference, relative to ‖θ‖ / ‖v‖.

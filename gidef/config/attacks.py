@@ -45,7 +45,7 @@ class NaiveMatching:
     patience: int | None = None
     """An attack without progress over so many iterations stops."""
     choose_by: Literal["objective", "fit", "tv"] = "objective"
-    """What picks among restarts: the attacker's loss, its distance alone, or the smoothness of the result."""
+    """What picks among restarts: the attacker's loss, its distance alone, or the smoothness of the result (of the restarts that ran longest)."""
     form: Literal["double_backward", "forward_over_reverse", "central_difference"] = "double_backward"
     """How the attacker differentiates the client's gradient; the first-order forms need no second derivatives of the model's operators."""
     labels: Literal["known", "counts", "recovered", "searched", "soft"] = "known"

@@ -13,7 +13,7 @@ import torch
 
 from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
 from gidef import attack as attacks
-from gidef.attack import Calibration, drain, run_chunk
+from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
 from gidef.cells import make_cells
 from gidef.checkpoint import load_file
@@ -152,6 +152,35 @@ def test_attacks_whose_program_raises_are_rows_with_their_error_and_the_others_g
     failed = [attempt for attempt in cell.attempts if attempt["status"] == "failed"]
     assert [(one["observation"], one["start"], one["iterations"]) for one in failed] == [(1, 0, 0), (1, 1, 0)]
     assert len(cell.attempts) == 8 and any("no derivative" in text for text in heard.notices)
+
+
+def test_attacks_whose_loss_becomes_nan_keep_their_best_image_and_the_record_says_so(trained, tmp_path, monkeypatch):
+    run, found = trained
+    [whole] = cells_of(run, found, tmp_path / "whole")
+    finish(run, [whole], tmp_path / "whole")
+    inversions.collect(run, whole)
+    noted = engine._noted
+
+    def lost(best, own, variables, final, fit, iteration, *more):  # of two starts in a chunk the second from the beginning, the first in the end
+        broken = torch.tensor([iteration >= 4, True])
+        return noted(best, own, variables, torch.where(broken, torch.nan, final), fit, iteration, *more)
+
+    monkeypatch.setattr(engine, "_noted", lost)
+    [cell] = cells_of(run, found, tmp_path / "lost")
+    finish(run, [cell], tmp_path / "lost", only=2)
+    assert len(finish(run, [cell], tmp_path / "lost")) == 2  # those that were lost are done, too
+    inversions.collect(run, cell)
+    told = [(one["start"], one["status"], one["error"]) for one in cell.attempts]
+    text = "the attacker's loss became infinite or NaN at iteration "
+    assert told == [(0, "ok", f"{text}4{attacks.KEPT}"), (1, "failed", f"{text}0")] * 4
+    for one, other in zip(cell.reconstructions, whole.reconstructions, strict=True):
+        assert (one.restart, one.status, one.error, one.restart_losses[1]) == (0, "ok", told[0][2], torch.inf)
+        assert one.loss == pytest.approx(float(other.losses[:4].min()) if other.restart == 0 else one.loss) and (one.restart_images[1] == 0.5).all()
+        torch.testing.assert_close(one.images, one.snapshots[-1].float(), rtol=0, atol=1e-3)
+    assert any(one.restart == 0 for one in whole.reconstructions)
+    scorer = Scorer(run, make_judge(8, (3, 16, 16), seed=0).eval())
+    rows = [findings.rows(run, [one], {id(one): scorer.score(one.victims, one.reconstructions)})[0] for one in (cell, whole)]
+    assert [row["failed"] for row in rows] == [0, 0] and "of 4 of 4 images the attacker's loss became infinite or NaN" in rows[0]["note"] and not rows[1]["note"]
 
 
 def test_an_attack_without_matching_that_raises_is_a_row_with_its_error(trained, tmp_path, monkeypatch):
@@ -474,6 +503,14 @@ def test_an_attack_of_two_stages_keeps_the_curve_the_candidates_and_the_first_fi
     joined = attacks.joined(long, [300, 700])
     torch.testing.assert_close(joined["losses"], torch.linspace(0, 1000, 200).expand(4, -1), atol=2.5, rtol=0)  # evenly, to a point of the longer stage
     assert joined["failed_at"].tolist() == [0, 305, 0, 0]
+    # the first is lost in the first stage, the second in both, the third at the second's beginning: what it had found before is kept
+    stages = [dict(part) for part in (codes, pixels)]
+    stages[0] |= {"failure": torch.tensor([3, 3, 0, 0]), "failed_at": torch.tensor([2, 1, 0, 0])}
+    stages[1] |= {"failure": torch.tensor([0, 3, 3, 0]), "failed_at": torch.tensor([0, 4, 0, 0]), "loss": torch.where(torch.arange(4) == 2, torch.inf, pixels["loss"])}
+    joined = attacks.joined(stages, [3, 7])
+    assert joined["failure"].tolist() == [3, 3, 3, 0] and joined["failed_at"].tolist() == [2, 1, 3, 0]
+    for name in ("images", "loss", "fit", "labels"):
+        torch.testing.assert_close(joined[name], torch.stack([codes[name][2] if row == 2 else pixels[name][row] for row in range(4)]))
 
 
 def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without_bounds(trained, tmp_path):

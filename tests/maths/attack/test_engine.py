@@ -1,11 +1,15 @@
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call, grad
 
 from gidef.attack import Matching, drain, invert, joint, naive, plan, run, run_chunk, select
+from gidef.attack.batch import KEPT, LOST
+from gidef.attack.lbfgs import Lbfgs
 from gidef.attack.matching import kink_width, step_factor, tv_weight
 from gidef.errors import InputError
 from gidef.types import Observation
@@ -165,7 +169,7 @@ def test_batches_of_every_size_are_matched_with_the_labels_that_their_update_tel
         assert one.status == "ok" and one.fit < 0.8 * one.first_fit
 
 
-def test_a_loss_that_becomes_nan_on_the_way_fails_alone_and_says_when(tiny):
+def test_a_loss_that_becomes_nan_on_the_way_ends_that_attack_alone_which_says_when(tiny):
     model = tiny.Net()
     gradient = tiny.simulator(model)
 
@@ -179,11 +183,81 @@ def test_a_loss_that_becomes_nan_on_the_way_fails_alone_and_says_when(tiny):
     observations = [dataclasses.replace(o, known={"limit": limit}) for o, limit in zip(observations, limits, strict=True)]
     settings = naive(iterations=20, start=lambda observation, restart: (torch.full((1, *tiny.shape), 0.5), None), **tiny.settings)
     found = run(observations, lambda: simulate, settings, at_once=3, **DOUBLE)
-    assert [one.status for one in found] == ["ok", "failed", "ok"] and (found[1].images == 0.5).all()
-    iteration = int(found[1].error.split()[-1])
+    assert [one.status for one in found] == ["ok"] * 3 and [one.error for one in found[::2]] == ["", ""]
+    iteration = int(re.search(r"NaN at iteration (\d+); the best", found[1].error)[1])
     assert 1 < iteration < 20 and found[1].losses[:iteration].isfinite().all() and not found[1].losses[iteration].isfinite()
     without = run(observations[::2], lambda: simulate, settings, **DOUBLE)
     assert_same(found[::2], without)
+
+
+def nan_at(*iterations):
+    """What a single attack draws in each iteration: NaN in some of them. The first draw is the check before them all."""
+    drawn = []
+
+    def draw(generator):
+        drawn.append(0)
+        return torch.tensor(torch.nan if len(drawn) - 2 in iterations else 0.0)
+
+    return {"trap": draw}
+
+
+def trapped(tiny):
+    """(observation, simulate) of a client whose loss is NaN where the drawn trap is."""
+    model = tiny.Net(sigma=0.5)
+
+    def loss(params, known, images, labels, noise):
+        return F.cross_entropy(functional_call(model, params, (images, noise)), labels) * (1 + known["trap"])
+
+    def simulate(params, *others):
+        return grad(lambda p: loss(p, *others))(params)
+
+    simulate.loss = loss
+    return tiny.observe(tiny.simulator(model), tiny.weights(model), size=2, noise=tiny.draw_noise(0, 2))[0], simulate
+
+
+def lost_and_whole(tiny, iterations, mode="vmap", **change):
+    """An attack whose loss is NaN at some iterations, and the same one without, with its best image after each iteration."""
+    observation, simulate = trapped(tiny)
+    settings = dataclasses.replace(joint(noise_shape=(2, *tiny.latent), iterations=12, **tiny.settings), snapshots=12, **change)
+    drawn = [nan_at(*iterations), nan_at()]
+    return [run([observation], lambda: simulate, dataclasses.replace(settings, drawn=one), at_once=1, mode=mode, **DOUBLE)[0] for one in drawn]
+
+
+@pytest.mark.parametrize("change", [
+    {"mode": "loop"}, {"mode": "vmap"}, {"mode": "traced"}, {"form": "forward_over_reverse"}, {"form": "central_difference"}, {"patience": 3}, {"optimiser": Lbfgs(max_evaluations=4)},
+])  # fmt: skip
+def test_an_attack_whose_loss_becomes_nan_keeps_its_best_point(tiny, change):
+    lost, whole = lost_and_whole(tiny, range(9, 13), **change)
+    assert (lost.status, whole.status, whole.error) == ("ok", "ok", "") and "NaN at iteration 9; " in lost.error
+    best = float(whole.losses[:9].min())
+    assert lost.loss == pytest.approx(best, rel=1e-5) and best < float(whole.losses[0]) and lost.fit < lost.first_fit
+    torch.testing.assert_close(lost.images, whole.snapshots[7].float(), rtol=0, atol=1e-3)  # the best after eight iterations
+    assert lost.restart_losses.tolist() == [lost.loss] and torch.equal(lost.restart_images[0], lost.images)
+
+
+def test_an_attack_whose_loss_is_nan_but_once_and_that_goes_on_keeps_the_best_of_both_sides(tiny):
+    """L-BFGS moves nowhere from a point without a loss, and goes on from it with the next one."""
+    lost, _ = lost_and_whole(tiny, [4], optimiser=Lbfgs(max_evaluations=4))
+    assert lost.status == "ok" and "NaN at iteration 4; " in lost.error and lost.losses.isnan().tolist() == [place == 4 for place in range(13)]
+    assert lost.loss == float(lost.losses[~lost.losses.isnan()].min()) < float(lost.losses[:4].min())
+
+
+def test_searched_labels_and_noise_of_the_best_point_are_kept_with_it(tiny):
+    observation, simulate = trapped(tiny)
+    observation = dataclasses.replace(observation, labels=None)
+    settings = dataclasses.replace(joint(noise_shape=(2, *tiny.latent), iterations=6, **tiny.settings), search_labels=True)
+    lost, whole = (
+        drain(run_chunk(((0, 0),), [observation], simulate, dataclasses.replace(settings, drawn=nan_at(*at)), **DOUBLE)) for at in (range(1, 7), ())
+    )
+    assert lost["failure"] == LOST and lost["failed_at"] == 1 and lost["loss"][0] == whole["losses"][0, 0]
+    first = drain(run_chunk(((0, 0),), [observation], simulate, dataclasses.replace(settings, iterations=0, drawn=nan_at()), **DOUBLE))
+    for name in ("images", "noise", "logits", "labels", "fit"):
+        assert torch.equal(lost[name], first[name]), name
+
+
+def test_an_attack_that_has_seen_no_finite_loss_fails_with_mid_grey_images(tiny):
+    lost, _ = lost_and_whole(tiny, range(13))
+    assert lost.status == "failed" and lost.error.endswith("iteration 0") and (lost.images == 0.5).all() and lost.loss == torch.inf
 
 
 def test_an_observation_of_another_model_is_refused_before_the_first_iteration(case, tiny):
@@ -267,6 +341,33 @@ def test_the_restart_of_the_lowest_own_loss_is_chosen_and_a_failed_one_never_whi
     assert torch.equal(first.images, first.restart_images[1]) and second.restart_losses.tolist() == [torch.inf, 9.0, torch.inf]
     (failed,) = select([row(0, 0, torch.inf, 3)], 1)
     assert failed.status == "failed" and failed.error.endswith("iteration 7")
+
+
+def test_a_start_that_was_lost_on_the_way_competes_with_its_best_point():
+    lost, whole = select([row(0, 0, 0.1, LOST), row(0, 1, 0.2), row(1, 0, 0.3, LOST), row(1, 1, 0.2)], 2)
+    assert (lost.restart, lost.status, lost.error) == (0, "ok", f"the attacker's loss became infinite or NaN at iteration 7{KEPT}")
+    assert (whole.restart, whole.status, whole.error) == (1, "ok", "")
+    torch.testing.assert_close(whole.restart_losses, torch.tensor([0.3, 0.2]))
+
+
+def test_total_variation_chooses_among_the_starts_that_ran_longest():
+    def noisy(start, roughness, ran, *, given_up=False, failure=0, loss=0.1):
+        one = row(0, start, loss, failure)
+        one["images"] = torch.zeros(1, 1, 1, 2, 2)
+        one["images"][..., 0] = roughness
+        return one | {"iterations": torch.tensor([ran]), "given_up": torch.tensor([given_up]), "failed_at": torch.tensor([ran])}
+
+    stopped, lost, nothing = {"given_up": True}, {"failure": LOST}, {"failure": LOST, "loss": torch.inf}
+    for starts, expected in (
+        ([(0.1, 4, stopped), (0.3, 17, {}), (0.2, 17, {})], 2),
+        ([(0.1, 8, {}), (0.3, 17, {})], 0),  # patience ended the first
+        ([(0.1, 4, stopped), (0.0, 9, lost), (0.2, 17, {})], 2),
+        ([(0.1, 4, stopped), (0.3, 8, stopped), (0.2, 8, stopped), (0.0, 17, nothing)], 2),
+        ([(0.1, 4, stopped), (0.3, 9, lost), (0.0, 17, nothing)], 1),
+        ([(0.1, 4, stopped), (0.0, 17, nothing)], 0),
+    ):
+        (one,) = select([noisy(number, roughness, ran, **more) for number, (roughness, ran, more) in enumerate(starts)], 1, choose_by="tv")
+        assert one.restart == expected and len(one.restart_images) == len(starts), starts
 
 
 @pytest.mark.parametrize("rows", [[(0, 0)], [(0, 0), (1, 0), (1, 1)], [(0, 0), (1, 0), (1, 0)], [(0, 0), (1, 0), (2, 0)]])

@@ -194,6 +194,41 @@ def test_counts_of_different_images_are_exact_from_the_update_and_the_head_alone
     assert recover_labels(case.observed(), CLASSES, method="ilrg").tolist() == case.hard
 
 
+def without_bias(num_classes, size, seed, normed=False):
+    """(observation, counts) of a batch for an untrained net of ReLU and pooling, or with a LayerNorm, whose features have either sign."""
+    torch.manual_seed(seed)
+    body = [nn.Conv2d(3, 16, 3, 2, 1), nn.GroupNorm(4, 16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*body, nn.LayerNorm(32) if normed else nn.Identity(), nn.Linear(32, num_classes, bias=False))
+    images, labels = torch.rand(size, 3, 16, 16) * torch.rand(size, 3, 1, 1), torch.randint(num_classes, (size,))
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    update = grad(lambda p: F.cross_entropy(functional_call(model, p, (images,)), labels))(params)
+    return Observation(params, update, size), torch.bincount(labels, minlength=num_classes)
+
+
+def share_right(num_classes, size, normed=False):
+    """(of the labels of 30 batches that are recovered from a head without a bias, of those in a balanced guess)."""
+    found, guess = 0, 0
+    for seed in range(30):
+        observation, truth = without_bias(num_classes, size, seed, normed)
+        found += int(torch.minimum(torch.bincount(recover_labels(observation, num_classes), minlength=num_classes), truth).sum())
+        guess += int(torch.minimum(torch.tensor([size // num_classes + (c < size % num_classes) for c in range(num_classes)]), truth).sum())
+    return found / (30 * size), guess / (30 * size)
+
+
+@pytest.mark.parametrize(("num_classes", "more"), [(2, 0.02), (3, -0.02)])
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_few_classes_without_a_bias_are_told_at_least_as_well_as_by_a_balanced_guess(num_classes, size, more):
+    """Positive features; three classes with a tolerance of .02. The sign that is nearest to whole numbers has for two classes .38, .72, .68 and .67."""
+    found, guess = share_right(num_classes, size)
+    assert found > guess + more, (found, guess)
+
+
+@pytest.mark.parametrize(("normed", "least"), [(False, 0.99), (True, 0.97)])
+def test_more_classes_without_a_bias_are_told_from_features_of_one_sign_or_of_both(normed, least):
+    for size in (4, 8):
+        assert share_right(8, size, normed)[0] >= least
+
+
 def test_class_counts_follow_the_linear_system_of_their_paper():
     """h_c = row / score, P = softmax(W h + b), n from B g = Pᵀ n − n and Σ n = B; shrinkage matters where images differ."""
     case = Case(BATCHES[5], confidence=0.5, identical=True)

@@ -359,15 +359,22 @@ def test_a_last_layer_that_tells_no_labels_fails_as_in_the_vectorised_program(ti
     assert found["failure"].tolist() == reference["failure"].tolist() == [UNTOLD]
 
 
-def test_a_loss_that_becomes_nan_fails_and_leaves_the_parameters(tiny, smooth):
+@pytest.mark.parametrize("healthy", [2, 0])
+def test_a_loss_that_becomes_nan_keeps_the_best_point_and_leaves_the_parameters(tiny, smooth, healthy):
     model, observation = smooth
+    settings = naive(iterations=5, snapshots=5, **tiny.settings)
 
     def loss(logits, labels, calls=[]):  # noqa: B006
         calls.append(0)
-        return F.cross_entropy(logits, labels) * (torch.nan if len(calls) > 6 else 1)
+        return F.cross_entropy(logits, labels) * (torch.nan if len(calls) > 3 * healthy else 1)  # three passes in an iteration
 
-    found = large(observation, model, naive(iterations=5, **tiny.settings), loss=loss)
-    assert found["failure"] == 3 and found["failed_at"] == 2 and (found["images"] == 0.5).all()
+    found, whole = large(observation, model, settings, loss=loss), large(observation, model, settings)
+    assert found["failure"] == 3 and found["failed_at"] == healthy
+    if healthy:
+        assert found["loss"] == whole["losses"][:, :healthy].min() > whole["loss"]
+        torch.testing.assert_close(found["images"], whole["snapshots"][:, healthy - 2].float(), rtol=0, atol=1e-3)
+    else:
+        assert (found["images"] == 0.5).all() and found["loss"] == torch.inf
     assert all(torch.equal(parameter, observation.params[name]) for name, parameter in model.named_parameters())
 
 

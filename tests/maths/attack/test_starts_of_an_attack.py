@@ -73,7 +73,25 @@ def test_a_failed_start_is_the_first_to_go(case, tiny):
     best = int(healthy["iterations"].argmax())
     trap = [dataclasses.replace(observations[0], known={"trap": torch.tensor(1 / (0.2 + 0.2 * best))})]
     rows = drain(run_chunk(((0, 0), (0, 1), (0, 2), (0, 3)), trap, trapped, settings, **DOUBLE))
+    assert rows["loss"][best] == torch.inf and (rows["images"][best] == 0.5).all() and rows["given_up"].tolist() == (rows["iterations"] < 17).tolist()
     assert rows["failure"][best] != 0 and rows["iterations"][best] < 17 and int(rows["iterations"].max()) == 17
+
+
+def test_starts_that_halving_gave_up_are_not_chosen_for_their_smoothness_but_are_kept_for_the_evaluator(case, tiny):
+    observations, simulate, settings = case
+
+    def start(observation, restart):  # all but the flat one are near the truth, so that it is the first to go
+        truth = tiny.observe(simulate, observations[0].params, size=2, seed=observation)[1]
+        return torch.full((2, *tiny.shape), 0.5) if restart == 1 else truth * (1 - 0.1 * restart), tiny.draw_noise(observation, 2)
+
+    settings = dataclasses.replace(settings, restarts=4, halving=2, lr=1e-6, noise_lr=1e-6, start=start, tv=0.0, choose_by="tv")
+    rows = rows_of(case, every(settings), settings)
+    ran = rows["iterations"].view(3, 4)
+    assert (ran[:, 1] == 4).all() and torch.equal(rows["given_up"], rows["iterations"] < 17)
+    for observation, one in enumerate(select([rows], 3, choose_by="tv")):
+        assert int(ran[observation, one.restart]) == 17
+        torch.testing.assert_close(one.restart_images, rows["images"].view(3, 4, *rows["images"].shape[1:])[observation])
+        torch.testing.assert_close(one.restart_images[1], torch.full((2, *tiny.shape), 0.5), rtol=0, atol=1e-4)
 
 
 class Counting(Programs):
