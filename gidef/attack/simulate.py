@@ -151,18 +151,20 @@ def averaged(simulate: Simulate) -> Simulate:
     return mean
 
 
-def multi_round(simulate: Simulate, rounds: int) -> Simulate:
-    """The updates of one batch in several rounds, each with its own weights and noise (A9); observations by `merge_rounds`.
+def multi_round(simulate: Simulate, rounds: int, *, keeps_noise: bool = False) -> Simulate:
+    """The updates of one batch in several rounds, each with its own weights, noise and unknowns (A9); observations by `merge_rounds`.
 
+    Args:    keeps_noise: all rounds have the same noise.
     Returns: simulate over params, known and updates named "ROUND/name"; known tensors without a round are common to all. noise has a
-             leading axis of rounds, or is None.
+             leading axis of rounds, unless it is one for all, or is None.
     """
 
     def every(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
         common = {name: tensor for name, tensor in known.items() if not name.partition("/")[0].isdigit()}
         found = {}
         for number in range(rounds):
-            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, None if noise is None else noise[number])
+            own = noise if noise is None or keeps_noise else noise[number]
+            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, own)
             found |= {f"{number}/{name}": tensor for name, tensor in update.items()}
         return found
 
