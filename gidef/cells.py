@@ -14,11 +14,13 @@ from gidef import config, observe
 from gidef.attack import Calibration
 from gidef.defence.bido import BiDODefence
 from gidef.defence.encode import searched_of
+from gidef.defence.instahide import Hide
+from gidef.defence.mixup import Mix
 from gidef.defence.seeing import SeeingDecoder
 from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
-NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
+NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
 READ_SUMS = (
     config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.PostHocDecoder
@@ -160,9 +162,10 @@ def keeps_decoder(run: Run, one: Trained) -> bool:
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     """Why an attack has nothing to do; "" if it has."""
     noisy = one.training.defence.noise_shape is not None
-    averages = isinstance(attack, config.MultiRound) and one.training.defence.budget is not None  # every release has fresh noise, if not on the latent
-    if isinstance(attack, NEEDS_NOISE) and not noisy and not averages:
+    if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
+    if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
+        return "it needs a defence that draws something in every release"
     if (isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known") and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"
     if isinstance(attack, config.DecoderAware) and isinstance(one.training.defence.decoder, SeeingDecoder):
@@ -229,7 +232,7 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
     if isinstance(attack, config.MultiRound):
-        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
+        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":
         said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
     if isinstance(attack, config.ImprintServer):
@@ -240,6 +243,16 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         floor = getattr(one.training.defence.model.perturbation, "std_floor", None)
         said.append("the server sends a noise level of nought; " + ("the client has no floor" if floor is None else "the client's floor holds"))
     return "; ".join(said)
+
+
+def _common(run: Run, one: Trained) -> str:
+    """What the releases that A9 reads have in common, or are taken to have; "" where every draw is fresh, and searched by itself."""
+    defence, said = one.training.defence, []
+    if observe.keeps_noise(run, one):
+        said.append("the same noise on the latent" if defence.random else "all the same, as the noise is drawn once for ever")
+    if any(isinstance(encoder, (Mix, Hide)) and encoder.random for encoder in defence.encoders):
+        said.append("each of another encoding, for all of which one image is searched")
+    return "".join(f", {text}" for text in said)
 
 
 def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
