@@ -23,7 +23,8 @@ from gidef.types import Reconstruction
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
 READ_SUMS = (
-    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.PostHocDecoder
+    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.MultiRound,
+    config.ZeroedLevel, config.ImprintServer, config.PostHocDecoder,
 )  # fmt: skip
 """Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
@@ -109,8 +110,8 @@ def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
 def make_cells(
     run: Run, trained: dict[tuple[str, int], Trained], folder: Path, *, tuned: Mapping[tuple[str, str, str], dict[str, Any]] | None = None, tell: bool = True
 ) -> list[Cell]:
-    """Of every defence, seed and checkpoint those attacks that have something to attack there. tuned: what was chosen for each (defence, checkpoint, attack) whose
-    settings are tuned.  tell: say on the console which attacks have nothing to attack anywhere."""
+    """Of every defence, seed and checkpoint those attacks that have something to attack there, and are simulated there. tuned: what was chosen for each (defence, checkpoint, attack) whose
+    settings are tuned.  tell: say on the console which attacks are left out everywhere."""
     cells: list[Cell] = []
     hindered: dict[str, str] = {}
     for (defence, seed), one in trained.items():
@@ -134,7 +135,7 @@ def make_cells(
         return cells
     idle = {name: hindered[name] for name in sorted(hindered.keys() - {cell.name for cell in cells})}
     for name in (name for name in idle if name in run.recipe.attacks):
-        run.console.notice(f"{name} was left out, as it has nothing to attack here: {idle[name]}.")
+        run.console.notice(f"{name} was left out: {idle[name]}.")
     for ensemble in (name for name, attack in run.recipe.attacks.items() if isinstance(attack, config.Standard)):
         members = {name: reason for name, reason in idle.items() if name.startswith(f"{ensemble} - ")}
         for reason in dict.fromkeys(members.values()):
@@ -144,7 +145,7 @@ def make_cells(
 
 
 def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[dict[str, Any]]:
-    """Attacks that have nothing to attack in a defence, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
+    """Attacks that have nothing to attack in a defence, or are not simulated there, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
     found = []
     for defence, one in {defence: one for (defence, _), one in trained.items()}.items():
         for name, (attack, _, control) in chosen_attacks(run.recipe).items():
@@ -160,7 +161,7 @@ def keeps_decoder(run: Run, one: Trained) -> bool:
 
 
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
-    """Why an attack has nothing to do; "" if it has."""
+    """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
     if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
@@ -179,7 +180,7 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
-        return "it reads one client's update, and the server sees sums of cohorts alone"
+        return "it is not simulated over sums of cohorts, which are all that the server sees here"
     return ""
 
 

@@ -257,7 +257,8 @@ class ImprintServer:
     """A11: a malicious server puts a linear layer that bins images by their brightness before the model (Robbing the Fed, Fowl et al. 2022). Of a
     delta, the sparse block of its variant for FedAvg, trained by plain SGD with the model.
 
-    The whole client's update goes through the defence, which the attack overlooks. Labels are recovered.
+    The whole client's update goes through the defence, which the attack overlooks. Labels are recovered. Of the sum over a cohort the bins are read as of
+    one larger batch: several times as many of them as its images tell these apart.
     """
 
     bins: int = 128
