@@ -30,6 +30,7 @@ from gidef.config import (
     Soteria,
     Undefended,
 )
+from gidef.defence.base import Defence
 from tests.small_run import RECIPE, evaluated, trained_once
 
 ALONE = {
@@ -115,6 +116,14 @@ def test_several_releases_are_attacked_where_they_differ(name, draws, trained, t
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     assert [cell.name for cell in cells.make_cells(run, {(name, 0): one}, tmp_path)] == ["rounds"] * draws
     assert [row["reason"] for row in cells.not_applicable(run, {(name, 0): one})] == ["it needs a defence that draws something in every release"] * (not draws)
+
+
+def test_a_training_time_defence_of_ones_own_counts_as_drawing_where_it_changes_what_leaves_by_itself(trained):
+    model = trained("undefended")[1].training.defence.model
+    for name in ("share", "encode", "stepped"):
+        own = type("OwnDefence", (Defence,), {name: lambda self, *given, **more: given[0]})
+        assert own(model).random and not Defence(model).random
+    assert not type("Silent", (Defence,), {"draw_noise": lambda self, count, **more: None})(model).random
 
 
 def test_several_releases_average_the_noise_on_updates_out(trained):
