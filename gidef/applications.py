@@ -26,7 +26,7 @@ from gidef.errors import StorageError
 from gidef.inversions import failures, load_marked, sound, worded
 from gidef.rng import generator
 from gidef.runs import Run
-from gidef.types import Observation, Reconstruction
+from gidef.types import Observation, Reconstruction, Tensors
 
 GAIN = 0.1
 """Of the imprint block's pattern where clients take several steps, in which its weights are hardly to move."""
@@ -200,7 +200,8 @@ class _Behind(nn.Module):
 
 def _imprinted(run: Run, cell: Cell) -> fits.Invert:
     """A11: the clients compute their gradient with the imprint block before their model; all of it goes through the defence, and no label is granted. Or a
-    delta, in whose steps block and model move, with the sparse block, of which a row goes on seeing the images of its own bin alone."""
+    delta, in whose steps block and model move, with the sparse block, of which a row goes on seeing the images of its own bin alone. Where the server sees
+    sums alone, every client of the cohort does so, and the bins are read off the mean: they hold everybody's images as those of one larger batch."""
     dataset, bins, defence, evaluation = run.setting.dataset, cell.attack.bins, cell.trained.training.defence, run.recipe.evaluation
     delta = evaluation.release == "delta"
     block = Imprinted(nn.Identity(), image_shape=dataset.image_shape, bins=bins, sparse=delta).requires_grad_(False).to(run.world.device)
@@ -216,20 +217,25 @@ def _imprinted(run: Run, cell: Cell) -> fits.Invert:
         known = {**known, **{name: tensor for name, tensor in own.items() if name not in weights}}  # of a delta, a private front that has moved
         return simulate.loss({name: own[name] for name in of_model}, known, functional_call(block, {name: own[name] for name in sent}, (x,)), y, e)
 
-    def one(victim: int) -> Reconstruction:
-        victims = cell.victims
-        labels, private = victims.labels[victim], victims.private[victim]
-        images, targets = observe.trained_on(
-            run, cell.trained, cell.snapshot, victims.images[victim], labels, owner=victims.owners[victim], private=private, batch=victim, seed=cell.seed
-        )  # fmt: skip
+    def leaves(owner: int, images: Tensor, labels: Tensor, noise: Tensor | None, private: Tensors, batch: int | str) -> Tensors:
+        images, targets = observe.trained_on(run, cell.trained, cell.snapshot, images, labels, owner=owner, private=private, batch=batch, seed=cell.seed)
         known = {**private, **cell.snapshot.params}
-        drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, victim)
+        drawn = generator(cell.seed, "imprint-steps", cell.snapshot.name, batch)
         step = defence.stepped(lambda: grad(loss), generator=drawn)()
         step = observe.local_training(evaluation, step, moving=observe.trained_names(cell.trained)) if delta else step
-        update = step(weights, known, images, targets, victims.noise[victim])
+        update = step(weights, known, images, targets, noise)
         own = observe.at_hand(run, behind, {**known, **weights}, images, targets.argmax(1))
-        update = defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)
-        observation = Observation(weights, update, len(labels), kind=evaluation.release)
+        return defence.share({name: tensor.detach() for name, tensor in update.items()}, generator=drawn, own=own)
+
+    def one(victim: int) -> Reconstruction:
+        victims = cell.victims
+        update = leaves(victims.owners[victim], victims.images[victim], victims.labels[victim], victims.noise[victim], victims.private[victim], victim)
+        if victims.company:
+            beside = victims.company[victim]
+            everybody = zip(beside.owners, beside.images, beside.labels, beside.noise, beside.private, strict=True)
+            others = [leaves(*each, f"{victim} beside {each[0]}") for each in everybody]
+            update = {name: torch.stack([tensor, *(other[name] for other in others)]).mean(0) for name, tensor in update.items()}
+        observation = Observation(weights, update, len(victims.all_labels(victim)), kind=evaluation.release)
         return invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta)
 
     return _one_by_one(one)

@@ -14,14 +14,17 @@ from gidef import config, observe
 from gidef.attack import Calibration
 from gidef.defence.bido import BiDODefence
 from gidef.defence.encode import searched_of
+from gidef.defence.instahide import Hide
+from gidef.defence.mixup import Mix
 from gidef.defence.seeing import SeeingDecoder
 from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
-NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.MultiRound, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
+NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
 READ_SUMS = (
-    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.PostHocDecoder
+    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.MultiRound,
+    config.ZeroedLevel, config.ImprintServer, config.PostHocDecoder,
 )  # fmt: skip
 """Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
@@ -107,8 +110,8 @@ def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
 def make_cells(
     run: Run, trained: dict[tuple[str, int], Trained], folder: Path, *, tuned: Mapping[tuple[str, str, str], dict[str, Any]] | None = None, tell: bool = True
 ) -> list[Cell]:
-    """Of every defence, seed and checkpoint those attacks that have something to attack there. tuned: what was chosen for each (defence, checkpoint, attack) whose
-    settings are tuned.  tell: say on the console which attacks have nothing to attack anywhere."""
+    """Of every defence, seed and checkpoint those attacks that have something to attack there, and are simulated there. tuned: what was chosen for each (defence, checkpoint, attack) whose
+    settings are tuned.  tell: say on the console which attacks are left out everywhere."""
     cells: list[Cell] = []
     hindered: dict[str, str] = {}
     for (defence, seed), one in trained.items():
@@ -132,7 +135,7 @@ def make_cells(
         return cells
     idle = {name: hindered[name] for name in sorted(hindered.keys() - {cell.name for cell in cells})}
     for name in (name for name in idle if name in run.recipe.attacks):
-        run.console.notice(f"{name} was left out, as it has nothing to attack here: {idle[name]}.")
+        run.console.notice(f"{name} was left out: {idle[name]}.")
     for ensemble in (name for name, attack in run.recipe.attacks.items() if isinstance(attack, config.Standard)):
         members = {name: reason for name, reason in idle.items() if name.startswith(f"{ensemble} - ")}
         for reason in dict.fromkeys(members.values()):
@@ -142,7 +145,7 @@ def make_cells(
 
 
 def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[dict[str, Any]]:
-    """Attacks that have nothing to attack in a defence, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
+    """Attacks that have nothing to attack in a defence, or are not simulated there, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
     found = []
     for defence, one in {defence: one for (defence, _), one in trained.items()}.items():
         for name, (attack, _, control) in chosen_attacks(run.recipe).items():
@@ -158,11 +161,12 @@ def keeps_decoder(run: Run, one: Trained) -> bool:
 
 
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
-    """Why an attack has nothing to do; "" if it has."""
+    """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
-    averages = isinstance(attack, config.MultiRound) and one.training.defence.budget is not None  # every release has fresh noise, if not on the latent
-    if isinstance(attack, NEEDS_NOISE) and not noisy and not averages:
+    if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
+    if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
+        return "it needs a defence that draws something in every release"
     if (isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known") and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"
     if isinstance(attack, config.DecoderAware) and isinstance(one.training.defence.decoder, SeeingDecoder):
@@ -176,7 +180,7 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
-        return "it reads one client's update, and the server sees sums of cohorts alone"
+        return "it is not simulated over sums of cohorts, which are all that the server sees here"
     return ""
 
 
@@ -229,7 +233,7 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
     if isinstance(attack, config.MultiRound):
-        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights")
+        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":
         said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
     if isinstance(attack, config.ImprintServer):
@@ -240,6 +244,16 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         floor = getattr(one.training.defence.model.perturbation, "std_floor", None)
         said.append("the server sends a noise level of nought; " + ("the client has no floor" if floor is None else "the client's floor holds"))
     return "; ".join(said)
+
+
+def _common(run: Run, one: Trained) -> str:
+    """What the releases that A9 reads have in common, or are taken to have; "" where every draw is fresh, and searched by itself."""
+    defence, said = one.training.defence, []
+    if observe.keeps_noise(run, one):
+        said.append("the same noise on the latent" if defence.random else "all the same, as the noise is drawn once for ever")
+    if any(isinstance(encoder, (Mix, Hide)) and encoder.random for encoder in defence.encoders):
+        said.append("each of another encoding, for all of which one image is searched")
+    return "".join(f", {text}" for text in said)
 
 
 def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:

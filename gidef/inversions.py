@@ -291,14 +291,15 @@ def load_marked(path: Path, own: str, device: torch.device | str = "cpu") -> tup
 
 
 def failures(cell: Cell, error: str, victims: Sequence[int] | None = None) -> list[Reconstruction]:
-    """A failure, mid-grey, for each of a cell's observations, or for some, with the labels that its threat model grants (zeros where it grants none)."""
+    """A failure, mid-grey, for each of a cell's observations, or for some, with the labels that its threat model grants (zeros where it grants none). Of a
+    sum over clients, for everybody's images."""
     granted = getattr(cell.attack, "labels", "known") == "known"
     some = range(len(cell.victims.rows)) if victims is None else victims
     return [
         Reconstruction(
-            torch.full(images.shape, 0.5), (labels if granted else torch.zeros_like(labels)).cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=error
+            torch.full((len(labels), *images.shape[1:]), 0.5), (labels if granted else torch.zeros_like(labels)).cpu(), math.inf, torch.tensor([math.inf]), status="failed", error=error
         )
-        for images, labels in ((cell.victims.images[victim], cell.victims.labels[victim]) for victim in some)
+        for images, labels in ((cell.victims.images[victim], cell.victims.all_labels(victim)) for victim in some)
     ]  # fmt: skip
 
 

@@ -99,6 +99,8 @@ class Case:
     """Local epochs behind it, over the same batches."""
     local: LocalSteps | None = None
     """What is told of all of them where the release is a delta of SGD."""
+    keeps_noise: bool = False
+    """Whether all releases of an image have the same noise on the latent."""
     public: Tensor | None = None
     """Public images (n, C, H, W) in [0, 1], for an attack that estimates statistics."""
 
@@ -146,7 +148,7 @@ def make_case(
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
         statistics=observe.statistics_known(run, trained, snapshot, attack), moves_statistics=trained.training.participation.moves_statistics,
         steps=recipe.evaluation.local_steps, epochs=recipe.evaluation.local_epochs, local=_declared(recipe.evaluation),
-        public=_public(run, seed=seed) if getattr(attack, "statistics", "") == "proxy" else None,
+        keeps_noise=observe.keeps_noise(run, trained), public=_public(run, seed=seed) if getattr(attack, "statistics", "") == "proxy" else None,
     )  # fmt: skip
 
 
@@ -200,10 +202,11 @@ def _planned(case: Case) -> Plan:
             seen = [attacks.with_final_weights(one) for one in seen]
             return Plan(seen, lambda: attacks.surrogate_model(attacks.without_noise(case.gradient())), case.matching(searched={"alpha": alpha}))
         case config.MultiRound():
-            shape = case.noise_shape
+            shape, kept = case.noise_shape, case.keeps_noise
             merged = [attacks.merge_rounds(batch) for batch in zip(*case.rounds, strict=True)]
-            matching = case.matching(distance=attacks.rounds_apart, noise_shape=None if shape is None else (attack.rounds, *shape))
-            return Plan(merged, lambda: attacks.multi_round(make(), attack.rounds), matching)
+            drawn = {f"{number}/{name}": one for number in range(attack.rounds) for name, one in case.searched.items()}  # encoders draw in each
+            matching = case.matching(distance=attacks.rounds_apart, noise_shape=shape if shape is None or kept else (attack.rounds, *shape), searched=drawn)
+            return Plan(merged, lambda: attacks.multi_round(make(), attack.rounds, keeps_noise=kept), matching)
         case config.GenerativePrior():
             return _generative(case, seen, make)
         case config.DecoderAware():

@@ -126,9 +126,13 @@ def draws_in_release(run: Run, trained: Trained) -> int:
     """How often the noise of an image is drawn for one release: in each epoch of a delta, unless every image keeps one draw for ever."""
     if run.recipe.evaluation.release == "gradient":
         return 1
+    return 1 if keeps_noise(run, trained) else run.recipe.evaluation.local_epochs
+
+
+def keeps_noise(run: Run, trained: Trained) -> bool:
+    """Whether every image keeps one draw of the noise on the latent for ever, in all releases."""
     data = run.setting.dataset.val
-    frozen = trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0)
-    return run.recipe.evaluation.local_epochs if frozen is None else 1
+    return trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0) is not None
 
 
 def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0, control: bool = False) -> Victims:

@@ -95,8 +95,8 @@ def _unrolled(
             raise InputError(f"{len(images)} images do not divide into {batches} local batches of equal size: change the batch size or the steps.")
         if noise is not None and len(noise) not in (batches, steps):
             raise InputError(f"noise of {len(noise)} steps: expected one draw for each of {steps}, or for each of the {batches} of an epoch.")
-        own = {name: tensor for name, tensor in known.items() if name in moving}
-        rest = {name: tensor for name, tensor in known.items() if name not in moving}
+        own = {name: tensor for name, tensor in known.items() if name in moving and name not in params}
+        rest = {name: tensor for name, tensor in known.items() if name not in own}
         size, weights, slots = len(images) // batches, {**params, **own}, {}
         for t in range(steps):
             rows = slice((t % batches) * size, (t % batches + 1) * size)
@@ -159,18 +159,20 @@ def averaged(simulate: Simulate) -> Simulate:
     return mean
 
 
-def multi_round(simulate: Simulate, rounds: int) -> Simulate:
-    """The updates of one batch in several rounds, each with its own weights and noise (A9); observations by `merge_rounds`.
+def multi_round(simulate: Simulate, rounds: int, *, keeps_noise: bool = False) -> Simulate:
+    """The updates of one batch in several rounds, each with its own weights, noise and unknowns (A9); observations by `merge_rounds`.
 
+    Args:    keeps_noise: all rounds have the same noise.
     Returns: simulate over params, known and updates named "ROUND/name"; known tensors without a round are common to all. noise has a
-             leading axis of rounds, or is None.
+             leading axis of rounds, unless it is one for all, or is None.
     """
 
     def every(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
         common = {name: tensor for name, tensor in known.items() if not name.partition("/")[0].isdigit()}
         found = {}
         for number in range(rounds):
-            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, None if noise is None else noise[number])
+            own = noise if noise is None or keeps_noise else noise[number]
+            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, own)
             found |= {f"{number}/{name}": tensor for name, tensor in update.items()}
         return found
 

@@ -187,7 +187,10 @@ class GenerativePrior(JointMatching):
 
 @_config
 class MultiRound(JointMatching):
-    """A9: A3 over several rounds that released the same images with fresh noise, at the checkpoint's weights."""
+    """A9: A3 over several rounds that released the same images at the checkpoint's weights, all that a defence draws drawn afresh: noise on the latent or
+    on updates, what quantisation rounds, how images are encoded. Each round's draw is searched by itself, as far as A3 searches it. Of MixUp and InstaHide
+    it is not: A3 takes the candidate for the mixture, and here one candidate stands for the rounds' different ones. Where nothing is drawn there is nothing
+    to gain, and it is left out; noise that every image keeps for ever is searched as the one draw that it is."""
 
     rounds: int = 4
 
@@ -254,7 +257,8 @@ class ImprintServer:
     """A11: a malicious server puts a linear layer that bins images by their brightness before the model (Robbing the Fed, Fowl et al. 2022). Of a
     delta, the sparse block of its variant for FedAvg, trained by plain SGD with the model.
 
-    The whole client's update goes through the defence, which the attack overlooks. Labels are recovered.
+    The whole client's update goes through the defence, which the attack overlooks. Labels are recovered. Of the sum over a cohort the bins are read as of
+    one larger batch: several times as many of them as its images tell these apart.
     """
 
     bins: int = 128

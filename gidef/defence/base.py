@@ -58,6 +58,13 @@ class Defence:
     def noise_shape(self) -> tuple[int, ...] | None:
         return None
 
+    @property
+    def random(self) -> bool:
+        """Whether another release of the same images at the same weights differs by more than the noise on the latent: by DP-SGD's noise, or by what the
+        changes of updates or of images draw. A `share`, `encode` or `stepped` of one's own counts as drawing."""
+        own = any(getattr(type(self), name) is not getattr(Defence, name) for name in ("share", "encode", "stepped"))
+        return self.budget is not None or own or any(getattr(one, "random", True) for one in (*self.transforms, *self.encoders))
+
     def initial(self) -> Tensors:
         """Every tensor that a client starts from, the decoder's under the prefix `decoder.`; fresh copies."""
         tensors = self.initial_model()

@@ -36,6 +36,7 @@ class Orthogonal:
     """
 
     needs_own: ClassVar[bool] = True
+    random: ClassVar[bool] = True
     draws: int = 20
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Clip:
     Trap:    an attack that matches part of the tensors simulates a flat clip by the norm of that part, which a cosine does not see.
     """
 
+    random: ClassVar[bool] = False
     bound: float = 1.0
     per_tensor: bool = False
 

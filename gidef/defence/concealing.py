@@ -64,6 +64,10 @@ class Conceal:
                 f"concealed={self.concealed}, iterations={self.iterations}, blend={self.blend} of DCS: expected counts of at least 0 and a share in [0, 1]."
             )
 
+    @property
+    def random(self) -> bool:
+        return self.concealed > 0
+
     def encode(
         self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator, model: nn.Module, params: Tensors
     ) -> tuple[Tensor, Tensor]:

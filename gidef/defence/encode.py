@@ -50,6 +50,8 @@ class Encoder(Protocol):
     imitate:  (images, labels (B, K) as the attack has them, the unknowns) → what the client would have trained on; differentiable.
 
     With an attribute `needs_model = True`, encode takes two more keywords: model, the client's network, and params, its weights now.
+    `random` says whether encode draws anything, so that another release of the same images differs, as for `share.Transform`; without the attribute it
+    counts as True.
     """
 
     def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator) -> tuple[Tensor, Tensor]: ...

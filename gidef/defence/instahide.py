@@ -56,6 +56,10 @@ class Hide:
         if self.mixed < 1 or (self.mixed > 1 and not self.largest * self.mixed >= 1.25):
             raise InputError(f"mixed={self.mixed}, largest={self.largest} of InstaHide: expected 1 or more images, and largest · mixed of at least 1.25.")
 
+    @property
+    def random(self) -> bool:
+        return self.mixed > 1 or self.signs
+
     def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator) -> tuple[Tensor, Tensor]:
         if self.mixed > 1:
             share = coefficients(len(images), self.mixed, self.largest, generator=generator).to(images.device)

@@ -38,6 +38,10 @@ class Mix:
         if not 0 <= self.mixing < float("inf"):
             raise InputError(f"mixing={self.mixing} of MixUp: expected a number of at least 0.")
 
+    @property
+    def random(self) -> bool:
+        return self.mixing > 0
+
     def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator) -> tuple[Tensor, Tensor]:
         if self.mixing == 0:
             return images, labels

@@ -34,6 +34,10 @@ class AddNoise:
         if not 0 <= self.std < math.inf or self.law not in ("gaussian", "laplace"):
             raise InputError(f'std={self.std}, law={self.law!r} of an update\'s noise: expected a number of at least 0, and "gaussian" or "laplace".')
 
+    @property
+    def random(self) -> bool:
+        return self.std > 0
+
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         if self.std == 0:
             return update

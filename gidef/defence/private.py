@@ -271,6 +271,10 @@ class ClipAndNoise:
     noise_multiplier: float | None
     cohort_size: int
 
+    @property
+    def random(self) -> bool:
+        return self.noise_multiplier != 0
+
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         if self.noise_multiplier is None:
             raise ValueError("ClipAndNoise without a noise multiplier cannot release: build it with a budget")

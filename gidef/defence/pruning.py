@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Generator
 
@@ -20,6 +21,7 @@ class Prune:
     Broken by: an attacker who matches only the entries that were sent, which they reveal (A3 and the others that adapt).
     """
 
+    random: ClassVar[bool] = False
     share: float = 0.9
 
     def __post_init__(self) -> None:

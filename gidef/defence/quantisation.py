@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator
@@ -26,6 +26,7 @@ class Quantise:
                at 4 bits, 15.6 at 3, 10.6 at 2.
     """
 
+    random: ClassVar[bool] = True
     bits: int = 4
     norm: Literal["max", "l2"] = "max"
 

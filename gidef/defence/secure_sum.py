@@ -16,8 +16,8 @@ Deviates: one process plays everybody; shares are handed over in the open, neith
 seed, so that runs can be repeated: whoever knows that seed can unmask everything.
 What an attacker sees is then the sum of the cohort, as of one client that holds everybody's batches.
 Broken by: a server that sends what makes an update carry single images whatever it is added to, such as an imprint layer (Fowl et al. 2022,
-arXiv:2110.13057; Zhao et al. 2024, arXiv:2303.12233), or a different model to every client (Pasquini et al. 2022, arXiv:2111.07380); neither is
-simulated against sums here. Against an honest server it is a larger batch, no more.
+arXiv:2110.13057; Zhao et al. 2024, arXiv:2303.12233), which A11 reads off the sum; or a different model to every client (Pasquini et al. 2022,
+arXiv:2111.07380), which is not simulated here. Against an honest server it is a larger batch, no more.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +26,8 @@ class SignOnly:
                stand-in has the sign's value, exactly, and the slope of mean |u| · tanh(u / (w · mean |u|)). Untrained small net, batch 1, 4
                synthetic cells of 28 px, 300 iterations: 22.3 dB, naive 11.8, undefended 25.3.
     """
+
+    random: ClassVar[bool] = False
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         return {name: tensor.sign() * tensor.abs().mean() for name, tensor in update.items()}

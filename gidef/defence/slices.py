@@ -44,6 +44,10 @@ class NoisySlices:
             raise InputError(f"noisy={self.noisy} of slices={self.slices}: expected 1 to slices.")
         AddNoise(std=self.std)
 
+    @property
+    def random(self) -> bool:
+        return self.std > 0
+
     def apply(self, update: Tensors, *, generator: Generator, own: Own) -> Tensors:
         if self.std == 0:
             return update

@@ -37,6 +37,7 @@ class PruneFeatures:
     """
 
     needs_own: ClassVar[bool] = True
+    random: ClassVar[bool] = False
     share: float = 0.8
     layer: str | None = None
 

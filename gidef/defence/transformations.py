@@ -176,6 +176,10 @@ class Transformed:
             if name not in TRANSFORMATIONS or level not in range(LEVELS):
                 raise InputError(f"ATS: {name} {level} is no transformation with a level of 0 to 9; there are {', '.join(TRANSFORMATIONS)}.")
 
+    @property
+    def random(self) -> bool:
+        return len(self.policy) > 1 or any(name in DIRECTED for alternative in self.policy for name, _ in alternative)
+
     def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator) -> tuple[Tensor, Tensor]:
         if not self.policy:
             return images, labels

@@ -54,7 +54,7 @@
                   in_loop_psnr_db: of the clients' own decoder, beside a post-hoc one (A12)
                   iterations, restarts: int;  seconds: float;  note: str]
     failed        [defence, seed, error: of trainings that diverged, or had no target for that reason; they are in no row. Not there where none did]
-    not_applicable [defence, attack, attack_id, reason: of attacks that have nothing to attack in a defence, and so no row]
+    not_applicable [defence, attack, attack_id, reason: of attacks that have nothing to attack in a defence, or are not simulated there, and so no row]
     bounds        [name: "constant grey" | "mean image" | "class mean" | "nearest public neighbour" | "shuffled gradient";
                   of, checkpoint: the defence and the checkpoint of a shuffled gradient, of each its own;
                   mse, nmse, psnr_db, ssim, attacker_accuracy, attacker_accuracy_by: what a guess without any gradient scores on the same victims]

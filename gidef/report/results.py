@@ -96,7 +96,7 @@ def recipe_name(results: dict[str, Any], defence: str) -> str:
 
 
 def not_applicable(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows without a number for the attacks that have nothing to attack in a defence; the note says why."""
+    """Rows without a number for the attacks that have nothing to attack in a defence, or are not simulated there; the note says why."""
     empty = {"checkpoint": "", "psnr_db": None, "victims": None}
     return [{**one, **empty, "note": f"not applicable: {one['reason']}"} for one in results.get("not_applicable") or []]
 

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad
 
 from gidef import applications, build, cells, fits, methods, observe
 from gidef import attack as attacks
+from gidef.attack import Searched
 from gidef.config import (
     ATS,
     DCS,
@@ -20,6 +21,7 @@ from gidef.config import (
     GenerativePrior,
     ImprintServer,
     InstaHide,
+    IsotropicNoise,
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
@@ -171,6 +173,53 @@ def test_several_releases_of_a_batch_are_mixed_afresh(trained):
         first, again, other = released(run, one), released(run, one), released(run, one, repeat=1)
         for a, b, c in zip(first.updates, again.updates, other.updates, strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a) and any(not torch.equal(a[key], c[key]) for key in a), name
+
+
+@pytest.mark.parametrize("name", [*ALONE, *NOTHING])
+def test_several_releases_are_attacked_where_they_differ(name, trained, tmp_path):
+    run, one = trained(name)
+    first, other = (released(run, one, repeat=repeat).updates[0] for repeat in range(2))
+    assert any(not torch.equal(first[key], tensor) for key, tensor in other.items()) is (name in ALONE)
+    recipe = dataclasses.replace(run.recipe, attacks={"rounds": MultiRound(rounds=2)})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    made = cells.make_cells(run, {(name, 0): one}, tmp_path)
+    assert [cell.name for cell in made] == ["rounds"] * (name in ALONE)
+    assert all(("each of another encoding" in cell.note) == (name in ("mixup", "instahide")) for cell in made)
+    assert len(cells.not_applicable(run, {(name, 0): one})) == (name in NOTHING)
+
+
+def test_one_alternative_without_directions_draws_nothing(trained):
+    run, _ = trained("undefended")
+    for policy, draws in ((("autocontrast 1, invert 0",), False), (("rotate 3",), False), (("autocontrast 1", "invert 0"), True), (("color 9",), True)):
+        assert build.make_defence(ATS(policy=policy), run.recipe, run.setting.dataset, seed=0).random is draws, policy
+
+
+def test_each_round_s_draw_is_searched_by_itself_and_the_truth_is_a_zero_of_all(trained):
+    run, bare = trained("undefended")
+    defence = build.make_defence((ATS(policy=("rotate 6", "color 9")), IsotropicNoise(std=0.3)), run.recipe, run.setting.dataset, seed=0)
+    bare = dataclasses.replace(bare, training=dataclasses.replace(bare.training, defence=defence))
+    snapshot, defence = bare.snapshots["final"], bare.training.defence
+    releases = [released(run, bare, repeat=repeat) for repeat in range(3)]
+    plan = methods.plan(methods.make_case(run, bare, snapshot, MultiRound(rounds=3), releases, seed=0))
+    images, labels = releases[0].images[0], releases[0].labels[0]
+    draws = []
+    for number, release in enumerate(releases):
+        moved, _ = defence.encode(
+            images, F.one_hot(labels, 8).float(), client=run.setting.clients[release.owners[0]],
+            generator=generator(0, "victim-encode", "final", 0, *([number] if number else [])), model=defence.model, params=snapshot.params,
+        )  # fmt: skip
+        draws.append(the_draws(defence.encoders[0], images, moved))
+    assert not all(torch.equal(draws[0], draw) for draw in draws)
+    noise = torch.stack([release.noise[0] for release in releases])
+    assert set(plan.matching.searched) == {f"{number}/{ENCODED}0/draw" for number in range(3)}
+
+    def fit(draws):
+        searched = {f"{n}/{ENCODED}0/draw": Searched(shape=draw.shape, start=lambda shape, generator, draw=draw: draw) for n, draw in enumerate(draws)}
+        matching = dataclasses.replace(plan.matching, start=lambda o, r: (images, noise), searched=searched, iterations=0)
+        return float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))["fit"])
+
+    assert fit(draws) < 1e-6
+    assert fit([draws[0]] * 3) > 1e-3 and fit([draws[1], draws[0], draws[2]]) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,8 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
     assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "analytic", "learned", "shuffled gradient"}
     assert heard.notices == [
-        "smoke goes without decoder, eot, rounds: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+        "smoke goes without decoder, eot: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+        "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
     evaluation = dataclasses.replace(run.recipe.evaluation, release="delta")
     deltas = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, evaluation=evaluation)))

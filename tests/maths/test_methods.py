@@ -18,7 +18,7 @@ from torch.func import functional_call
 from gidef import attack as attacks
 from gidef import build, config, methods, observe
 from gidef.attack.optimisers import Adam
-from gidef.cells import NEEDS_NOISE
+from gidef.cells import NEEDS_NOISE, note_of
 from gidef.config import (
     Data,
     Evaluation,
@@ -106,7 +106,7 @@ def fit_of(plan, images):
 def _each():
     for name, attack in MATCHING.items():
         for defence in ("undefended", "learned"):
-            noise_only = isinstance(attack, (*NEEDS_NOISE, config.DecoderAware)) or getattr(attack, "decoder", "known") != "known"
+            noise_only = isinstance(attack, (*NEEDS_NOISE, config.MultiRound, config.DecoderAware)) or getattr(attack, "decoder", "known") != "known"
             if not (defence == "undefended" and noise_only):
                 yield pytest.param(defence, attack, name in DELTA_ONLY, id=f"{name}-{defence}")
 
@@ -282,6 +282,21 @@ def test_rounds_say_more_than_one_as_their_true_point_is_a_zero_of_all(trained, 
     assert float(rows["fit"]) < 1e-9
     other = dataclasses.replace(matching, start=lambda o, r: (releases[0].images[1], truth))
     assert float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), other, seed=0))["fit"]) > 1e-3
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"release": "delta", "local_steps": 2, "batch_size": 2}], ids=["gradient", "delta"])
+def test_noise_that_an_image_keeps_for_ever_is_one_unknown_of_all_rounds(trained, evaluation):
+    case, _, releases = case_of(trained, "frozen", config.MultiRound(rounds=2, **SHORT), **evaluation)
+    plan, truth = methods.plan(case), releases[0].noise[0]
+    assert torch.equal(truth, releases[1].noise[0]) and plan.matching.noise_shape == truth.shape
+    matching = dataclasses.replace(plan.matching, start=lambda o, r: (releases[0].images[o], truth), iterations=0)
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
+    assert float(rows["fit"]) < 1e-9
+    other = dataclasses.replace(matching, start=lambda o, r: (releases[0].images[o], -truth))
+    assert float(attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), other, seed=0))["fit"]) > 1e-3
+    run, found = trained
+    said = [note_of(run, found[name], config.MultiRound(rounds=2)) for name in ("frozen", "learned")]
+    assert "all the same, as the noise is drawn once for ever" in said[0] and "the same, as" not in said[1]
 
 
 def test_skipped_layers_are_the_predictor_s_and_the_perturbation_s(trained):

@@ -10,17 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
+from gidef import applications, build, cells, findings, methods, metrics, observe
 from gidef import attack as attacks
-from gidef import build, cells, findings, methods, observe
+from gidef.attack.imprint import Imprinted
 from gidef.attack.simulate import cohort_mean
 from gidef.config import (
     DPSGD,
+    Analytic,
     Data,
     EotMatching,
+    ImprintServer,
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
     MixUp,
+    MultiRound,
     NaiveMatching,
     PostHocDecoder,
     Pruning,
@@ -28,16 +32,18 @@ from gidef.config import (
     Rounds,
     SecureAggregation,
     Undefended,
+    ZeroedLevel,
     problems,
 )
 from gidef.defence.secure_sum import MaskedSum
 from gidef.errors import InputError
 from gidef.parallel import World, mean_over_world
+from gidef.releases import Releases
 from gidef.scores import _recovered
 from gidef.training import train
 from gidef.types import Client, Update
 from gidef.updates import FixedPointSum
-from tests.small_run import CELLS, RECIPE, evaluated, start, trained_once
+from tests.small_run import CELLS, RECIPE, Heard, evaluated, start, trained_once
 
 LEARNED = LearnedPerturbation(ramp=0.0, dependence="pearson2")
 DEFENCES = {
@@ -199,6 +205,105 @@ def test_an_attacker_who_has_everybodys_images_and_noise_matches_the_sum(name, p
         assert apart(case.simulator()(observation.params, observation.known, images, labels, noise.flip(0)), observation.update) > 1e-3
     wrong = torch.cat([victims.images[0], company.images.flatten(0, 1).flip(-1)])
     assert apart(case.simulator()(observation.params, observation.known, wrong, labels, noise), observation.update) > max(1e-3, found)
+
+
+@pytest.mark.parametrize("changes", [{}, STEPS], ids=["gradient", "delta"])
+def test_several_rounds_and_a_level_of_nought_have_a_zero_at_everybodys_images_and_noise(changes, trained, tmp_path):
+    run, one = trained("learned sum")
+    run = evaluated(run, **changes)
+    for attack in (MultiRound(rounds=2), ZeroedLevel()):
+        cell = cells.Cell("learned sum", 0, "final", "one", attack, one, one.snapshots["final"], tmp_path)
+        victims = Releases(run).of(cell)
+        plan = methods.plan(methods.make_case(run, one, cell.snapshot, attack, victims, seed=0))
+        noise = [torch.cat([each.noise[0], *each.company[0].noise], dim=1 if changes else 0) for each in victims]
+        noise = torch.stack(noise) if len(noise) > 1 else noise[0]
+        images = torch.cat([victims[0].images[0], victims[0].company[0].images.flatten(0, 1)])
+        seen, labels = plan.observations[0], F.one_hot(victims[0].all_labels(0), 8).float()
+        assert noise.shape == plan.matching.noise_shape and torch.equal(seen.labels, victims[0].all_labels(0))
+        update = plan.make_simulate()(seen.params, seen.known, images, labels, noise)
+        assert apart(update, seen.update) < 1e-4
+        assert apart(plan.make_simulate()(seen.params, seen.known, images, labels, noise.flip(0)), seen.update) > 1e-3
+
+
+def mean_of_all(run, one, victims, seen, batch, pruned):
+    """What the cohort's clients send on average, each with the block before its net, one client after another."""
+    company, count = victims.company[batch], len(seen.params["imprint.back"][0])
+    model = Imprinted(one.training.defence.model, image_shape=(3, 16, 16), bins=count)
+    names = {key if key.startswith("imprint.") else f"backbone.{key}": key for key in seen.params}
+    sent = []
+    for images, labels in [(victims.images[batch], victims.labels[batch]), *zip(company.images, company.labels, strict=True)]:
+        weights = {inside: seen.params[key].clone().requires_grad_() for inside, key in names.items()}
+        F.cross_entropy(functional_call(model, weights, (images,)), labels).backward()
+        sent.append({key: weights[inside].grad for inside, key in names.items()})
+        if pruned:
+            for key, tensor in sent[-1].items():
+                least = tensor.abs().flatten().sort().values[int(pruned * tensor.numel())]
+                sent[-1][key] = torch.where(tensor.abs() >= least, tensor, 0.0)
+    return {key: sum(each[key] for each in sent) / len(sent) for key in seen.params}
+
+
+@pytest.mark.parametrize(("name", "pruned"), [("sum", 0.0), ("pruned sum", 0.5)])
+def test_an_imprint_block_s_bins_are_read_off_the_mean_of_what_every_client_sends(name, pruned, trained, tmp_path, monkeypatch):
+    run, one = trained(name)
+    cell = cells.Cell(name, 0, "final", "imprint", ImprintServer(bins=256), one, one.snapshots["final"], tmp_path)
+    cell.releases, seen, invert = [released(run, one)], [], applications.invert_imprint
+    monkeypatch.setattr(applications, "invert_imprint", lambda observation, **how: seen.append(observation) or invert(observation, **how))
+    found = applications._imprinted(run, cell)(range(2), lambda units: None)
+    for batch, (observation, got) in enumerate(zip(seen, found, strict=True)):
+        assert observation.num_examples == 8 and got.images.shape == (8, 3, 16, 16) and got.status == "ok"
+        expected, whole = (mean_of_all(run, one, cell.victims, observation, batch, share) for share in (pruned, 0.0))
+        keys = [key for key in expected if not (pruned and key.startswith("imprint."))]  # of the block's equal entries, others may be pruned
+        assert apart(observation.update, {key: expected[key] for key in keys}) < 1e-4
+        assert not pruned or apart(observation.update, {key: whole[key] for key in keys}) > 1e-2
+    truth = cell.victims.images[:2].flatten(0, 1)
+    paired = torch.cat([got.images[metrics.pair(got.images, images)] for got, images in zip(found, cell.victims.images, strict=False)])
+    if not pruned:
+        assert int((metrics.psnr_db(paired, truth) > 50).sum()) >= 3
+        everybody = torch.cat([cell.victims.images[0], cell.victims.company[0].images.flatten(0, 1)])
+        assert int((metrics.psnr_db(found[0].images[metrics.pair(found[0].images, everybody)], everybody) > 50).sum()) >= 6
+        assert _recovered(found[0].labels, cell.victims, 0) > 0.5
+
+
+def test_an_imprint_block_s_bins_are_read_off_the_mean_of_deltas(trained, tmp_path):
+    run, one = trained("sum")
+    run = evaluated(run, **STEPS, local_lr=0.01)
+    cell = cells.Cell("sum", 0, "final", "imprint", ImprintServer(bins=256), one, one.snapshots["final"], tmp_path)
+    cell.releases = [released(run, one)]
+    found = applications._imprinted(run, cell)(range(2), lambda units: None)
+    paired = torch.cat([got.images[metrics.pair(got.images, images)] for got, images in zip(found, cell.victims.images, strict=False)])
+    assert int((metrics.psnr_db(paired, cell.victims.images[:2].flatten(0, 1)) > 30).sum()) >= 3
+    everybody = torch.cat([cell.victims.images[0], cell.victims.company[0].images.flatten(0, 1)])
+    assert int((metrics.psnr_db(found[0].images[metrics.pair(found[0].images, everybody)], everybody) > 30).sum()) >= 6
+
+
+def test_a_failure_on_a_sum_is_of_everybodys_images(trained, tmp_path, monkeypatch):
+    run, one = trained("sum")
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, attacks={"imprint": ImprintServer(bins=64)})))
+    [cell] = cells.make_cells(run, {("sum", 0): one}, tmp_path)
+    cell.releases, invert, calls = [released(run, one)], applications.invert_imprint, []
+
+    def fails_on_the_first(observation, **how):
+        calls.append(observation)
+        if len(calls) in (1, 2):  # together with the others, then by itself
+            raise RuntimeError("it broke")
+        return invert(observation, **how)
+
+    monkeypatch.setattr(applications, "invert_imprint", fails_on_the_first)
+    [task] = applications.tasks(run, [cell])
+    task.do(0, lambda units: None)
+    applications.collect(run, cell)
+    assert [found.status for found in cell.reconstructions] == ["failed", "ok"] and all(found.images.shape == (8, 3, 16, 16) for found in cell.reconstructions)
+
+
+def test_what_is_not_simulated_over_sums_says_so(trained, tmp_path):
+    run, one = trained("sum")
+    recipe = dataclasses.replace(run.recipe, attacks={"learned": LearnedInversion(), "analytic": Analytic(), "imprint": ImprintServer(), "naive": NaiveMatching()})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe), console=(heard := Heard()))
+    made = cells.make_cells(run, {("sum", 0): one}, tmp_path)
+    assert [cell.name for cell in made] == ["imprint", "naive"] and "the sum of 4 clients" in made[0].note
+    why = "it is not simulated over sums of cohorts, which are all that the server sees here"
+    assert heard.notices == [f"analytic was left out: {why}.", f"learned was left out: {why}."]
+    assert [(row["attack"], row["reason"]) for row in cells.not_applicable(run, {("sum", 0): one})] == [("learned", why), ("analytic", why)]
 
 
 def test_attacks_run_against_sums(trained):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gidef import applications, build, cells, fits, methods, observe
+from gidef import applications, build, cells, fits, methods, metrics, observe
 from gidef import attack as attacks
 from gidef.attack.imprint import Imprinted
 from gidef.config import (
@@ -30,6 +30,7 @@ from gidef.config import (
     Soteria,
     Undefended,
 )
+from gidef.defence.base import Defence
 from tests.small_run import RECIPE, evaluated, trained_once
 
 ALONE = {
@@ -49,8 +50,8 @@ def trained(tmp_path_factory):
         yield one
 
 
-def released(run, one):
-    return observe.release(run, one, one.snapshots["final"], seed=0)
+def released(run, one, **more):
+    return observe.release(run, one, one.snapshots["final"], seed=0, **more)
 
 
 @pytest.mark.parametrize("kind", ["gradient", "delta"])
@@ -76,6 +77,66 @@ def test_the_mean_over_noise_and_several_rounds_are_attacked_through_every_chang
     releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
     plan = methods.plan(methods.make_case(run, one, snapshot, attack, releases, seed=0))
     assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    changes_update = True
+
+    def apply(self, update, *, generator):
+        return {name: tensor + 1e-3 * torch.randn(tensor.shape, generator=generator) for name, tensor in update.items()}
+
+    def reveals(self, update):
+        return {}
+
+    def imitate(self, update, seen):
+        return update
+
+
+class Still(Own):
+    random = False
+
+    def apply(self, update, *, generator):
+        return update
+
+
+DRAWS = {"undefended": False, **dict.fromkeys(ALONE, True)} | dict.fromkeys(("pruning", "clipping", "per tensor", "sign", "soteria"), False)
+DRAWN = {"none": (GradientNoise(std=0.0), False), "no slices": (GradDefense(std=0.0), False), "own": (Own(), True), "own still": (Still(), False), "own behind": ((Sign(), Own()), True)}
+
+
+@pytest.mark.parametrize(("name", "draws"), [*DRAWS.items(), *((name, draws) for name, (_, draws) in DRAWN.items())])
+def test_several_releases_are_attacked_where_they_differ(name, draws, trained, tmp_path):
+    run, one = trained(name if name in DEFENCES else "undefended")
+    if name in DRAWN:
+        defence = build.make_defence(DRAWN[name][0], run.recipe, run.setting.dataset, seed=0)
+        one = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
+    first, other = (released(run, one, repeat=repeat).updates[0] for repeat in range(2))
+    assert any(not torch.equal(first[key], tensor) for key, tensor in other.items()) is draws
+    recipe = dataclasses.replace(run.recipe, attacks={"rounds": MultiRound(rounds=2)}, defences={name: Undefended()})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    assert [cell.name for cell in cells.make_cells(run, {(name, 0): one}, tmp_path)] == ["rounds"] * draws
+    assert [row["reason"] for row in cells.not_applicable(run, {(name, 0): one})] == ["it needs a defence that draws something in every release"] * (not draws)
+
+
+def test_a_training_time_defence_of_ones_own_counts_as_drawing_where_it_changes_what_leaves_by_itself(trained):
+    model = trained("undefended")[1].training.defence.model
+    for name in ("share", "encode", "stepped"):
+        own = type("OwnDefence", (Defence,), {name: lambda self, *given, **more: given[0]})
+        assert own(model).random and not Defence(model).random
+    assert not type("Silent", (Defence,), {"draw_noise": lambda self, count, **more: None})(model).random
+
+
+def test_several_releases_average_the_noise_on_updates_out(trained):
+    run, bare = trained("undefended")
+    defence = build.make_defence(GradientNoise(std=2.0), run.recipe, run.setting.dataset, seed=0)
+    run, one = evaluated(run, batch_size=1), dataclasses.replace(bare, training=dataclasses.replace(bare.training, defence=defence))
+    found = {}
+    for attack in (JointMatching(iterations=50), MultiRound(iterations=50, rounds=4)):
+        releases = [released(run, one, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+        plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, releases, seed=0))
+        [got] = attacks.run(plan.observations[:1], plan.make_simulate, plan.matching, seed=0)
+        found[type(attack)] = float(metrics.psnr_db(got.images.clamp(0, 1), releases[0].images[0]))
+    assert found[MultiRound] > found[JointMatching] + 2, found
 
 
 @pytest.mark.parametrize("name", ALONE)
