@@ -46,7 +46,7 @@ def tasks(run: Run, cells: list[Cell]) -> list[Task]:
     """One per slice of the victims of each cell that has such an attack."""
     found = []
     for cell in cells:
-        if kind := KINDS.get(type(cell.attack)):
+        if kind := _kind(cell):
             found += [_task(run, cell, kind, victims) for victims in _slices(cell, kind)]
     return found
 
@@ -126,7 +126,7 @@ def collect(run: Run, cell: Cell) -> None:
     source = cell.twin or cell
     own = mark(run, source)
     cell.reconstructions, cell.attempts = [], []
-    for victims in _slices(source, KINDS[type(source.attack)]):
+    for victims in _slices(source, _kind(source)):
         tensors, meta = load_marked(_path(source, victims), own)
         cell.seconds += meta["seconds"] if cell.twin is None else 0.0
         cell.reconstructions += [
@@ -259,3 +259,8 @@ KINDS = {
     config.LatentDecoding: _Kind(fits.latent, fits.LATENTS_AT_ONCE, lambda cell, victims: float(cell.attack.iterations * cell.attack.restarts)),
 }
 """By the attack's type."""
+
+
+def _kind(cell: Cell) -> _Kind | None:
+    """Of a subclass, that of the attack which it changes; None for what the engine runs, or a decoder of given latents."""
+    return None if cell.matches else next((kind for attack, kind in KINDS.items() if isinstance(cell.attack, attack)), None)

@@ -80,7 +80,7 @@ class Cell:
 
     @property
     def attack_id(self) -> str:
-        return "control" if self.control else config.IDS.get(type(self.attack)) or getattr(self.attack, "id", "own")
+        return "control" if self.control else attack_id(self.attack)
 
     @property
     def victims(self) -> observe.Victims:
@@ -90,6 +90,12 @@ class Cell:
     def matches(self) -> bool:
         """Whether the engine runs it."""
         return isinstance(self.attack, config.NaiveMatching) or callable(getattr(self.attack, "plan", None))
+
+
+def attack_id(attack: Any) -> str:
+    """Of the literature's family, which a subclass with other settings stays in; of an attack of one's own what it calls itself."""
+    family = () if callable(getattr(attack, "plan", None)) else type(attack).__mro__
+    return config.IDS.get(type(attack)) or getattr(attack, "id", None) or next((config.IDS[one] for one in family if one in config.IDS), "own")
 
 
 def chosen_attacks(recipe: config.Recipe) -> dict[str, tuple[Any, str, bool]]:
@@ -151,7 +157,7 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
         for name, (attack, _, control) in chosen_attacks(run.recipe).items():
             attack = attack.attack if isinstance(attack, config.Tuned) else attack
             if not control and (reason := _hindrance(run, one, attack)):
-                found.append({"defence": defence, "attack": name, "attack_id": config.IDS[type(attack)], "reason": reason})
+                found.append({"defence": defence, "attack": name, "attack_id": attack_id(attack), "reason": reason})
     return found
 
 
@@ -167,7 +173,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
         return "it needs a defence that draws something in every release"
-    if (isinstance(attack, config.DecoderAware) or getattr(attack, "decoder", "known") != "known") and one.training.defence.decoder is None:
+    guessed = getattr(attack, "decoder", "known") in ("surrogate", "unused")  # a field of this name may be anything in an attack of one's own
+    if (isinstance(attack, config.DecoderAware) or guessed) and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"
     if isinstance(attack, config.DecoderAware) and isinstance(one.training.defence.decoder, SeeingDecoder):
         return "it needs a decoder that is handed the latent alone"

@@ -356,12 +356,16 @@ def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate
 
 
 def refined(plan: Plan, first: Tensors) -> Matching:
-    """Settings of the second stage: images and noise start where the first stage ended, attack for attack."""
+    """Settings of the second stage: everything that both stages search starts where the first one ended, attack for attack; after a failure, unknowns
+    begin as ever."""
     place = {tuple(attack): row for row, attack in enumerate(first["attacks"].tolist())}
+    others = [name for name in (*(["logits"] if plan.refine.search_labels else []), *plan.refine.searched) if name in first]
 
-    def start(observation: int, restart: int) -> tuple[Tensor, Tensor | None]:
-        row = place[observation, restart]
-        return first["images"][row], first["noise"][row] if "noise" in first else None
+    def start(observation: int, number: int) -> tuple[Tensor, Tensor | None, Tensors]:
+        row = place[observation, number]
+        if int(first["failure"][row]):
+            return first["images"][row], None, {}
+        return first["images"][row], first["noise"][row] if "noise" in first else None, {name: first[name][row] for name in others}
 
+    start.of_variants = True
     return dataclasses.replace(plan.refine, start=start)
-

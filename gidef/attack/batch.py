@@ -188,12 +188,12 @@ def first_variables(chunk: Chunk, size: int, matching: Matching, seed: int, cast
     shape = (size, *matching.image_shape)
     for observation, start in chunk:
         restart = start % matching.restarts
-        draw, noise = generator(seed, "attack", observation, restart), None
+        draw, noise, told = generator(seed, "attack", observation, restart), None, {}
         if matching.render is not None:
             first = {"code": torch.randn((size, *matching.code_shape), generator=draw)}
         elif callable(matching.start):
-            images, noise = matching.start(observation, restart)
-            first = {"images": _checked("images", images, shape)}
+            images, noise, *more = matching.start(observation, start if getattr(matching.start, "of_variants", False) else restart)
+            first, told = {"images": _checked("images", images, shape)}, more[0] if more else {}
         else:
             first = {"images": STARTS[matching.start](shape, draw)}
         if matching.noise_shape is not None:
@@ -204,6 +204,9 @@ def first_variables(chunk: Chunk, size: int, matching: Matching, seed: int, cast
             first["logits"] = torch.randn((size, matching.num_classes), generator=draw)
         for name, one in matching.searched.items():
             first[name] = one.start(one.shape, draw) if callable(one.start) else torch.full(one.shape, float(one.start))
+        if foreign := sorted(told.keys() - (first.keys() - {"images", "noise"})):
+            raise InputError(f"start gave {foreign}, which this attack does not search: beside images and noise give logits of searched labels, or what is in `searched`.")
+        first |= {name: _checked(name, tensor, tuple(first[name].shape)) for name, tensor in told.items()}
         for name, tensor in first.items():
             each.setdefault(name, []).append(tensor)
     return {name: torch.stack(tensors).to(**cast) for name, tensors in each.items()}

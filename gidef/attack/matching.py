@@ -23,8 +23,10 @@ Simulate = Callable[[Tensors, Tensors, Tensor, Tensor, Tensor | None], Tensors]
 release, with the observed update's names. Pure, differentiable and vmappable. A simulator of one gradient may carry its loss as
 an attribute, simulate.loss(the same arguments) → scalar, which the first-order forms need."""
 
-Start = Callable[[int, int], tuple[Tensor, Tensor | None]]
-"""start(index of the observation, restart) → images (B, C, H, W) and noise (noise_shape) to begin from; None is the default noise."""
+Start = Callable[[int, int], tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensors]]
+"""start(index of the observation, restart) → images (B, C, H, W) and noise (noise_shape) to begin from; None is the default noise. It may give a third:
+other unknowns by name, "logits" (B, classes) of searched labels and those of `Matching.searched`; what it leaves out begins as ever. With an attribute
+`of_variants = True` it is asked for the number of the start, which counts the variants too, in the restart's place."""
 
 
 class Point(NamedTuple):

@@ -248,6 +248,41 @@ def test_an_attack_that_fits_no_defence_is_left_out_with_the_reason(trained, tmp
     assert {cell.name for cell in make_cells(run, found, tmp_path)} == set(attacks) and heard.notices == []
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewDraws(config.EotMatching):
+    samples: int = 2
+    iterations: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FewBins(config.ImprintServer):
+    bins: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mine:
+    iterations: int = 2
+    restarts: int = 1
+    labels: str = "known"
+    decoder: str = "surrogate"
+    surrogate_steps: int = 2
+
+    def plan(self, case):
+        return methods.Plan(case.observations, case.simulator, case.matching(noise_shape=case.noise_shape))
+
+
+def test_an_attack_of_one_s_own_without_work_on_one_defence_is_told_as_ours_are(trained, tmp_path):
+    """Subclasses of ours stay in their family; a field called decoder means what it does in ours only where it says so."""
+    run, found = trained
+    kinds = {"few draws": FewDraws(), "few bins": FewBins(), "guessed": Mine(), "other": Mine(decoder="a net of mine")}
+    run = evaluated(with_speed(run, attacks=kinds, attacks_at_once=0), judge_epochs=1)
+    result = audit.audit(run, found, folder=tmp_path)
+    assert {(one["attack"], one["attack_id"], one["defence"]) for one in result.not_applicable} == {("few draws", "A1", "undefended"), ("guessed", "own", "undefended")}
+    rows = {(row["attack"], row["attack_id"], row["defence"]) for row in result.rows if not row["failed"]}
+    ids = {"few draws": "A1", "few bins": "A11", "guessed": "own", "other": "own"}
+    assert rows == {(name, ids[name], defence) for name in ids for defence in ("undefended", "learned")} - {("few draws", "A1", "undefended"), ("guessed", "own", "undefended")}
+
+
 def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(trained, tmp_path):
     run, found = trained
     heard = Heard()

@@ -425,6 +425,55 @@ def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_genera
     assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
 
 
+def two_stages(plan, chunk):
+    """(the first stage's rows, the second one's), of attacks in their stages."""
+    run = lambda settings: attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), settings, seed=0))  # noqa: E731
+    first = run(plan.matching)
+    return first, run(methods.refined(plan, first))
+
+
+@pytest.mark.parametrize(
+    ("defence", "labels", "carried"),
+    [("undefended", "searched", {"logits"}), ("learned", "searched", {"logits", "noise"}), ("mixup", "known", {"encode/0/"}), ("mixup", "searched", {"logits", "encode/0/"})],
+)
+def test_pixels_go_on_from_all_that_the_search_of_codes_found(trained, defence, labels, carried):
+    case, _, _ = case_of(trained, defence, config.GenerativePrior(iterations=24, code_share=0.5, labels=labels))
+    plan = methods.plan(case)
+    names = {*(["logits"] if plan.refine.search_labels else []), *plan.refine.searched, *(["noise"] if plan.refine.noise_shape else [])}
+    assert all(any(name.startswith(one) for name in names) for one in carried)
+    first, second = two_stages(plan, ((0, 0), (1, 0)))
+    torch.testing.assert_close(second["first_fit"], first["fit"], rtol=1e-4, atol=1e-6)
+    assert (first["fit"] < first["first_fit"]).all() and (second["fit"] < second["first_fit"]).all()
+    begun = attacks.batch.first_variables(((1, 0),), 1, methods.refined(plan, first), 0, {"device": "cpu", "dtype": torch.float32})
+    anew = attacks.batch.first_variables(((1, 0),), 1, plan.refine, 0, {"device": "cpu", "dtype": torch.float32})
+    for name in names:
+        assert torch.equal(begun[name][0], first[name][1]) and not torch.equal(begun[name], anew[name]), name
+
+
+def test_every_variant_goes_on_from_where_it_was_itself_and_a_failed_start_from_new_unknowns(trained):
+    case, _, _ = case_of(trained, "learned", config.JointMatching(iterations=4, labels="searched"))
+    matching = methods.plan(case).matching
+    matching = dataclasses.replace(matching, restarts=2, variants=({"lr": 0.1}, {"lr": 0.01}), snapshots=0)
+    plan = methods.Plan(case.observations, case.simulator, matching, refine=matching)
+    first, second = two_stages(plan, ((0, 1), (0, 3)))
+    torch.testing.assert_close(second["first_fit"], first["fit"], rtol=1e-4, atol=1e-6)
+    assert abs(first["fit"][0] - first["fit"][1]) > 1e-3
+    _, alone = two_stages(plan, ((0, 3),))
+    torch.testing.assert_close(alone["fit"], second["fit"][1:], rtol=1e-4, atol=1e-6)
+    failed = {**first, "failure": torch.tensor([0, attacks.batch.LOST])}
+    begun = attacks.batch.first_variables(((0, 1), (0, 3)), 1, methods.refined(plan, failed), 0, {"device": "cpu", "dtype": torch.float32})
+    assert torch.equal(begun["logits"][0], first["logits"][0]) and torch.equal(begun["noise"][0], first["noise"][0])
+    assert not torch.equal(begun["logits"][1], first["logits"][1]) and begun["logits"][1].abs().max() > 0.1 and not begun["noise"][1].any()
+
+
+def test_a_start_of_unknowns_that_are_not_searched_or_of_another_shape_is_refused(trained):
+    plan = methods.plan(case_of(trained, "undefended", config.NaiveMatching(labels="searched", **SHORT))[0])
+    for told, said in (({"weights": torch.zeros(2)}, "weights.*does not search"), ({"images": torch.zeros(2)}, "does not search"), ({"logits": torch.zeros(8)}, r"logits of shape \(8,\), expected \(1, 8\)")):
+        matching = dataclasses.replace(plan.matching, start=lambda o, r, told=told: (torch.zeros(1, 3, 16, 16), None, told))
+        with pytest.raises(InputError, match=said):
+            attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
+
+
 def test_labels_read_off_as_probabilities_are_those_that_a_client_mixed(trained):
     """At the true image the simulated gradient is the observed one, whatever mixture of classes the client trained on."""
     case, _, releases = case_of(trained, "undefended", config.NaiveMatching(labels="soft", **SHORT))
