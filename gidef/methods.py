@@ -29,7 +29,8 @@ from gidef.attack.simulate import DRAWS
 from gidef.attack.starts import from_images
 from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
-from gidef.defence.encode import searched_of
+from gidef.defence.encode import ENCODED, searched_of
+from gidef.defence.share import SEEN
 from gidef.errors import InputError
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
@@ -142,7 +143,7 @@ def make_case(
         attack=attack, rounds=seen, simulator=observe.cohort_simulator(run, trained, observe.observed_simulator(
             run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
         )),
-        gradient=defence.simulator(terms="utility", progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
+        gradient=_without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
@@ -220,19 +221,33 @@ def _noise_free(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
     return lambda: attacks.without_noise(make())
 
 
+def _without(make: Callable[[], Simulate], *prefixes: str) -> Callable[[], Simulate]:
+    """Of simulators to whose `known` these names mean nothing: they are left out of it."""
+
+    def own(known: Tensors) -> Tensors:
+        return {name: tensor for name, tensor in known.items() if not name.startswith(prefixes)}
+
+    def made() -> Simulate:
+        simulate = make()
+
+        def plain(params: Tensors, known: Tensors, *rest: Any) -> Tensors:
+            return simulate(params, own(known), *rest)
+
+        if hasattr(simulate, "loss"):
+            plain.loss = lambda params, known, *rest: simulate.loss(params, own(known), *rest)
+        return plain
+
+    return made
+
+
 def _beside_statistics(make: Callable[[], Simulate], copy_of_thread: Callable[[], nn.Module]) -> Callable[[], Simulate]:
     """Of simulators whose `known` may hold a batch's statistics, which no network has under such names. With each the thread's copy for the prior is
     made: once a program is recorded, it is too late."""
+    plain = _without(make, STATISTICS)
 
     def made() -> Simulate:
-        simulate, _ = make(), copy_of_thread()
-
-        def plain(params: Tensors, known: Tensors, *rest: Any) -> Tensors:
-            return simulate(params, {name: tensor for name, tensor in known.items() if not name.startswith(STATISTICS)}, *rest)
-
-        if hasattr(simulate, "loss"):
-            plain.loss = lambda params, known, *rest: simulate.loss(params, {n: t for n, t in known.items() if not n.startswith(STATISTICS)}, *rest)
-        return plain
+        simulate, _ = plain(), copy_of_thread()
+        return simulate
 
     return made
 
@@ -298,10 +313,11 @@ def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simul
     frozen = [copy.deepcopy(module).requires_grad_(False).eval() for module in (case.model, case.decoder)]
     frozen[0].train(case.moves_statistics)
     mine = _per_thread(lambda: copy.deepcopy(frozen))
+    names = {*frozen[0].state_dict(), *frozen[1].state_dict(prefix=DECODER)}
 
     def decode(params: Tensors, known: Tensors, images: Tensor, noise: Tensor | None) -> Tensor:
         model, decoder = mine()
-        every = {**known, **params}
+        every = {name: tensor for name, tensor in {**known, **params}.items() if name in names}  # not what updates reveal, nor what is searched
         weights = {name: tensor for name, tensor in every.items() if not name.startswith(DECODER)}
         epochs = 1
         if noise is not None and noise.ndim > len(case.latent_shape) + 1:  # local steps: one image after another, in every epoch that has its own noise
