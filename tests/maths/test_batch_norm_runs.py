@@ -497,7 +497,7 @@ def test_a_cohort_is_seen_as_the_mean_of_gradients_each_by_its_own_batch(tmp_pat
     ({"evaluation": dataclasses.replace(RECIPE.evaluation, batch_size=1), "attacks": ATTACKS}, "evaluation.batch_size=1 in 1 step"),
     ({"evaluation": dataclasses.replace(RECIPE.evaluation, batch_size=2, release="delta", local_steps=2), "attacks": ATTACKS}, "evaluation.batch_size=2 in 2 step"),
     ({"speed": Speed(shard_size=2)}, "speed.shard_size=2"), ({"speed": Speed(sharded_server=True)}, "speed.sharded_server=True"),
-    ({"defences": {"p": (DPSGD(level="client"), config.Pruning())}}, "defences.p: DPSGD clips"), ({"defences": {"s": config.Soteria()}}, "defences.s: Soteria"),
+    ({"defences": {"p": (config.Pruning(), DPSGD(level="client"))}}, "defences.p: DPSGD clips"), ({"defences": {"s": config.Soteria()}}, "defences.s: Soteria"),
     ({"defences": {"c": config.CapacityNoise(front="frozen")}, "clients": LocalTraining()}, "defences.c: front=frozen"),
 ])  # fmt: skip
 def test_what_batch_statistics_cannot_do_is_refused(changes, said, tmp_path):
