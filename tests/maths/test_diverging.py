@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import signal
 
 import pytest
 import torch
@@ -16,21 +15,11 @@ from gidef.evaluation import _finite
 from gidef.main import main
 from gidef.parallel import Beside
 from gidef.report import pictures
+from tests.alone import by_itself  # noqa: F401  (serves every test here)
 from tests.diverging import ERROR, RECIPE
 from tests.ranks.launch import record, results
 
 LOST = [("bad", 0), ("bad", 1), ("half", 1)]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pictures, "_DPI", 10)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

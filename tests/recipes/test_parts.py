@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 
 import pytest
-import torch
 
 from gidef import parts
 from gidef.config import (
@@ -31,6 +29,7 @@ from gidef.config import (
 from gidef.main import main
 from gidef.report import pictures
 from gidef.tuning import shares
+from tests.alone import by_itself  # noqa: F401  (serves every test here)
 from tests.ranks.launch import record, results
 from tests.small_run import CELLS
 
@@ -45,17 +44,6 @@ RECIPE = Recipe(
     evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",), judge_epochs=1),
 )  # fmt: skip
 SECONDS = ("seconds", "seconds_per_round", "process_peak_gib")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_JOB_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pictures, "_DPI", 10)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
 
 
 def timeless(value):
