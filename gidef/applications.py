@@ -176,9 +176,9 @@ def _analytic(run: Run, cell: Cell) -> fits.Invert:
 
     def one(victim: int) -> Reconstruction:
         labels = cell.victims.labels[victim]
-        seen = {n: t.cpu() for n, t in cell.victims.updates[victim].items() if n in names}
+        seen = observe.as_gradient(run.recipe.evaluation, {n: t.cpu() for n, t in cell.victims.updates[victim].items() if n in names})
         granted = labels.cpu() if cell.attack.labels == "known" else None
-        observation = Observation(params, seen, len(labels), kind=run.recipe.evaluation.release, labels=granted)
+        observation = Observation(params, seen, len(labels), labels=granted)
         return analytic(observation, model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
 
     return _one_by_one(one)

@@ -182,8 +182,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a noise level that the server sends"
     if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)) and run.recipe.share_policy == "head":
         return "it needs a front that is shared, and share_policy is head"
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and run.recipe.evaluation.release != "gradient":
-        return "it reads single gradients, and evaluation.release is delta"
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
+        return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
@@ -214,8 +214,16 @@ def _trained_otherwise(recipe: config.Recipe) -> str:
     if seen.release == "gradient":
         return ""
     ours = optimiser(seen.local_optimiser, seen.local_momentum)
-    theirs = "send single gradients" if isinstance(clients, config.SingleGradient) else f"train with {optimiser(clients.optimiser, clients.momentum)}"
-    return "" if theirs == f"train with {ours}" else f"the recipe's clients {theirs}, and the delta that is attacked is of {ours}"
+    single = isinstance(clients, config.SingleGradient)
+    theirs = "send single gradients" if single else f"train with {optimiser(clients.optimiser, clients.momentum)}"
+    said = [] if theirs == f"train with {ours}" else [f"the recipe's clients {theirs}, and the delta that is attacked is of {ours}"]
+    beside = {} if single else {"weight decay": clients.weight_decay, "a proximal term of weight": clients.proximal}
+    beside["gradients clipped at norm"] = clients.grad_clip
+    if named := [f"{what} {value:g}" for what, value in beside.items() if value]:
+        said.append(f"the recipe's clients have {', '.join(named)}, and the delta that is attacked has no such thing")
+    if clients.lr != seen.local_lr:
+        said.append(f"the recipe's clients step at rate {clients.lr:g}, and the delta that is attacked is of rate {seen.local_lr:g}")
+    return "; ".join(said)
 
 
 def note_of(run: Run, one: Trained, attack: Any) -> str:

@@ -262,10 +262,10 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         params, known = _seen_by_network(run, cell)
         drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
         simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
-        simulate = observe.changed(run, cell.trained, simulate, seed=cell.seed)
+        released, evaluation = observe.changed(run, cell.trained, simulate, seed=cell.seed), run.recipe.evaluation
         inverter, public = _inverter(run, cell), run.setting.dataset.val
         running = fit_inverter(
-            inverter, simulate, params, known, public.images, public.labels, defence.draw_noise,
+            inverter, lambda *given: observe.as_gradient(evaluation, released(*given)), params, known, public.images, public.labels, defence.draw_noise,
             steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
             mode="vmap" if defence.budget is None and not defence.transforms and not defence.encoders else "loop",  # what steps and changes draw is drawn one after another
         )  # fmt: skip
@@ -288,7 +288,8 @@ def learned(run: Run, cell: Cell) -> Invert:
             report(1.0)
             update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
             granted = labels if cell.attack.labels == "known" else None
-            found += invert_learned([Observation(params, {name: update[name] for name in params}, len(labels), labels=granted, known=known)], inverter)
+            seen = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in params})
+            found += invert_learned([Observation(params, seen, len(labels), labels=granted, known=known)], inverter)
         return [dataclasses.replace(one, iterations=cell.attack.steps) for one in found]
 
     return invert
@@ -342,7 +343,8 @@ def latent(run: Run, cell: Cell) -> Invert:
         for victim in victims:
             update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
             granted = labels if cell.attack.labels == "known" else None
-            seen.append(Observation(params, {name: update[name] for name in predictor.names}, len(labels), labels=granted))
+            update = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in predictor.names})
+            seen.append(Observation(params, update, len(labels), labels=granted))
         running = invert_latent(
             seen, predictor, decoder, seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, at_once=at_once,
             device=run.world.device, numbers=victims,

@@ -98,6 +98,11 @@ def trained_names(trained: Trained) -> frozenset[str]:
     return frozenset(name for name, parameter in defence.model.named_parameters() if parameter.requires_grad and name not in still)
 
 
+def as_gradient(evaluation: config.Evaluation, update: Tensors) -> Tensors:
+    """The gradient that a release of one step holds: a gradient as it is, and Δ / −lr of a delta Δ = −lr · g, as the server knows the rate that it asked for."""
+    return update if evaluation.release == "gradient" else {name: tensor / -evaluation.local_lr for name, tensor in update.items()}
+
+
 def members(run: Run, trained: Trained) -> int:
     """M, clients in an observed update: those that stay of a cohort where the server sees sums alone, else 1."""
     return 1 if trained.training.defence.secure is None else len(trained.training.draw(0))

@@ -82,8 +82,9 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
     def simulates(attack: Any) -> bool:
         return delta and (own(attack) or (isinstance(attack, config.NaiveMatching) and not isinstance(attack, config.SurrogateModel)))
 
-    def told_steps(attack: Any) -> bool:  # a surrogate model has no use for them but to recover labels
-        return delta and isinstance(attack, config.SurrogateModel) and labels(attack) == "recovered"
+    def told_steps(attack: Any) -> bool:  # a surrogate model has no use for them but to recover labels, others for the rate of the one step that they read
+        reads = isinstance(attack, (config.Analytic, config.LatentDecoding, config.LearnedInversion))
+        return delta and (reads or (isinstance(attack, config.SurrogateModel) and labels(attack) == "recovered"))
 
     facts = {
         "the labels": lambda attack: labels(attack) == "known",

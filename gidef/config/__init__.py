@@ -321,7 +321,8 @@ class Evaluation:
     that are encoded are so once."""
     local_lr: float = 0.01
     local_optimiser: Literal["sgd", "adam"] = "sgd"
-    """Of a released delta, begun afresh; the clients' own training takes `clients.optimiser`, and a row says where that is another."""
+    """Of a released delta, begun afresh; the clients' own training takes `clients.optimiser`, and a row says where that is another, or has another rate,
+    weight decay, a proximal term or clipped gradients, which the delta has not."""
     local_momentum: float = 0.0
     """Of sgd."""
     released_loss: Literal["client", "utility"] = "client"
@@ -546,4 +547,4 @@ def science(recipe: Recipe | dict[str, Any]) -> str:
     return json.dumps({key: value for key, value in values.items() if key not in NOT_SCIENCE}, sort_keys=True)
 
 
-from gidef.config.checks import fits, problems  # noqa: E402, F401  (they read all of the above)
+from gidef.config.checks import fits, is_more_than_a_step, problems  # noqa: E402, F401  (they read all of the above)

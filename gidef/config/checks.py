@@ -214,7 +214,7 @@ def _plain_problems(recipe: Recipe) -> list[str]:
             found.append(f"attacks.{name}.tv_boost={attack.tv_boost}: the total variation of colours keeps its weight. Set tv_boost=1, or opponents=False.")
         if isinstance(attack, GradInversion) and attack.restarts < 2 and attack.group:
             found.append(f"attacks.{name}: the consistency of restarts needs two or more, not restarts={attack.restarts}: raise it, or set group=0.")
-        if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or _is_more_than_a_step(recipe.evaluation)):
+        if isinstance(attack, DecoderAware) and attack.begin == "decoded" and (attack.labels not in ("known", "recovered") or is_more_than_a_step(recipe.evaluation)):
             found.append(
                 f"attacks.{name}.begin=decoded reads a latent from one gradient whose labels are known or recovered, not labels={attack.labels} and "
                 f"evaluation.local_steps={recipe.evaluation.local_steps}, local_epochs={recipe.evaluation.local_epochs}, local_optimiser={recipe.evaluation.local_optimiser}: "
@@ -263,7 +263,7 @@ def _delta_problems(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def _is_more_than_a_step(evaluation: Evaluation) -> bool:
+def is_more_than_a_step(evaluation: Evaluation) -> bool:
     """Whether a released delta is more than one gradient times a learning rate."""
     return evaluation.local_steps * evaluation.local_epochs > 1 or evaluation.local_optimiser == "adam"
 

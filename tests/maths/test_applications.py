@@ -16,7 +16,7 @@ from gidef.attack.latent import invert_latent
 from gidef.cells import make_cells
 from gidef.config import Analytic, ImprintServer, IsotropicNoise, LatentDecoding, LearnedInversion, Model, PostHocDecoder
 from gidef.releases import Releases
-from tests.small_run import RECIPE, Heard, trained_once
+from tests.small_run import RECIPE, Heard, evaluated, trained_once
 
 ATTACKS = {
     "analytic": Analytic(labels="recovered"), "imprint": ImprintServer(bins=32), "learned": LearnedInversion(steps=3, gradients=24),
@@ -171,3 +171,42 @@ def test_a_start_whose_loss_became_infinite_is_a_failed_attempt_beside_a_good_on
     for victim, found in enumerate(cell.reconstructions):
         good, bad = cell.attempts[2 * victim + found.restart], cell.attempts[2 * victim + 1 - found.restart]
         assert found.status == good["status"] == "ok" and bad["status"] == "failed" and "infinite" in bad["error"] and bad["loss"] == math.inf
+
+
+@pytest.mark.parametrize("name", ["analytic", "learned", "latent"])
+def test_a_delta_of_one_step_of_sgd_is_read_as_the_gradient_that_it_is(trained, tmp_path, monkeypatch, name):
+    """What each attack is handed, scale and sign, and what A4 makes of it; deltas of more are left out."""
+    run, one = trained("noise")
+    handed, made = {}, {}
+    for kind, changes in {"gradient": {}, "delta": {"release": "delta", "local_lr": 0.5}}.items():
+        seen = handed.setdefault(kind, [])
+        asked = evaluated(run, **changes)
+        place, reader = {"analytic": (applications, "analytic"), "learned": (fits, "invert_learned"), "latent": (fits, "invert_latent")}[name]
+        read = getattr(place, reader)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, reader, lambda given, *more, read=read, seen=seen, **how: seen.extend([given] if name == "analytic" else given) or read(given, *more, **how))
+            if name == "learned":
+                patch.setattr(fits, "fit_inverter", lambda net, simulate, *more, fit=fits.fit_inverter, seen=seen, **how: seen.append(simulate) or fit(net, simulate, *more, **how))
+            cell = cells_of(asked, one, tmp_path / kind)[name]
+            work(asked, cell)
+        made[kind] = cell.reconstructions
+        assert all(found.status == "ok" for found in made[kind])
+    if name == "learned":  # the network is trained on what it is to read
+        simulates = [handed[kind].pop(0) for kind in handed]
+        params = one.snapshots["final"].params
+        given = (torch.rand(1, 3, 16, 16), torch.eye(8)[:1], torch.randn(1, *one.training.defence.noise_shape))
+        plain, stepped = simulates[0](params, {}, *given), simulates[1](params, {}, *given[:2], given[2][None])
+        for key, tensor in plain.items():
+            torch.testing.assert_close(stepped[key], tensor, rtol=1e-3, atol=1e-5)
+    assert len(handed["gradient"]) == len(handed["delta"]) == VICTIMS
+    for mine, theirs in zip(handed["gradient"], handed["delta"], strict=True):
+        assert mine.kind == theirs.kind == "gradient"
+        for key, tensor in mine.update.items():
+            torch.testing.assert_close(theirs.update[key], tensor, rtol=1e-3, atol=1e-5)
+    for mine, theirs in zip(made["gradient"], made["delta"], strict=True):
+        assert torch.equal(mine.labels, theirs.labels)
+        if name == "analytic":
+            torch.testing.assert_close(theirs.images, mine.images, rtol=0, atol=2e-2)
+    for changes in ({"local_epochs": 2}, {"local_optimiser": "adam"}):
+        left = {cell.name for cell in make_cells(evaluated(run, release="delta", **changes), {("noise", 0): one}, tmp_path / "more")}
+        assert name not in left and "decoder" in left

@@ -293,12 +293,12 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
         "smoke goes without decoder, eot: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
-    evaluation = dataclasses.replace(run.recipe.evaluation, release="delta")
+    evaluation = dataclasses.replace(run.recipe.evaluation, release="delta", batch_size=2, local_steps=2)
     deltas = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, evaluation=evaluation)))
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
     assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
-    assert heard.notices == ["smoke goes without analytic, learned: it reads single gradients, and evaluation.release is delta."]
+    assert heard.notices == ["smoke goes without analytic, learned: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
 
 
 def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):

@@ -384,15 +384,25 @@ def test_clients_send_pruned_updates(trained):
 # --- what a row says of the local training --------------------------------------------------------------------------------
 
 
+def alike(**changes):
+    """Clients that train as the attacked delta does."""
+    return LocalTraining(**{"optimiser": "sgd", "lr": 0.01, "grad_clip": 0.0, **changes})
+
+
 @pytest.mark.parametrize(
     ("clients", "asked", "said"),
     [
         (LocalTraining(), {}, "the recipe's clients train with Adam, and the delta that is attacked is of SGD"),
-        (LocalTraining(), {"local_optimiser": "adam"}, ""),
-        (LocalTraining(optimiser="sgd"), {}, ""),
-        (LocalTraining(optimiser="sgd", momentum=0.9), {}, "train with SGD with momentum 0.9, and the delta that is attacked is of SGD"),
-        (LocalTraining(optimiser="sgd", momentum=0.9), {"local_momentum": 0.9}, ""),
+        (alike(optimiser="adam"), {"local_optimiser": "adam"}, ""),
+        (alike(), {}, ""),
+        (alike(momentum=0.9), {}, "train with SGD with momentum 0.9, and the delta that is attacked is of SGD"),
+        (alike(momentum=0.9), {"local_momentum": 0.9}, ""),
         (SingleGradient(), {"local_momentum": 0.5}, "the recipe's clients send single gradients, and the delta that is attacked is of SGD with momentum 0.5"),
+        (alike(weight_decay=0.1), {}, "the recipe's clients have weight decay 0.1, and the delta that is attacked has no such thing"),
+        (alike(proximal=0.5, grad_clip=5.0), {}, "clients have a proximal term of weight 0.5, gradients clipped at norm 5, and the delta"),
+        (SingleGradient(grad_clip=1.0), {}, "the recipe's clients have gradients clipped at norm 1, and the delta that is attacked has no such thing"),
+        (alike(lr=0.1), {}, "the recipe's clients step at rate 0.1, and the delta that is attacked is of rate 0.01"),
+        (alike(lr=0.1), {"local_lr": 0.1}, ""),
         (LocalTraining(), {"release": "gradient"}, ""),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -14,6 +15,7 @@ from gidef.attack.imprint import Imprinted
 from gidef.config import (
     Censor,
     Clipping,
+    DecoderAware,
     EotMatching,
     GradDefense,
     GradientNoise,
@@ -21,6 +23,7 @@ from gidef.config import (
     JointMatching,
     LearnedInversion,
     LearnedPerturbation,
+    MixUp,
     MultiRound,
     NaiveMatching,
     Pruning,
@@ -39,7 +42,10 @@ ALONE = {
     "censor": Censor(draws=3), "soteria": Soteria(share=0.5), "slices": GradDefense(),
 }  # fmt: skip
 BEHIND = {"learned + all": (LearnedPerturbation(ramp=0.0), Clipping(bound=1.0), Soteria(), Censor(draws=2), GradDefense(), GradientNoise(), Quantisation(), Sign(), Pruning(share=0.5))}
-DEFENCES = {"undefended": Undefended(), **ALONE, **BEHIND}
+AWARE = {
+    f"learned + {name}": (*((MixUp(),) if name == "pruning" else ()), LearnedPerturbation(ramp=0.0), ALONE[name]) for name in ("pruning", "soteria", "censor")
+}  # fmt: skip
+DEFENCES = {"undefended": Undefended(), **ALONE, **BEHIND, **AWARE}
 EXACT = ("pruning", "clipping", "per tensor", "sign", "censor", "soteria")
 """Those whose imitation at the true images is what was released; the others add what nobody can know."""
 
@@ -137,6 +143,39 @@ def test_several_releases_average_the_noise_on_updates_out(trained):
         [got] = attacks.run(plan.observations[:1], plan.make_simulate, plan.matching, seed=0)
         found[type(attack)] = float(metrics.psnr_db(got.images.clamp(0, 1), releases[0].images[0]))
     assert found[MultiRound] > found[JointMatching] + 2, found
+
+
+@pytest.mark.parametrize("policy", ["full", "all"])
+@pytest.mark.parametrize("name", AWARE)
+def test_a_candidate_is_kept_near_what_the_decoder_makes_of_it_whatever_an_update_reveals(name, policy, trained):
+    run, one = trained(name, policy)
+    case = methods.make_case(run, one, one.snapshots["final"], DecoderAware(iterations=3), [victims := released(run, one)], seed=0)
+    plan, seen = methods.plan(case), case.observations[0]
+    assert any(key.startswith("share/") for key in seen.known) and ("pruning" not in name or any(key.startswith("encode/") for key in plan.matching.searched))
+    [(_, prior)] = plan.matching.priors
+    held = {**one.training.defence.initial(), **seen.known, **seen.params}
+    model, decoder = copy.deepcopy(case.model), copy.deepcopy(case.decoder)
+    for module, prefix in ((model, ""), (decoder, "decoder.")):
+        module.load_state_dict({key: held[prefix + key] for key in module.state_dict()})
+    with torch.no_grad():
+        made = decoder(model.run(victims.images[0], victims.noise[0]).perturbed).clamp(0, 1)
+    point = attacks.Point(victims.images[0], seen.labels, victims.noise[0], seen.params, {**seen.known, "encode/0/": torch.zeros(3)})
+    torch.testing.assert_close(prior(point), (victims.images[0] - made).square().mean())
+    found = attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0)
+    assert [result.status for result in found] == ["ok"] * len(found), [result.error for result in found]
+
+
+def test_a_gradient_alone_is_simulated_whatever_an_update_reveals(trained):
+    """For an attack of one's own that builds on `Case.gradient`, as on the whole release."""
+    run, one = trained("learned + pruning")
+    case = methods.make_case(run, one, one.snapshots["final"], JointMatching(iterations=2), [victims := released(run, one)], seed=0)
+    seen, labels = case.observations[0], F.one_hot(victims.labels[0], 8).float()
+    every = {**seen.known, **{name: torch.zeros(found.shape) for name, found in case.searched.items()}}
+    assert {name.partition("/")[0] for name in every} >= {"share", "encode"}
+    rest = {name: tensor for name, tensor in every.items() if "/" not in name}
+    expected = one.training.defence.simulator(terms="utility")()(seen.params, rest, victims.images[0], labels, victims.noise[0])
+    for name, tensor in case.gradient()(seen.params, every, victims.images[0], labels, victims.noise[0]).items():
+        torch.testing.assert_close(tensor, expected[name])
 
 
 @pytest.mark.parametrize("name", ALONE)
