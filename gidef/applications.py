@@ -142,7 +142,7 @@ def _residual(cell: Cell) -> str:
     """How well the latents that were read explain the update, and whether that determines them."""
     losses, predictor = sorted(one.loss for one in cell.reconstructions if one.status == "ok"), Predictor(cell.trained.training.defence.model)
     said = [f"its latents' gradients are {losses[len(losses) // 2]:.0e} from the update, {losses[-1]:.0e} at most"] if losses else []
-    if (sought := cell.victims.labels.shape[1] * math.prod(predictor.latent_shape)) > predictor.told:
+    if (sought := cell.reconstructions[0].labels.numel() * math.prod(predictor.latent_shape)) > predictor.told:
         said.append(f"which has {predictor.told:,} numbers for the latents' {sought:,}: it does not determine them")
     return ", ".join(said)
 
@@ -160,7 +160,8 @@ def without_closed_form(run: Run, cells: list[Cell]) -> dict[str, str]:
         model = copy.deepcopy(cell.trained.training.defence.model).cpu()
         names = [name for name, _ in model.named_parameters() if name in cell.snapshot.params]
         try:
-            found[cell.defence] = can_invert(model, names, image_shape=run.setting.dataset.image_shape, num_examples=run.recipe.evaluation.batch_size).reason
+            size = run.recipe.evaluation.batch_size * observe.members(run, cell.trained)
+            found[cell.defence] = can_invert(model, names, image_shape=run.setting.dataset.image_shape, num_examples=size).reason
         except Exception:  # of the model's code: the attack runs into it too, and is a row with that error
             found[cell.defence] = ""
     return {defence: reason for defence, reason in found.items() if reason}
@@ -175,7 +176,7 @@ def _analytic(run: Run, cell: Cell) -> fits.Invert:
     load_parameters(model, {**defence.initial_model(), **params})
 
     def one(victim: int) -> Reconstruction:
-        labels = cell.victims.labels[victim]
+        labels = cell.victims.all_labels(victim)
         seen = observe.as_gradient(run.recipe.evaluation, {n: t.cpu() for n, t in cell.victims.updates[victim].items() if n in names})
         granted = labels.cpu() if cell.attack.labels == "known" else None
         observation = Observation(params, seen, len(labels), labels=granted)

@@ -22,11 +22,6 @@ from gidef.types import Reconstruction
 
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
-READ_SUMS = (
-    config.NaiveMatching, config.InvertingGradients, config.ModernInvertingGradients, config.EotMatching, config.JointMatching, config.MultiRound,
-    config.ZeroedLevel, config.ImprintServer, config.PostHocDecoder,
-)  # fmt: skip
-"""Attacks of these very types reconstruct everybody in the sum of a cohort, or are handed the victim's latent as ever."""
 CONTROL = "shuffled gradient"
 BLIND = "the update of public images of the same labels, every tensor's entries in another order: what the priors draw by themselves"
 
@@ -186,8 +181,6 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
-    if one.training.defence.secure is not None and type(attack) not in READ_SUMS and not callable(getattr(attack, "plan", None)):
-        return "it is not simulated over sums of cohorts, which are all that the server sees here"
     return ""
 
 

@@ -251,7 +251,7 @@ def _seen_by_network(run: Run, cell: Cell) -> tuple[Tensors, Tensors]:
 
 def _inverter(run: Run, cell: Cell) -> nn.Module:
     dataset, params = run.setting.dataset, {n: t for n, t in cell.snapshot.params.items() if not n.startswith(DECODER)}
-    size = run.recipe.evaluation.batch_size
+    size = run.recipe.evaluation.batch_size * observe.members(run, cell.trained)
     length = seen_length(params, dataset.num_classes, size, dim=cell.attack.sketch)
     seed = stream_seed(cell.seed, "inverter") % 2**31
     return inverter_for(length, dataset.num_classes, dataset.image_shape, batch_size=size, seed=seed).to(run.world.device)
@@ -262,12 +262,14 @@ def inverter_task(run: Run, cell: Cell) -> Task:
         params, known = _seen_by_network(run, cell)
         drawn, defence = generator(cell.seed, "inverter", "step-noise"), cell.trained.training.defence
         simulate = observe.observed_simulator(run, cell.trained, cell.snapshot, terms=run.recipe.evaluation.released_loss, drawn=drawn)()
-        released, evaluation = observe.changed(run, cell.trained, simulate, seed=cell.seed), run.recipe.evaluation
+        released_by_one, evaluation = observe.changed(run, cell.trained, simulate, seed=cell.seed), run.recipe.evaluation
+        in_turn = defence.budget is not None or bool(defence.transforms or defence.encoders)  # what steps and changes draw is drawn one after another
+        released = observe.cohort_simulator(run, cell.trained, lambda: released_by_one, in_turn=in_turn)()
         inverter, public = _inverter(run, cell), run.setting.dataset.val
         running = fit_inverter(
             inverter, lambda *given: observe.as_gradient(evaluation, released(*given)), params, known, public.images, public.labels, defence.draw_noise,
-            steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, noise_shape=observe.noise_shape(run, cell.trained),
-            mode="vmap" if defence.budget is None and not defence.transforms and not defence.encoders else "loop",  # what steps and changes draw is drawn one after another
+            steps=cell.attack.steps, samples=cell.attack.gradients, seed=cell.seed, mode="loop" if in_turn else "vmap",
+            noise_shape=observe.noise_shape(run, cell.trained, members=observe.members(run, cell.trained)),
         )  # fmt: skip
         _follow(running, report)
         return dict(inverter.state_dict())
@@ -286,7 +288,7 @@ def learned(run: Run, cell: Cell) -> Invert:
         found = []
         for victim in victims:
             report(1.0)
-            update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
+            update, labels = cell.victims.updates[victim], cell.victims.all_labels(victim)
             granted = labels if cell.attack.labels == "known" else None
             seen = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in params})
             found += invert_learned([Observation(params, seen, len(labels), labels=granted, known=known)], inverter)
@@ -341,7 +343,7 @@ def latent(run: Run, cell: Cell) -> Invert:
     def invert(victims: Sequence[int], report: Callable[[float], None]) -> list[Reconstruction]:
         seen = []
         for victim in victims:
-            update, labels = cell.victims.updates[victim], cell.victims.labels[victim]
+            update, labels = cell.victims.updates[victim], cell.victims.all_labels(victim)
             granted = labels if cell.attack.labels == "known" else None
             update = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in predictor.names})
             seen.append(Observation(params, update, len(labels), labels=granted))

@@ -25,7 +25,7 @@ from gidef.attack.latent import read_latent
 from gidef.attack.optimisers import Adam
 from gidef.attack.predictor import Predictor
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
-from gidef.attack.simulate import DRAWS
+from gidef.attack.simulate import DRAWS, MEMBERS
 from gidef.attack.starts import from_images
 from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
@@ -98,6 +98,8 @@ class Case:
     """Local steps of one epoch behind a release."""
     epochs: int = 1
     """Local epochs behind it, over the same batches."""
+    members: int = 1
+    """M, clients in an observed update, whose images stand one client after another."""
     local: LocalSteps | None = None
     """What is told of all of them where the release is a delta of SGD."""
     keeps_noise: bool = False
@@ -143,7 +145,8 @@ def make_case(
         attack=attack, rounds=seen, simulator=observe.cohort_simulator(run, trained, observe.observed_simulator(
             run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
         )),
-        gradient=_without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), image_shape=run.setting.dataset.image_shape,
+        gradient=observe.cohort_simulator(run, trained, _without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), stepped=False),
+        members=observe.members(run, trained), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},
@@ -257,7 +260,7 @@ def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
     network, one a thread, that it runs.
 
     Of several local steps the candidate's are the mean over its slices, by the weights with which the running ones keep them (in every epoch
-    in the same proportions), at the server's weights.
+    in the same proportions), at the server's weights; of a sum of clients, that over all of them.
     """
     train = case.statistics == "batch" or case.moves_statistics
     mine = _per_thread(lambda: prepare(case.model, batch_norm="train" if train else "eval")[0])
@@ -268,18 +271,22 @@ def _statistics(case: Case) -> tuple[Prior | None, Callable[[], nn.Module]]:
     if not wanted:
         return None, mine
     momenta = [case.model.get_submodule(names[place]).momentum or 0.0 for place in wanted]
-    weights = [[(1 - momentum) ** (case.steps - 1 - step) for step in range(case.steps)] for momentum in momenta]
+    weights = [[(1 - momentum) ** (case.steps - 1 - step) for step in range(case.steps)] * case.members for momentum in momenta]
+
+    def of_a_pass(params: Tensors, known: Tensors, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        found = batch_statistics(mine(), params, images, known)
+        return [found[place] for place in wanted]
 
     def statistics_of(params: Tensors, known: Tensors, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        each = [batch_statistics(mine(), params, part, known) for part in images.split(len(images) // case.steps)]
+        each = [of_a_pass(params, known, part) for part in images.split(len(images) // (case.members * case.steps))]
         return [
             tuple(sum(w * one[place][which] for w, one in zip(own, each, strict=True)) / sum(own) for which in range(2))
-            for place, own in zip(wanted, weights, strict=True)
+            for place, own in enumerate(weights)
         ]
 
     if case.statistics == "proxy":
         first = case.observations[0]
-        found = proxy_statistics(statistics_of, first.params, first.known, case.public, batch_size=first.num_examples)
+        found = proxy_statistics(of_a_pass, first.params, first.known, case.public, batch_size=first.num_examples // (case.members * case.steps))
         return bn_statistics(statistics_of, found, source="proxy"), mine
 
     def target(params: Tensors, known: Tensors) -> list[tuple[Tensor, Tensor]]:
@@ -316,6 +323,14 @@ def _decoder_aware(case: Case, seen: list[Observation], make: Callable[[], Simul
     names = {*frozen[0].state_dict(), *frozen[1].state_dict(prefix=DECODER)}
 
     def decode(params: Tensors, known: Tensors, images: Tensor, noise: Tensor | None) -> Tensor:
+        if case.members == 1:
+            return of_one(params, known, images, noise)
+        stepped = noise is not None and noise.ndim > len(case.latent_shape) + 1
+        images, noises = images.chunk(case.members), [None] * case.members if noise is None else noise.chunk(case.members, dim=1 if stepped else 0)
+        every = [{**known, **{name.removeprefix(MEMBERS): t[k] for name, t in known.items() if name.startswith(MEMBERS)}} for k in range(case.members)]
+        return torch.cat([of_one(params, own, *pair) for own, *pair in zip(every, images, noises, strict=True)])
+
+    def of_one(params: Tensors, known: Tensors, images: Tensor, noise: Tensor | None) -> Tensor:
         model, decoder = mine()
         every = {name: tensor for name, tensor in {**known, **params}.items() if name in names}  # not what updates reveal, nor what is searched
         weights = {name: tensor for name, tensor in every.items() if not name.startswith(DECODER)}

@@ -108,12 +108,15 @@ def members(run: Run, trained: Trained) -> int:
     return 1 if trained.training.defence.secure is None else len(trained.training.draw(0))
 
 
-def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate]) -> Callable[[], Simulate]:
-    """A factory of simulators of what the server sees, from one of a client's update. It is bound to numbers: attacks hold it, and a run holds the images."""
+def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate], *, stepped: bool | None = None, in_turn: bool = False) -> Callable[[], Simulate]:
+    """A factory of simulators of what the server sees, from one of a client's update. It is bound to numbers: attacks hold it, and a run holds the images.
+
+    stepped: whether the update's noise has a leading axis of local steps; None: if a delta is released.  in_turn: see `cohort_mean`.
+    """
     if trained.training.defence.secure is None:
         return make
-    count, stepped = members(run, trained), run.recipe.evaluation.release == "delta"
-    return lambda: cohort_mean(make(), count, stepped=stepped)
+    count, stepped = members(run, trained), run.recipe.evaluation.release == "delta" if stepped is None else stepped
+    return lambda: cohort_mean(make(), count, stepped=stepped, in_turn=in_turn)
 
 
 def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:

@@ -119,10 +119,11 @@ def without_noise(simulate: Simulate) -> Simulate:
     return noise_free
 
 
-def cohort_mean(simulate: Simulate, members: int, *, stepped: bool = False) -> Simulate:
+def cohort_mean(simulate: Simulate, members: int, *, stepped: bool = False, in_turn: bool = False) -> Simulate:
     """The mean update of a cohort of M clients, as secure aggregation shows it.
 
-    Args:    simulate: of one client.  members: M.  stepped: its noise has a leading axis of local steps.
+    Args:    simulate: of one client.  members: M.  stepped: its noise has a leading axis of local steps.  in_turn: one client after another, for a
+             simulator that draws, or that vmap does not take.
     Returns: simulate(params, known, images, labels, noise): images (M · B, C, H, W) and labels (M · B, K) stand client after client; noise is
              (M · B, *latent), or if stepped (steps, M · B / steps, *latent), in each step client after client. known: tensors under MEMBERS are one
              for each client, all others are everybody's.
@@ -138,6 +139,9 @@ def cohort_mean(simulate: Simulate, members: int, *, stepped: bool = False) -> S
         def of_one(own: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
             return simulate(params, {**common, **own}, images, labels, noise)
 
+        if in_turn:
+            sent = [of_one({n: t[k] for n, t in own.items()}, parts[0][k], parts[1][k], None if noise is None else noise[k]) for k in range(members)]
+            return {name: sum(one[name] for one in sent) / members for name in sent[0]}
         updates = vmap(of_one, in_dims=(0, 0, 0, None if noise is None else 0))(own, *parts, noise)
         return {name: tensor.mean(0) for name, tensor in updates.items()}
 

@@ -492,6 +492,25 @@ def test_a_cohort_is_seen_as_the_mean_of_gradients_each_by_its_own_batch(tmp_pat
     assert victims.statistics[0].keys() == set(bare.defence.model.statistics["predictor"])
 
 
+@pytest.mark.parametrize("changes", [{}, {"release": "delta", "batch_size": 4, "local_steps": 2, "local_lr": 1e-4}], ids=["gradient", "delta"])
+def test_gradinversion_matches_the_mean_of_everybodys_statistics(changes, tmp_path):
+    run = start(recipe("keep", tmp_path, rounds=Rounds(count=1)), tmp_path / "run")
+    one, run = train(run, "sum", config.SecureAggregation(), 0), evaluated(run, **changes)
+    snapshot, victims = one.snapshots["final"], observe.release(run, one, one.snapshots["final"], seed=0)
+    far = {}
+    for asked in ("released", "proxy"):
+        attack = config.GradInversion(iterations=2, restarts=2, statistics=asked)
+        plan = methods.plan(methods.make_case(run, one, snapshot, attack, [victims], seed=0))
+        (_, prior), = [each for each in plan.matching.priors if hasattr(each[1], "source")]
+        seen, images = plan.observations[0], torch.cat([victims.images[0], *victims.company[0].images])
+        for name, candidate in {"truth": images, "other order": images.flip(0), "mixed": images.roll(1, 0), "others": 1 - images}.items():
+            far[asked, name] = float(prior(SimpleNamespace(images=candidate, params=seen.params, known=seen.known)))
+        assert all(found.status == "ok" for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0))
+    near = 1e-3 if not changes else 0.01  # the second step's statistics are of weights that have moved
+    assert far["released", "truth"] < near and far["released", "others"] > 0.1 and far["released", "mixed"] > 2 * far["released", "truth"]
+    assert far["proxy", "truth"] > 0.1
+
+
 @pytest.mark.parametrize(("changes", "said"), [
     ({"clients": dataclasses.replace(SGD, batch_size=1)}, "clients.batch_size=1: model.norm=keep"),
     ({"evaluation": dataclasses.replace(RECIPE.evaluation, batch_size=1), "attacks": ATTACKS}, "evaluation.batch_size=1 in 1 step"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -10,17 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
-from gidef import applications, build, cells, findings, methods, metrics, observe
+from gidef import applications, build, cells, findings, fits, methods, metrics, observe
 from gidef import attack as attacks
 from gidef.attack.imprint import Imprinted
+from gidef.attack.predictor import Predictor
 from gidef.attack.simulate import cohort_mean
 from gidef.config import (
     DPSGD,
     Analytic,
     Data,
+    DecoderAware,
+    DeepLeakage,
     EotMatching,
+    GenerativePrior,
+    GradInversion,
     ImprintServer,
     JointMatching,
+    LatentDecoding,
     LearnedInversion,
     LearnedPerturbation,
     MixUp,
@@ -31,12 +38,15 @@ from gidef.config import (
     Recipe,
     Rounds,
     SecureAggregation,
+    SkipLayers,
+    SurrogateModel,
     Undefended,
     ZeroedLevel,
     problems,
 )
 from gidef.defence.secure_sum import MaskedSum
 from gidef.errors import InputError
+from gidef.models.prior import autoencoder_for
 from gidef.parallel import World, mean_over_world
 from gidef.releases import Releases
 from gidef.scores import _recovered
@@ -295,21 +305,133 @@ def test_a_failure_on_a_sum_is_of_everybodys_images(trained, tmp_path, monkeypat
     assert [found.status for found in cell.reconstructions] == ["failed", "ok"] and all(found.images.shape == (8, 3, 16, 16) for found in cell.reconstructions)
 
 
-def test_what_is_not_simulated_over_sums_says_so(trained, tmp_path):
+def whole(victims, batch, *, stepped=False):
+    """Everybody's images and noise, one client after another."""
+    company = victims.company[batch]
+    images = torch.cat([victims.images[batch], company.images.flatten(0, 1)])
+    return images, None if victims.noise[batch] is None else torch.cat([victims.noise[batch], *company.noise], dim=int(stepped))
+
+
+@pytest.mark.parametrize("attack", [DeepLeakage(iterations=2), GradInversion(iterations=2, restarts=2, langevin=0.0), GenerativePrior(iterations=4)], ids=lambda one: type(one).__name__)
+def test_more_attacks_that_match_have_a_zero_at_everybodys_images(attack, trained):
     run, one = trained("sum")
-    recipe = dataclasses.replace(run.recipe, attacks={"learned": LearnedInversion(), "analytic": Analytic(), "imprint": ImprintServer(), "naive": NaiveMatching()})
+    victims, fitted = released(run, one), {"generator": autoencoder_for((3, 16, 16), code_dim=attack.code, seed=0).generator} if isinstance(attack, GenerativePrior) else {}
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0, fitted=fitted))
+    seen, (images, _) = plan.observations[0], whole(victims, 0)
+    labels = F.one_hot(victims.all_labels(0), 8).float()
+    assert apart(plan.make_simulate()(seen.params, seen.known, images, labels, None), seen.update) < 1e-4
+    assert apart(plan.make_simulate()(seen.params, seen.known, images.flip(-1), labels, None), seen.update) > 1e-3
+    for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+        assert found.status == "ok" and found.images.shape == (8, 3, 16, 16), found.error
+
+
+def test_a_surrogate_model_points_along_the_mean_of_everybodys_first_steps(trained):
+    run, one = trained("sum")
+    run = evaluated(run, release="delta")
+    victims = released(run, one)
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], SurrogateModel(iterations=2), [victims], seed=0))
+    seen, (images, _) = plan.observations[0], whole(victims, 0)
+    labels, known = F.one_hot(victims.all_labels(0), 8).float(), {**plan.observations[0].known, "alpha": torch.tensor(0.0)}
+    found = plan.make_simulate()(seen.params, known, images, labels, None)
+    cosine = torch.cosine_similarity(*(torch.cat([tensors[name].flatten() for name in seen.update]) for tensors in (found, seen.update)), dim=0)
+    assert cosine > 1 - 1e-4
+    [result, *_] = attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0)
+    assert result.status == "ok" and result.images.shape == (8, 3, 16, 16)
+
+
+@pytest.mark.parametrize("changes", [{}, {**STEPS, "batch_size": 4}], ids=["gradient", "delta"])
+@pytest.mark.parametrize("policy", ["full", "all"])
+def test_everybodys_candidates_are_kept_near_what_his_own_decoder_makes_of_them(policy, changes, trained):
+    run, one = trained("learned sum", policy)
+    run = evaluated(run, **changes)
+    victims = released(run, one)
+    case = methods.make_case(run, one, one.snapshots["final"], DecoderAware(iterations=2, begin="decoded" if policy == "all" and not changes else "drawn"), [victims], seed=0)
+    plan, seen = methods.plan(case), case.observations[0]
+    images, noise = whole(victims, 0, stepped=bool(changes))
+    made = []
+    for client in range(4):
+        own = victims.private[0] if client == 0 else victims.company[0].private[client - 1]
+        drawn = victims.noise[0] if client == 0 else victims.company[0].noise[client - 1]
+        model, decoder, held = copy.deepcopy(case.model), copy.deepcopy(case.decoder), {**seen.known, **seen.params, **own}
+        for module, prefix in ((model, ""), (decoder, "decoder.")):
+            module.load_state_dict({key: held[prefix + key] for key in module.state_dict()})
+        with torch.no_grad():
+            made.append(decoder(model.run(images.chunk(4)[client], drawn.flatten(0, 1) if changes else drawn).perturbed).clamp(0, 1))
+    [(_, prior)] = plan.matching.priors
+    point = attacks.Point(images, seen.labels, noise, seen.params, seen.known)
+    torch.testing.assert_close(prior(point), (images - torch.cat(made)).square().mean())
+    for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+        assert found.status == "ok" and found.images.shape == (images.shape), found.error
+
+
+@pytest.mark.parametrize("name", ["sum", "pruned sum"])
+def test_a_network_learns_from_sums_as_the_cohort_would_send_them(name, trained, tmp_path, monkeypatch):
+    run, one = trained(name)
+    given, fit = [], fits.fit_inverter
+    monkeypatch.setattr(fits, "fit_inverter", lambda net, simulate, *more, **how: given.append(simulate) or fit(net, simulate, *more, **how))
+    recipe = dataclasses.replace(run.recipe, attacks={"learned": LearnedInversion(steps=2, gradients=24)})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    [cell] = cells.make_cells(run, {(name, 0): one}, tmp_path)
+    cell.releases = [released(run, one)]
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    fits.inverter_task(run, cell).do(0, lambda units: None)
+    images, _ = whole(cell.victims, 1)
+    labels = F.one_hot(cell.victims.all_labels(1), 8).float()
+    assert apart(given[0](one.snapshots["final"].params, {}, images, labels, None), cell.victims.updates[1]) < 1e-4
+    assert apart(given[0](one.snapshots["final"].params, {}, images.flip(0), labels, None), cell.victims.updates[1]) > 1e-3
+    found = fits.learned(run, cell)(range(2), lambda units: None)
+    assert [one.status for one in found] == ["ok"] * 2 and all(one.images.shape == (8, 3, 16, 16) for one in found)
+
+
+@pytest.mark.parametrize("policy", ["full", "head"])
+def test_everybodys_latents_are_read_off_the_sum(policy, trained, tmp_path, monkeypatch):
+    run, one = trained("learned sum", policy)
+    recipe = dataclasses.replace(run.recipe, attacks={"latent": LatentDecoding(front="known", steps=2, iterations=3)}, evaluation=dataclasses.replace(run.recipe.evaluation, released_loss="utility"))
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    [cell] = cells.make_cells(run, {("learned sum", 0): one}, tmp_path)
+    cell.releases, handed, invert = [released(run, one)], [], fits.invert_latent
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(fits, "invert_latent", lambda seen, *more, **how: handed.extend(seen) or invert(seen, *more, **how))
+    fits.latent_decoder_task(run, cell).do(0, lambda units: None)
+    found = fits.latent(run, cell)(range(2), lambda units: None)
+    assert all(one.status == "ok" and one.images.shape == (8, 3, 16, 16) for one in found)
+    seen, victims, model = handed[0], cell.victims, copy.deepcopy(one.training.defence.model)
+    images, noise = whole(victims, 0)
+    latents = []
+    for client, own in enumerate([victims.private[0], *victims.company[0].private]):
+        held = {**one.snapshots["final"].params, **own}
+        model.load_state_dict({key: held[key] for key in model.state_dict()})
+        with torch.no_grad():
+            latents.append(model.run(images.chunk(4)[client], noise.chunk(4)[client]).perturbed)
+    predictor = Predictor(model)
+    update = predictor.gradient({key: seen.params[key] for key in predictor.names}, torch.cat(latents), F.one_hot(victims.all_labels(0), 8).float())
+    assert seen.num_examples == 8 and apart(update, {key: seen.update[key] for key in update}) < 1e-3
+
+
+def test_a_closed_form_is_handed_the_sum_with_everybodys_labels(trained, tmp_path, monkeypatch):
+    run, one = trained("sum")
+    cell = cells.Cell("sum", 0, "final", "analytic", Analytic(), one, one.snapshots["final"], tmp_path)
+    cell.releases, seen = [released(run, one)], []
+    monkeypatch.setattr(applications, "analytic", lambda observation, *more, **how: seen.append(observation))
+    applications._analytic(run, cell)([0], lambda units: None)
+    assert seen[0].num_examples == 8 and torch.equal(seen[0].labels, cell.victims.all_labels(0))
+    assert all(torch.equal(seen[0].update[name], tensor) for name, tensor in cell.victims.updates[0].items())
+
+
+def test_every_attack_on_a_sum_says_how_many_are_in_it(trained, tmp_path):
+    run, one = trained("sum")
+    recipe = dataclasses.replace(run.recipe, attacks={"learned": LearnedInversion(), "imprint": ImprintServer(), "naive": NaiveMatching()})
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe), console=(heard := Heard()))
     made = cells.make_cells(run, {("sum", 0): one}, tmp_path)
-    assert [cell.name for cell in made] == ["imprint", "naive"] and "the sum of 4 clients" in made[0].note
-    why = "it is not simulated over sums of cohorts, which are all that the server sees here"
-    assert heard.notices == [f"analytic was left out: {why}.", f"learned was left out: {why}."]
-    assert [(row["attack"], row["reason"]) for row in cells.not_applicable(run, {("sum", 0): one})] == [("learned", why), ("analytic", why)]
+    assert {cell.name for cell in made} == {"imprint", "naive", "learned"} and all("the sum of 4 clients" in cell.note for cell in made)
+    assert heard.notices == [] and cells.not_applicable(run, {("sum", 0): one}) == []
 
 
-def test_attacks_run_against_sums(trained):
-    run, one = trained("learned sum", "head")
+@pytest.mark.parametrize("policy", ["head", "full"])
+def test_attacks_run_against_sums(policy, trained):
+    run, one = trained("learned sum", policy)
     victims = released(run, one)
-    for attack in (NaiveMatching(iterations=2), JointMatching(iterations=2, labels="recovered"), EotMatching(iterations=1, samples=2)):
+    for attack in (NaiveMatching(iterations=2), JointMatching(iterations=2, labels="recovered"), EotMatching(iterations=1, samples=2), *([SkipLayers(iterations=2)] if policy == "full" else [])):
         plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
         for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
             assert found.status == "ok" and found.images.shape == (8, 3, 16, 16), found.error
@@ -337,9 +459,8 @@ def test_a_cohort_of_two_mixes_what_the_closed_form_reads_off_one():
 def test_scores_take_the_best_of_everybody_and_say_whose_sum_it_was(trained, tmp_path):
     run, one = trained("sum")
     made = {cell.name: cell for cell in cells.make_cells(run, {("sum", 0): one}, tmp_path)}
-    assert set(made) == {"naive", "joint"}  # the decoder needs noise, the learned inversion a single update
+    assert set(made) == {"naive", "joint", "learned"}  # the decoder needs noise
     assert made["joint"].twin is made["naive"] and "the sum of 4 clients" in made["naive"].note
-    assert "learned" in {cell.name for cell in cells.make_cells(run, {("plain", 0): trained("plain")[1]}, tmp_path)}
     told = findings.threat(run, made["naive"])
     assert told["clients_in_sum"] == 4 and "gradient of one batch of 2, summed over 4 clients" in told["name"]
     assert findings.threat(run, cells.make_cells(run, {("plain", 0): trained("plain")[1]}, tmp_path)[0])["clients_in_sum"] == 1
