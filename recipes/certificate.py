@@ -6,7 +6,8 @@ Shows:  capacity noise on a late latent of 64 numbers beside isotropic noise the
         --model.name resnet18 --model.norm frozen --model.cut before:classifier --model.neck None --model.pretrained FILE.safetensors --only undefended "frozen front".
         Gradients are not clipped: the norm would tell of the private front.
 Expect: the strongest attack (the latent read off the gradients and decoded, or a decoder handed the latent) gets within 1 dB of the class mean. Of the fixed levels 0.5 tells 74 bits
-        a release, which bounds nothing, 1 and 2 tell 32 and 10, 4 tells 2.8, and costs more on blood cells (3.9 points of accuracy) than on the others (at most 0.4).
+        a release, which bounds nothing, 1 tells 32, 2 tells 10 for 0.1 to 1.3 points of accuracy on any of the three, 4 tells 2.8, and costs more on blood cells
+        (3.9 points) than on the others (at most 0.4).
 Costs:  five hours of a CPU core; --small: some minutes.
 """
 
