@@ -133,7 +133,8 @@ def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None
     """The attackers' own losses, so that a failed optimiser does not pass for a defence.
 
     Args: losses: per label (points,) or (attacks, points); of several the median is drawn, with the middle 80 % shaded.
-          An attack whose curve is not finite throughout is left out.
+          A curve that ends early, of an attack that stopped or failed, goes on at its last finite value. Those without a finite value are left out,
+          and the legend counts them.
           iterations: the last point's iteration, for all or per label; None counts the points.
     A logarithmic axis is used where all losses are positive and span more than a factor of 30.
     """
@@ -143,22 +144,31 @@ def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None
     smallest, largest = np.inf, -np.inf
     for number, (label, values) in enumerate(losses.items()):
         values = np.atleast_2d(_array(values).astype(float))
-        values = values[np.isfinite(values).all(axis=1)]
+        attacks, kept = len(values), np.isfinite(values).any(axis=1)
+        values = _carried(values[kept])
         if not values.size:
             axes.plot([], [], label=f"{_literal(label)} (no finite loss)", **_line(number))
             continue
         last = iterations[label] if isinstance(iterations, Mapping) else iterations
         steps = np.arange(values.shape[1]) if last is None else np.linspace(0, last, values.shape[1])
-        style = _line(number)
-        axes.plot(steps, np.median(values, axis=0), label=_literal(label), **style)
+        begun = np.isfinite(values).any(axis=0)
+        steps, values, style = steps[begun], values[:, begun], _line(number)
+        lost = f" ({attacks - len(values)} of {attacks} without a finite loss)" if len(values) < attacks else ""
+        axes.plot(steps, np.nanmedian(values, axis=0), label=_literal(label) + lost, **style)
         if len(values) > 1:
-            low, high = np.quantile(values, [0.1, 0.9], axis=0)
+            low, high = np.nanquantile(values, [0.1, 0.9], axis=0)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+        smallest, largest = min(smallest, np.nanmin(values)), max(largest, np.nanmax(values))
     if 0 < smallest < largest / 30:
         axes.set_yscale("log")
     _legend(axes)
     return _save(figure, path)
+
+
+def _carried(curves: np.ndarray) -> np.ndarray:
+    """(N, points): each curve's last finite value so far, NaN before its first."""
+    places = np.maximum.accumulate(np.where(np.isfinite(curves), np.arange(curves.shape[1]), -1), axis=1)
+    return np.where(places < 0, np.nan, np.take_along_axis(curves, places.clip(0), axis=1))
 
 
 def progress_curves(path: str | Path, psnr_db: Mapping[str, Any], iterations: Mapping[str, int], title: str | None = None) -> Path:

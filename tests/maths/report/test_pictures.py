@@ -128,6 +128,41 @@ def test_attack_curves_take_one_loss_or_many_and_leave_out_failed_ones(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.pdf"]
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, in order."""
+    kept, save = [], pictures._save
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
+    return kept
+
+
+def names_in(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_attacks_that_stopped_early_stay_in_the_loss_curves_at_their_last_loss(tmp_path, figures):
+    nan, inf = float("nan"), float("inf")
+    all_stopped = [[8.0, 4.0, nan, nan, nan], [6.0, 3.0, 1.0, nan, nan], [9.0, 9.0, 5.0, 2.0, nan]]
+    some = [[inf, 7.0, nan, 5.0, 4.0], [nan] * 5, [2.0, 1.0, 1.0, 1.0, 1.0], [inf] * 5]
+    late = [[nan, inf, 3.0, 2.0, 1.0]]
+    pictures.attack_curves(tmp_path / "a.png", {"all": all_stopped, "some": some, "late": late, "none": [[nan] * 5] * 2}, iterations=40)
+    axes = figures[0].axes[0]
+    assert names_in(figures[0]) == ["all", "some (2 of 4 without a finite loss)", "late", "none (no finite loss)"]
+
+    def last_of(curve, upto):
+        known = [value for value in curve[: upto + 1] if np.isfinite(value)]
+        return known[-1:]
+
+    for line, curves in zip(axes.get_lines(), (all_stopped, some, late), strict=False):
+        expected = []
+        for point in range(5):
+            known = [value for curve in curves for value in last_of(curve, point)]
+            expected += [(10.0 * point, float(np.median(known)))] if known else []
+        assert list(zip(*line.get_data(), strict=True)) == expected
+    assert len(axes.get_lines()) == 4 and len(axes.get_lines()[3].get_xdata()) == 0
+    assert axes.get_yscale() == "linear", "from 1 to 9"
+
+
 def test_threads_draw_what_one_thread_draws(tmp_path):
     def draw(name):
         pictures.learning_curves(tmp_path / f"{name}.png", {"a": [(1, 0.1), (2, 0.5)]}, title="title")
