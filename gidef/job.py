@@ -370,11 +370,14 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
     """Write results.json and its tables and pictures, and print them: the same values everywhere."""
     rounds = [line for line in read(folder / "record.jsonl") if line["kind"] == "round"] if (folder / "record.jsonl").exists() else []
     curves: dict[str, list[tuple[int, float]]] = {}
+    families: dict[str, str] = {}
     for line in rounds:
-        curves.setdefault(f"{line['defence']}, seed {line['seed']}", []).append((line["round"], line["val_accuracy"]))
+        label = f"{line['defence']}, seed {line['seed']}"
+        curves.setdefault(label, []).append((line["round"], line["val_accuracy"]))
+        families[label] = line["defence"]
     pictures = [picture for picture in content["pictures"] if picture != "pictures/learning.png"]
     if curves:
-        learning_curves(folder / "pictures" / "learning.png", curves, title=content["data"]["title"], chance=content["judge"].get("chance"))
+        learning_curves(folder / "pictures" / "learning.png", curves, title=content["data"]["title"], chance=content["judge"].get("chance"), families=families)
         pictures.append("pictures/learning.png")
     if (folder / "pictures" / "partition.png").exists() and "pictures/partition.png" not in pictures:
         pictures.append("pictures/partition.png")

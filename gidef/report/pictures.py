@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _DPI = 150
 _CELL, _GAP, _LINE = 128, 14, 24  # px: side of a shown image at least, space between two, height of a text line at 10 pt
+_ROWS = 24  # names in a column of a legend, of a few dozen curves
 _LETTER = 12.5  # px: mean width of a letter at 10 pt, on the wide side
 
 
@@ -115,13 +117,22 @@ def learning_curves(
     title: str | None = None,
     ylabel: str = "validation accuracy",
     chance: float | None = None,
+    families: Mapping[str, str] | None = None,
 ) -> Path:
-    """Accuracy in per cent over rounds. curves: per label (round, accuracy in [0, 1] or None); chance: a dotted level."""
+    """Accuracy in per cent over rounds.
+
+    Args: curves: per label (round, accuracy in [0, 1] or None).  chance: a dotted level.
+          families: label → name, such as the defence of several seeds; more than `svg.MOST_NAMED` curves are drawn thin, and alike and named once in each.
+    """
     figure, axes = _axes(title, "round", f"{ylabel} (%)")
-    for number, (label, points) in enumerate(curves.items()):
+    together = families is not None and len(curves) > svg.MOST_NAMED
+    names = [families[label] if together else label for label in curves]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    for place, (name, points) in enumerate(zip(names, curves.values(), strict=True)):
         kept = [(step, 100 * float(value)) for step, value in points if value is not None]
-        dots = "o" if len(kept) <= 20 else None
-        axes.plot([step for step, _ in kept], [value for _, value in kept], label=_literal(label), marker=dots, markersize=4, **_line(number))
+        style = _line(numbers[name]) | ({"linewidth": 0.9} if together else {"marker": "o" if len(kept) <= 20 else None, "markersize": 4})
+        label = _literal(name) if name not in names[:place] else None
+        axes.plot([step for step, _ in kept], [value for _, value in kept], label=label, **style)
     if chance is not None:
         axes.axhline(100 * chance, color="0.4", linewidth=1, linestyle=":", label="chance")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -133,7 +144,8 @@ def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None
     """The attackers' own losses, so that a failed optimiser does not pass for a defence.
 
     Args: losses: per label (points,) or (attacks, points); of several the median is drawn, with the middle 80 % shaded.
-          An attack whose curve is not finite throughout is left out.
+          A curve that ends early, of an attack that stopped or failed, goes on at its last finite value. Those without a finite value are left out,
+          and the legend counts them.
           iterations: the last point's iteration, for all or per label; None counts the points.
     A logarithmic axis is used where all losses are positive and span more than a factor of 30.
     """
@@ -143,22 +155,31 @@ def attack_curves(path: str | Path, losses: Mapping[str, Any], title: str | None
     smallest, largest = np.inf, -np.inf
     for number, (label, values) in enumerate(losses.items()):
         values = np.atleast_2d(_array(values).astype(float))
-        values = values[np.isfinite(values).all(axis=1)]
+        attacks, kept = len(values), np.isfinite(values).any(axis=1)
+        values = _carried(values[kept])
         if not values.size:
             axes.plot([], [], label=f"{_literal(label)} (no finite loss)", **_line(number))
             continue
         last = iterations[label] if isinstance(iterations, Mapping) else iterations
         steps = np.arange(values.shape[1]) if last is None else np.linspace(0, last, values.shape[1])
-        style = _line(number)
-        axes.plot(steps, np.median(values, axis=0), label=_literal(label), **style)
+        begun = np.isfinite(values).any(axis=0)
+        steps, values, style = steps[begun], values[:, begun], _line(number)
+        lost = f" ({attacks - len(values)} of {attacks} without a finite loss)" if len(values) < attacks else ""
+        axes.plot(steps, np.nanmedian(values, axis=0), label=_literal(label) + lost, **style)
         if len(values) > 1:
-            low, high = np.quantile(values, [0.1, 0.9], axis=0)
+            low, high = np.nanquantile(values, [0.1, 0.9], axis=0)
             axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        smallest, largest = min(smallest, values.min()), max(largest, values.max())
+        smallest, largest = min(smallest, np.nanmin(values)), max(largest, np.nanmax(values))
     if 0 < smallest < largest / 30:
         axes.set_yscale("log")
     _legend(axes)
     return _save(figure, path)
+
+
+def _carried(curves: np.ndarray) -> np.ndarray:
+    """(N, points): each curve's last finite value so far, NaN before its first."""
+    places = np.maximum.accumulate(np.where(np.isfinite(curves), np.arange(curves.shape[1]), -1), axis=1)
+    return np.where(places < 0, np.nan, np.take_along_axis(curves, places.clip(0), axis=1))
 
 
 def progress_curves(path: str | Path, psnr_db: Mapping[str, Any], iterations: Mapping[str, int], title: str | None = None) -> Path:
@@ -355,14 +376,21 @@ def _dress(axes: Axes, title: str | None, xlabel: str, ylabel: str, *, letters: 
 
 
 def _legend(axes: Axes, *entries: Any) -> None:
-    """Beside the axes, where it hides nothing."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(*entries, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, handlelength=3)
+    """Beside the axes, where it hides nothing; the figure grows with it, so that the axes keep their room."""
+    handles, names = entries or axes.get_legend_handles_labels()
+    if not handles:
+        return
+    columns = -(-len(handles) // max(_ROWS, math.isqrt(6 * len(handles))))
+    legend = axes.legend(handles, names, ncols=columns, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=10, handlelength=3)
+    figure, box, lines = axes.get_figure(), legend.get_window_extent(), len(axes.get_title(loc="left").splitlines())
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, 5.0 + box.width / figure.dpi), max(height, 0.4 + 0.25 * lines + box.height / figure.dpi))
 
 
 def _line(number: int) -> dict[str, Any]:
     colours = [colour for colour in OKABE_ITO if colour != "#F0E442"]  # yellow lines vanish on white
-    return {"color": colours[number % len(colours)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.8}
+    width = 3.0 if number // (len(colours) * len(_DASHES)) % 2 else 1.8  # once all pairs of colour and dashes are used
+    return {"color": colours[number % len(colours)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": width}
 
 
 def _viridis(share: float) -> Any:

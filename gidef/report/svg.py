@@ -20,6 +20,8 @@ _MARKERS = (
     "M0,-7L2,-2L7,-2L3,1L4,6L0,3L-4,6L-3,1L-7,-2L-2,-2Z",
 )  # fmt: skip
 _CIRCLE = "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z"
+MOST_NAMED = 18
+"""Curves of a picture that all have a name; of more, those of a family share one."""
 _WIDTH, _LETTER = 640, 6.4  # px: of a plot, and the mean width of a letter at 12 px
 
 

@@ -128,6 +128,74 @@ def test_attack_curves_take_one_loss_or_many_and_leave_out_failed_ones(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "b.pdf"]
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were saved, in order."""
+    kept, save = [], pictures._save
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: kept.append(figure) or save(figure, path))
+    return kept
+
+
+def names_in(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_attacks_that_stopped_early_stay_in_the_loss_curves_at_their_last_loss(tmp_path, figures):
+    nan, inf = float("nan"), float("inf")
+    all_stopped = [[8.0, 4.0, nan, nan, nan], [6.0, 3.0, 1.0, nan, nan], [9.0, 9.0, 5.0, 2.0, nan]]
+    some = [[inf, 7.0, nan, 5.0, 4.0], [nan] * 5, [2.0, 1.0, 1.0, 1.0, 1.0], [inf] * 5]
+    late = [[nan, inf, 3.0, 2.0, 1.0]]
+    pictures.attack_curves(tmp_path / "a.png", {"all": all_stopped, "some": some, "late": late, "none": [[nan] * 5] * 2}, iterations=40)
+    axes = figures[0].axes[0]
+    assert names_in(figures[0]) == ["all", "some (2 of 4 without a finite loss)", "late", "none (no finite loss)"]
+
+    def last_of(curve, upto):
+        known = [value for value in curve[: upto + 1] if np.isfinite(value)]
+        return known[-1:]
+
+    for line, curves in zip(axes.get_lines(), (all_stopped, some, late), strict=False):
+        expected = []
+        for point in range(5):
+            known = [value for curve in curves for value in last_of(curve, point)]
+            expected += [(10.0 * point, float(np.median(known)))] if known else []
+        assert list(zip(*line.get_data(), strict=True)) == expected
+    assert len(axes.get_lines()) == 4 and len(axes.get_lines()[3].get_xdata()) == 0
+    assert axes.get_yscale() == "linear", "from 1 to 9"
+
+
+def curves_of(defences, seeds=3):
+    """(curves, label → defence) of this many defences, as a comparison names them."""
+    families = {f"learned + client DP + secure sum {defence}, seed {seed}": f"learned + client DP + secure sum {defence}" for defence in range(defences) for seed in range(seeds)}
+    return {label: [(step, (step + place / 9) / 40) for step in range(1, 31)] for place, label in enumerate(families)}, families
+
+
+@pytest.mark.parametrize("count", [3, 21, 42, 72])
+def test_a_figure_grows_with_the_names_of_its_curves(tmp_path, figures, count):
+    curves, families = curves_of(count // 3)
+    pictures.learning_curves(tmp_path / "a.png", curves, title="t " * 60, chance=0.125)
+    pictures.learning_curves(tmp_path / "b.png", curves, chance=0.125, families=families)
+    pictures.attack_curves(tmp_path / "c.png", {label: [1.0, 0.5, 0.1] for label in curves}, title="title", iterations=100)
+    pictures.progress_curves(tmp_path / "d.png", {label: [9.0, 10.0] for label in curves}, dict.fromkeys(curves, 100), title="title")
+    for figure in figures:
+        figure.draw_without_rendering()
+        axes, legend = figure.axes[0].get_window_extent(), figure.axes[0].get_legend().get_window_extent()
+        assert legend.x0 > axes.x1 and legend.y0 >= 0 and legend.x1 <= figure.bbox.x1 and legend.y1 <= figure.bbox.y1
+        assert axes.width > 3.9 * figure.dpi and axes.height > 2.9 * figure.dpi
+    assert [len(names_in(figure)) for figure in figures] == [count + 1, 1 + (count // 3 if count > 18 else count), count, count]
+    assert len({str(pictures._line(number)) for number in range(count)}) == count, "told apart by what the legend shows"
+
+
+def test_many_seeds_of_a_defence_are_thin_and_alike_and_named_once(tmp_path, figures):
+    curves, families = curves_of(7)
+    pictures.learning_curves(tmp_path / "a.png", curves, families=families)
+    assert names_in(figures[0]) == list(dict.fromkeys(families.values()))
+    lines = figures[0].axes[0].get_lines()
+    styles = [(line.get_color(), line.get_linestyle(), line.get_linewidth()) for line in lines]
+    assert len({colour for colour, _, _ in styles}) == 7 and all(len(set(styles[place : place + 3])) == 1 for place in range(0, 21, 3))
+    assert max(width for _, _, width in styles) < 1
+    assert [[tuple(point) for point in line.get_xydata()] for line in lines] == [[(step, 100 * value) for step, value in points] for points in curves.values()]
+
+
 def test_threads_draw_what_one_thread_draws(tmp_path):
     def draw(name):
         pictures.learning_curves(tmp_path / f"{name}.png", {"a": [(1, 0.1), (2, 0.5)]}, title="title")
