@@ -11,11 +11,11 @@ import re
 import pytest
 import torch
 
-from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
+from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, observe, parity
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
-from gidef.cells import make_cells
+from gidef.cells import Cell, make_cells
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -634,6 +634,32 @@ def test_a_calibration_is_kept_in_the_run_s_folder_and_not_taken_twice(trained, 
     tasks_of(run, [again], tmp_path)
     assert again.calibration == Calibration.from_json(one)
     assert sum("<- chosen" in line for line in heard.said) == 1  # nor told twice
+
+
+def test_a_calibration_serves_only_attacks_whose_program_is_the_same(trained, tmp_path):
+    run, found = trained
+
+    def key(chosen, attack=NAIVE, net="undefended", progress=None, **evaluation):
+        own = evaluated(run, **evaluation)
+        defence = build.make_defence(chosen, own.recipe, own.setting.dataset, seed=0)
+        one = dataclasses.replace(found[net, 0], training=dataclasses.replace(found[net, 0].training, defence=defence))
+        snapshot = one.snapshots["final"] if progress is None else dataclasses.replace(one.snapshots["final"], progress=progress)
+        cell = Cell(net, 0, "final", "one", attack, one, snapshot, tmp_path, releases=[observe.release(own, one, snapshot, seed=0)])
+        return inversions._key(own, cell, methods.plan(methods.make_case(own, one, snapshot, attack, cell.releases, seed=0)))
+
+    plain, joint = key(Undefended()), config.JointMatching(decoder="unused")
+    assert key(config.SecureAggregation()) != plain  # three clients' images in an attack
+    assert key(Undefended(), batch_size=2, num_victims=8) != plain and key(Undefended(), release="delta", local_epochs=2) != key(Undefended(), release="delta")
+    assert key(config.Pruning()) == key(config.Pruning(share=0.5)) == plain  # which this attack overlooks
+    adaptive = key(Undefended(), joint)
+    changed = [key(chosen, joint) for chosen in (config.Pruning(), config.Clipping(), config.MixUp(), (config.MixUp(), config.Pruning()))]
+    assert len({adaptive, *changed}) == 5
+    whole = config.JointMatching()
+    terms = [key(chosen, whole) for chosen in (Undefended(), config.BiDO(), config.BiDO(measure="coco"), config.BiDO(x_weight=0.0))]
+    assert len(set(terms)) == 4 and key(config.BiDO(x_weight=0.1), whole) == terms[1]  # another weight is the same program
+    ramped = LearnedPerturbation(ramp=0.5)
+    early, half, late = (key(ramped, whole, "learned", progress) for progress in (0.0, 0.25, 1.0))
+    assert early != half == late and key(ramped, NAIVE, "learned", 0.0) == key(ramped, NAIVE, "learned", 1.0)
 
 
 def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypatch):
