@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -678,6 +679,39 @@ def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypat
     assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
     run = with_speed(run, heard, attack_precision="tf32")
     assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == "float32" and "no TF32" in heard.notices[-1]
+
+
+def test_a_gate_s_verdict_is_of_its_precision_seed_and_device_alone(trained, tmp_path, monkeypatch):
+    """What a run that is resumed takes over."""
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    path, asked = tmp_path / "parity.json", []
+    old = hashlib.sha256(json.dumps([config.to_json(cell.attack), cell.defence, cell.checkpoint]).encode()).hexdigest()[:16]
+    path.write_text(json.dumps({old: 0.0}))  # as kept before the precision was in the name
+
+    def shift(run, cell, precision, **options):
+        asked.append((precision, cell.seed, cell.checkpoint, run.world.device.type))
+        return {"tf32": 0.01, "bfloat16": -0.8}[precision] / (1 + 9 * cell.seed)
+
+    monkeypatch.setattr(parity, "shift_db", shift)
+
+    def gated(precision, seed=0, device="cpu", **changes):
+        heard = Heard()
+        own = with_speed(run, heard, attack_precision=precision)
+        own = dataclasses.replace(own, world=dataclasses.replace(own.world, device=torch.device(device)))
+        used = parity.gated(own, dataclasses.replace(cell, seed=seed, **changes), mode="vmap", at_once=2, path=path)
+        return used, re.findall(r"[+-]\d\.\d\d dB", " ".join([*heard.said, *heard.notices]))
+
+    first = [("tf32", 0, "cuda"), ("bfloat16", 0, "cuda"), ("bfloat16", 1, "cuda"), ("bfloat16", 0, "cpu")]
+    for _ in range(2):  # the second time as it was measured
+        said = [gated(*one) for one in first]
+        assert said == [("tf32", ["+0.01 dB"]), ("float32", ["-0.80 dB"]), ("bfloat16", ["-0.08 dB"]), ("float32", ["-0.80 dB"])]
+        assert asked == [(precision, seed, "final", device) for precision, seed, device in first]
+    gated("bfloat16", control=True)
+    assert len(asked) == 4  # a control attacks as the attack does that it is of
+    gated("bfloat16", checkpoint="early")
+    gated("bfloat16", attack=dataclasses.replace(NAIVE, iterations=5))
+    assert len(asked) == 6
 
 
 def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_noise(trained, tmp_path):
