@@ -373,11 +373,26 @@ def _ranks_here(run: Run) -> int:
 
 
 def _key(run: Run, cell: Cell, plan: methods.Plan) -> str:
-    """What the best size depends on: the attack, the shapes of what it runs on, the machine's share."""
-    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in plan.observations[0].update.items())
-    world, speed = run.world, run.recipe.speed
+    """What the best size depends on: the attack, the client that it simulates, how many images, the shapes of what it runs on, the machine's share."""
+    first, world, speed = plan.observations[0], run.world, run.recipe.speed
+    shapes = [sorted((name, tuple(tensor.shape)) for name, tensor in tensors.items()) for tensors in (first.params, first.update, first.known)]
+    searched = sorted((name, tuple(one.shape)) for name, one in plan.matching.searched.items())
     parts = [
-        config.to_json(cell.attack), shapes, plan.matching.noise_shape, len(plan.observations), world.size, str(world.device), speed.attack_mode,
-        speed.attacks_at_once, speed.compile, speed.attack_precision, build.num_workers(run.recipe, world), speed.threads,
+        config.to_json(cell.attack), _simulated(run, cell), first.num_examples, shapes, searched, plan.matching.noise_shape, len(plan.observations), world.size,
+        str(world.device), speed.attack_mode, speed.attacks_at_once, speed.compile, speed.attack_precision, build.num_workers(run.recipe, world), speed.threads,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def _simulated(run: Run, cell: Cell) -> list[Any]:
+    """What of a client an attack may simulate beside its pass: the terms of its loss, its local steps, what it does to images and updates."""
+    attack, defence, evaluation = cell.attack, cell.trained.training.defence, run.recipe.evaluation
+    found = [str(type(defence)), evaluation.release, evaluation.local_steps, evaluation.local_epochs, evaluation.local_optimiser]
+    terms = observe.terms(attack, evaluation.released_loss)
+    if terms != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
+        settings = getattr(defence, "settings", None)  # a term costs the same at any weight but nought
+        own = {spec.name: getattr(settings, spec.name) for spec in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else {}
+        found += [terms, {name: value if isinstance(value, str) else bool(value) for name, value in own.items()}]
+    if observe.adapts(attack):
+        found += [str(type(one)) for one in (*defence.transforms, *defence.encoders)]
+    return found

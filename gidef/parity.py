@@ -12,7 +12,7 @@ import torch
 
 from gidef import attack as attacks
 from gidef import config, methods, metrics, observe
-from gidef.cells import Cell
+from gidef.cells import Cell, mark
 from gidef.report.files import write_atomically
 from gidef.runs import Run
 
@@ -25,7 +25,7 @@ IMAGES = 8
 def gated(run: Run, cell: Cell, *, mode: str, at_once: int, path: Path) -> str:
     """The precision to attack a cell in: as asked for, or float32 where the gate stays shut, which is told. All ranks call this together.
 
-    path: of the file that keeps what was measured, for a resumed run.
+    path: of the file that keeps what was measured, for a resumed run: in this precision, for this seed, on this type of device.
     """
     asked = run.recipe.speed.attack_precision
     if asked == "float32":
@@ -36,7 +36,7 @@ def gated(run: Run, cell: Cell, *, mode: str, at_once: int, path: Path) -> str:
     found = None
     if run.leads:
         known = kept(path)
-        key = hashlib.sha256(json.dumps([config.to_json(cell.attack), cell.defence, cell.checkpoint]).encode()).hexdigest()[:16]
+        key = _key(run, cell)
         if key not in known:
             try:
                 known[key] = shift_db(run, cell, asked, mode=mode, at_once=at_once)
@@ -90,6 +90,12 @@ def shift_db(run: Run, cell: Cell, precision: str, *, mode: str, at_once: int) -
             values.append(metrics.psnr_db(images[metrics.pair(images, truth)], truth).mean())
         means.append(float(torch.stack(values).mean()))
     return means[1] - means[0]
+
+
+def _key(run: Run, cell: Cell) -> str:
+    """What a shift depends on: all that the attack's result does, the precision and the type of device. A control's is its attack's."""
+    parts = [mark(run, dataclasses.replace(cell, control=False)), run.recipe.speed.attack_precision, run.world.device.type]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def kept(path: Path) -> dict[str, Any]:

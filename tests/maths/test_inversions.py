@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -11,11 +12,11 @@ import re
 import pytest
 import torch
 
-from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, parity
+from gidef import applications, audit, build, config, findings, fits, inversions, job, methods, metrics, observe, parity
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
-from gidef.cells import make_cells
+from gidef.cells import Cell, make_cells
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -636,6 +637,32 @@ def test_a_calibration_is_kept_in_the_run_s_folder_and_not_taken_twice(trained, 
     assert sum("<- chosen" in line for line in heard.said) == 1  # nor told twice
 
 
+def test_a_calibration_serves_only_attacks_whose_program_is_the_same(trained, tmp_path):
+    run, found = trained
+
+    def key(chosen, attack=NAIVE, net="undefended", progress=None, **evaluation):
+        own = evaluated(run, **evaluation)
+        defence = build.make_defence(chosen, own.recipe, own.setting.dataset, seed=0)
+        one = dataclasses.replace(found[net, 0], training=dataclasses.replace(found[net, 0].training, defence=defence))
+        snapshot = one.snapshots["final"] if progress is None else dataclasses.replace(one.snapshots["final"], progress=progress)
+        cell = Cell(net, 0, "final", "one", attack, one, snapshot, tmp_path, releases=[observe.release(own, one, snapshot, seed=0)])
+        return inversions._key(own, cell, methods.plan(methods.make_case(own, one, snapshot, attack, cell.releases, seed=0)))
+
+    plain, joint = key(Undefended()), config.JointMatching(decoder="unused")
+    assert key(config.SecureAggregation()) != plain  # three clients' images in an attack
+    assert key(Undefended(), batch_size=2, num_victims=8) != plain and key(Undefended(), release="delta", local_epochs=2) != key(Undefended(), release="delta")
+    assert key(config.Pruning()) == key(config.Pruning(share=0.5)) == plain  # which this attack overlooks
+    adaptive = key(Undefended(), joint)
+    changed = [key(chosen, joint) for chosen in (config.Pruning(), config.Clipping(), config.MixUp(), (config.MixUp(), config.Pruning()))]
+    assert len({adaptive, *changed}) == 5
+    whole = config.JointMatching()
+    terms = [key(chosen, whole) for chosen in (Undefended(), config.BiDO(), config.BiDO(measure="coco"), config.BiDO(x_weight=0.0))]
+    assert len(set(terms)) == 4 and key(config.BiDO(x_weight=0.1), whole) == terms[1]  # another weight is the same program
+    ramped = LearnedPerturbation(ramp=0.5)
+    early, half, late = (key(ramped, whole, "learned", progress) for progress in (0.0, 0.25, 1.0))
+    assert early != half == late and key(ramped, NAIVE, "learned", 0.0) == key(ramped, NAIVE, "learned", 1.0)
+
+
 def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypatch):
     run, found = trained
     heard = Heard()
@@ -652,6 +679,39 @@ def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypat
     assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
     run = with_speed(run, heard, attack_precision="tf32")
     assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == "float32" and "no TF32" in heard.notices[-1]
+
+
+def test_a_gate_s_verdict_is_of_its_precision_seed_and_device_alone(trained, tmp_path, monkeypatch):
+    """What a run that is resumed takes over."""
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    path, asked = tmp_path / "parity.json", []
+    old = hashlib.sha256(json.dumps([config.to_json(cell.attack), cell.defence, cell.checkpoint]).encode()).hexdigest()[:16]
+    path.write_text(json.dumps({old: 0.0}))  # as kept before the precision was in the name
+
+    def shift(run, cell, precision, **options):
+        asked.append((precision, cell.seed, cell.checkpoint, run.world.device.type))
+        return {"tf32": 0.01, "bfloat16": -0.8}[precision] / (1 + 9 * cell.seed)
+
+    monkeypatch.setattr(parity, "shift_db", shift)
+
+    def gated(precision, seed=0, device="cpu", **changes):
+        heard = Heard()
+        own = with_speed(run, heard, attack_precision=precision)
+        own = dataclasses.replace(own, world=dataclasses.replace(own.world, device=torch.device(device)))
+        used = parity.gated(own, dataclasses.replace(cell, seed=seed, **changes), mode="vmap", at_once=2, path=path)
+        return used, re.findall(r"[+-]\d\.\d\d dB", " ".join([*heard.said, *heard.notices]))
+
+    first = [("tf32", 0, "cuda"), ("bfloat16", 0, "cuda"), ("bfloat16", 1, "cuda"), ("bfloat16", 0, "cpu")]
+    for _ in range(2):  # the second time as it was measured
+        said = [gated(*one) for one in first]
+        assert said == [("tf32", ["+0.01 dB"]), ("float32", ["-0.80 dB"]), ("bfloat16", ["-0.08 dB"]), ("float32", ["-0.80 dB"])]
+        assert asked == [(precision, seed, "final", device) for precision, seed, device in first]
+    gated("bfloat16", control=True)
+    assert len(asked) == 4  # a control attacks as the attack does that it is of
+    gated("bfloat16", checkpoint="early")
+    gated("bfloat16", attack=dataclasses.replace(NAIVE, iterations=5))
+    assert len(asked) == 6
 
 
 def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_noise(trained, tmp_path):
