@@ -352,6 +352,8 @@ def _choice_problems(recipe: Recipe) -> list[str]:
     plain = [isinstance(one, Undefended) for one in recipe.chosen.values()]
     if not any(plain) or all(plain) or not recipe.attacks:
         found.append("choose needs Undefended(), another defence to take, and an attack: add what is missing, or leave choose out.")
+    if 1 not in evaluation.strengths:
+        found.append(f"evaluation.strengths={tuple(evaluation.strengths)}: choose takes a defence by the attacks on it as it was trained. Add 1 to them, or leave choose out.")
     return found
 
 

@@ -215,6 +215,7 @@ IMPOSSIBLE = [
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"t": config.Tuned()}, choose=config.Choose()), "attacks.t", "nothing is left"),
     (Recipe(choose=config.Choose(points=-1.0)), "choose.points=-1.0", "at least 0"),
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(num_tuning=6, batch_size=4)), "num_tuning=6", "a multiple"),
+    (Recipe(defences={"u": Undefended(), "b": IsotropicNoise()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(strengths=(0.5, 2.0))), "strengths=(0.5, 2.0)", "Add 1"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"x": MixUp(mixing=-1.0)}), "defences.x.mixing=-1.0", "at least 0"),
     (Recipe(defences={"x": InstaHide(largest=0.25)}), "defences.x: largest=0.25", "at least 0.312"),
