@@ -64,13 +64,19 @@ def _between(low: float, high: float, step: int) -> float | None:
 def closest(tried: list[tuple[float, float]], target: float, *, private: Literal["low", "high"] | None = "high") -> float:
     """The value to take of those tried: with the accuracy closest to the target; of equals, the strongest.
 
-    private: the end of the range at which the defence protects most, None where that is not known. Where accuracy is above the target at both ends, the
-    defence costs too little everywhere, and this end is taken, whichever is nearer: the two may differ by chance.
+    private: the end of the range at which the defence protects most, None where that is not known: then the highest of equals (`undecided`). Where accuracy
+    is above the target at both ends, the defence costs too little everywhere, and this end is taken, whichever is nearer: the two may differ by chance.
     """
     far = -1 if private == "low" else 1
     if private and min(found for _, found in tried) > target + CLOSE:
         return max(tried, key=lambda one: far * one[0])[0]
     return min(tried, key=lambda one: (abs(one[1] - target), -far * one[0]))[0]
+
+
+def undecided(tried: list[tuple[float, float]], target: float) -> bool:
+    """Whether `closest` would have asked which end of the range protects most: accuracy is above the target throughout, or equally close at several values."""
+    off = [abs(found - target) for _, found in tried]
+    return len(tried) > 1 and (min(found for _, found in tried) > target + CLOSE or off.count(min(off)) > 1)
 
 
 def outcome(tried: list[tuple[float, float]], value: float, *, low: float, high: float, target: float) -> dict[str, Any]:
@@ -95,7 +101,8 @@ def missed(one: dict[str, Any]) -> str:
     if one.get("reached", True):
         return ""
     said = f"target not reached: nearest is {one['field']} = {one['value']:g} at {100 * one['accuracy']:.1f} % validation accuracy, {100 * one['target']:.1f} % wanted"
-    return said + (f", at the {ENDS[one['end']]} end of the range" if one["end"] else "")
+    said += f", at the {ENDS[one['end']]} end of the range" if one["end"] else ""
+    return said + (f", and it is not known at which end {one['field']} protects most" if one.get("undecided") else "")
 
 
 def noted(rows: list[dict[str, Any]], tuned: dict[str, Any], failed: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
@@ -126,6 +133,11 @@ def _tell(run: Run, key: str, one: dict[str, Any], trials: int) -> None:
         run.console.notice(f"{key}: {missed(one)}; {why}.")
     elif not one["monotone"]:
         run.console.notice(f"{key}: accuracy does not go one way with {one['field']}, so that other values may reach the target as well.")
+    if one.get("undecided"):
+        run.console.notice(
+            f"{key}: it is not known at which end of its range {one['field']} protects most, so that {one['value']:g} was taken by accuracy alone, and another "
+            "value may protect more at no higher cost. Search a field that says how strong the defence is, or compare both ends."
+        )
 
 
 Place = tuple[str, int]
@@ -169,6 +181,7 @@ def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[P
     Returns: what was trained; what was tuned (see `resolved`), with `diverged`: values, where trials did; [{defence, seed, error}] of what diverged, or has no
              undefended net to be measured by for that reason, in the recipe's order. Every rank calls this together; a resumed run finds its trials
              again, and tries again what diverged.
+    Raises:  InputError, once the undefended net is trained, where a search's target is chance or less.
     """
     recipe, trained, errors = run.recipe, {}, {}
     order = [(key, seed) for key in recipe.chosen for seed in recipe.seeds]
@@ -185,12 +198,14 @@ def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[P
         except Diverged as error:
             fail(key, seed, str(error))
 
+    searched = {key: one for key, one in recipe.chosen.items() if isinstance(one, config.Matched) and (key, recipe.seeds[0]) in wanted}
     for key, seed in _to_train(recipe, wanted):
         attempt(key, recipe.chosen[key], seed)
+        if isinstance(recipe.chosen[key], config.Undefended) and (key, seed) in trained:
+            for name, matched in searched.items():  # a target at chance is told now, not once all else is trained
+                _target(run, name, matched, trained)
     told: dict[str, Any] = {}
-    for key, matched in recipe.chosen.items():
-        if not isinstance(matched, config.Matched) or (key, recipe.seeds[0]) not in wanted:
-            continue
+    for key, matched in searched.items():
         target = _target(run, key, matched, trained)
         if target is None:
             for seed in recipe.seeds:
@@ -211,10 +226,12 @@ def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[P
 
         low, high = matched.value(matched.low), matched.value(matched.high)
         tried = search(measure, low=low, high=high, target=target, trials=matched.trials, step=matched.step)
-        value = closest([one for one in tried if one[0] not in diverged] or tried, target, private=matched.private_end)
+        sound = [one for one in tried if one[0] not in diverged] or tried
+        value = closest(sound, target, private=matched.private_end)
         told[key] = {
             "field": matched.field, "value": value, "target": target, **outcome(tried, value, low=low, high=high, target=target),
             "trials": len(tried), "tried": [[one, found] for one, found in tried], **({"diverged": diverged} if diverged else {}),
+            **({"undecided": True} if matched.private_end is None and undecided(sound, target) else {}),
         }  # fmt: skip
         run.append("tuned", defence=key, **told[key])
         if run.leads:
@@ -230,13 +247,24 @@ def train_all(run: Run, wanted: Collection[Place] | None = None) -> tuple[dict[P
 
 
 def _target(run: Run, key: str, matched: config.Matched, trained: dict[Place, Trained]) -> float | None:
-    """The wanted validation accuracy: as given, or so many points below the first undefended net of the same seed; None where that one diverged."""
+    """The wanted validation accuracy: as given, or so many points below the first undefended net of the same seed; None where that one diverged.
+
+    Raises:  InputError where so many points below it are chance or less.
+    """
     if matched.accuracy is not None:
         return matched.accuracy
     for name, one in run.recipe.chosen.items():
         if isinstance(one, config.Undefended):
-            found = trained.get((name, run.recipe.seeds[0]))
-            return found and float(found.summary["val_accuracy"]) - matched.points / 100
+            found, chance = trained.get((name, run.recipe.seeds[0])), 1 / run.setting.dataset.num_classes
+            if found is None:
+                return None
+            plain = float(found.summary["val_accuracy"])
+            if plain - matched.points / 100 <= chance + 1e-9:
+                raise InputError(
+                    f"defences.{key}: points={matched.points:g} below the undefended net's {100 * plain:.1f} % validation accuracy are {100 * plain - matched.points:.1f} %, and "
+                    f"guessing one of {run.setting.dataset.num_classes} classes gets {100 * chance:.1f} %: there is no accuracy left to match. Lower points, or train longer."
+                )
+            return plain - matched.points / 100
     raise InputError(f"defences.{key}: points={matched.points} are below the undefended net, which this recipe does not train: add Undefended(), or give accuracy.")
 
 

@@ -156,6 +156,8 @@ def _plain_problems(recipe: Recipe) -> list[str]:
     for name in [*recipe.defences, *recipe.attacks]:
         if not name or name == "type" or any(not (c.isalnum() or c in "-_+ .") for c in name) or name.strip(". ") != name:
             found.append(f"name {name!r} of a defence or attack becomes a folder: use letters, digits, spaces, '-', '_', '+', '.'.")
+        elif name[0] in "+-":
+            found.append(f"name {name!r} of a defence or attack begins with {name[0]!r}, which spreadsheets read as a formula in table.csv: begin with a letter or digit.")
     if recipe.model.neck is not None and recipe.model.name != "small":
         found.append(f"model.neck={recipe.model.neck} is the small net's, not {recipe.model.name}'s: leave it out, or set model.name=small.")
     if drops := [option for option in recipe.model.options if "drop" in option]:
@@ -352,6 +354,8 @@ def _choice_problems(recipe: Recipe) -> list[str]:
     plain = [isinstance(one, Undefended) for one in recipe.chosen.values()]
     if not any(plain) or all(plain) or not recipe.attacks:
         found.append("choose needs Undefended(), another defence to take, and an attack: add what is missing, or leave choose out.")
+    if 1 not in evaluation.strengths:
+        found.append(f"evaluation.strengths={tuple(evaluation.strengths)}: choose takes a defence by the attacks on it as it was trained. Add 1 to them, or leave choose out.")
     return found
 
 

@@ -375,8 +375,8 @@ class Matched:
     """A defence at the strength that costs a wanted accuracy, found by bisection over whole trainings with the first seed.
 
     Validation accuracy alone is looked at. It may fall or rise with the field: both ends of the range are tried first. A target that no trial comes
-    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest. A trial that diverges counts as
-    accuracy 0.
+    within a point of is told, and the nearest is taken; of a defence that costs too little throughout, the strongest, or where it is not known at which
+    end that is (`private_end`) the nearest, which is told as well. A trial that diverges counts as accuracy 0.
     """
 
     defence: Any = LearnedPerturbation()
@@ -390,15 +390,16 @@ class Matched:
     accuracy: float | None = None
     """Wanted validation accuracy in [0, 1]; None: `points` below the undefended net of the same recipe."""
     points: float = 1.0
-    """Of accuracy, in hundredths, that the defence may cost."""
+    """Of accuracy, in hundredths in [0, 100), that the defence may cost. What is left has to be above chance."""
     trials: int = 6
     """Trainings of the search, at most."""
 
     @property
     def private_end(self) -> Literal["low", "high"] | None:
-        """The end of the range at which the defence protects most; None for a defence that is not of this page."""
+        """The end of the range at which the defence protects most; None where that is not known (`PROTECTS`), as of a defence that is not of this page."""
         owner = next((part for part in self._parts if self.field in _fields(part)), None)
-        return None if not isinstance(owner, DEFENCES) else "low" if self.field in WEAKENS else "high"
+        more, less, _ = next((names for kind, names in PROTECTS.items() if isinstance(owner, kind)), ((), (), ()))
+        return "high" if self.field in more else "low" if self.field in less else None
 
     @property
     def step(self) -> int:
@@ -442,6 +443,8 @@ class Matched:
             found.append(f"low={self.low}, high={self.high}: {self.field} is a whole number of {type(having[0]).__name__}. Give whole ends.")
         if self.accuracy is not None and not 0 < self.accuracy <= 1:
             found.append(f"accuracy={self.accuracy}: expected a share in (0, 1].")
+        if not 0 <= self.points < 100:
+            found.append(f"points={self.points}: expected hundredths of accuracy in [0, 100). Lower it.")
         return found
 
 
@@ -457,5 +460,27 @@ def _fields(part: Any, kinds: tuple[str, ...] = (*WHOLE, "float", "float | None"
 
 DEFENCES = (Undefended, LearnedPerturbation, IsotropicNoise, CapacityNoise, BiDO, Precode, CVB, Pruning, GradientNoise, Clipping, Sign, Quantisation, Censor, Soteria, GradDefense, DPSGD)
 DEFENCES += (MixUp, InstaHide, ATS, DCS, SecureAggregation)
-WEAKENS = ("target_epsilon", "delta", "bound", "bits", "largest")
-"""Fields of theirs that protect less where they rise."""
+PROTECTS: dict[type, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    LearnedPerturbation: (
+        ("strength", "dependence_weight", "std_init", "std_floor", "mse_cap"), ("ramp", "ssim_threshold"),
+        ("kl_weight", "decoder_steps", "decoder_steps_first", "decoder_lr", "decoder_width", "decoder_sketch"),  # KL draws the level to 1 from both sides
+    ),
+    IsotropicNoise: (("std",), (), ()),
+    CapacityNoise: (("bits_weight", "std_init", "std_floor"), (), ()),
+    BiDO: (("x_weight",), (), ("y_weight", "y_ratio")),
+    Precode: (("kl_weight",), ("width",), ()),
+    CVB: (("kl_weight",), (), ("kernel",)),
+    Pruning: (("share",), (), ()),
+    GradientNoise: (("std",), (), ()),
+    Clipping: ((), ("bound",), ()),
+    Quantisation: ((), ("bits",), ()),
+    Censor: ((), (), ("draws",)),
+    Soteria: (("share",), (), ()),
+    GradDefense: (("std", "noisy"), ("slices",), ()),  # of more slices, as many noisy ones are a smaller part
+    DPSGD: (("noise_multiplier",), ("target_epsilon", "delta"), ("clip",)),  # epsilon does not depend on the clip
+    MixUp: (("mixing",), (), ()),
+    InstaHide: (("mixed",), ("largest",), ()),
+    DCS: (("concealed", "blend", "apart"), (), ("iterations", "x_weight", "z_weight", "lr")),
+    SecureAggregation: ((), ("dropouts",), ()),  # fewer clients are left in the sum
+}  # fmt: skip
+"""Number fields of theirs: those that protect more where they rise, those that protect less, and those of which neither is known."""

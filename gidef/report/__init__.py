@@ -17,7 +17,8 @@
                   trained_as: the recipe's, strength, seed and the test results]
     tuned         {"<defence>": field, value, target, accuracy: on validation at the value, reached: within a point of the target, end: "low" | "high" where the value
                   is that end of the range, else null, direction: of accuracy over the range, "falling" | "rising" | "flat", or null after one trial, monotone,
-                  trials: int, tried: [[value, validation accuracy]], diverged: values of trials that did, which count as accuracy 0, not there where none did}:
+                  trials: int, tried: [[value, validation accuracy]], diverged: values of trials that did, which count as accuracy 0, not there where none did,
+                  undecided: true where it would have mattered at which end of its range the field protects most, which is not known, else not there}:
                   of those at a wanted accuracy
     nets          [one per network that was attacked: defences: [names];  changes: [what was changed in it for gradients of gradients, and of its dropout];
                   parity: how far the attacks' first gradient is from the untouched network's, relative, in float64, null where not checked;

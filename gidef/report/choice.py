@@ -14,13 +14,16 @@ def choice(results: dict[str, Any]) -> dict[str, Any] | None:
     """The defence to take, and the grid that it was taken from; None where the recipe does not choose, or no undefended net was trained.
 
     Returns: points, on, take, grid, see `gidef.report`. Seeds count by their means. A defence's PSNR is the highest mean of any attack and checkpoint; rows with
-             failed reconstructions do not count, as mid-grey would flatter, and a defence without others is not taken. Of equals the more accurate is.
+             failed reconstructions do not count, as mid-grey would flatter, and a defence without others is not taken. Nor do rows at other strengths than
+             trained ones, whose defence is none of the grid. Of equals the more accurate is.
     """
     asked = results["recipe"].get("choose")
     if not asked:
         return None
     accuracies: dict[str, list[float]] = {}
     for run in results["training"]:
+        if run.get("trained_as"):  # the same training, its noise at another strength
+            continue
         accuracies.setdefault(run["defence"], []).append(run["val_accuracy"])
     means = {name: sum(values) / len(values) for name, values in accuracies.items()}
     specs = results["recipe"]["defences"]

@@ -189,6 +189,8 @@ IMPOSSIBLE = [
     (Recipe(attacks={"..": NaiveMatching()}), "'..'", "use letters"),
     (Recipe(attacks={"": NaiveMatching()}), "name ''", "use letters"),
     (Recipe(attacks={" a": NaiveMatching()}), "' a'", "use letters"),
+    *((Recipe(**{kind: {name: one}}), f"name {name!r} of a defence or attack begins with {name[0]!r}", "begin with a letter or digit")
+      for kind, one in (("defences", Undefended()), ("attacks", NaiveMatching())) for name in ("+1+1", "-joint")),
     (Recipe(rounds=Rounds(server=Scaffold())), "rounds.server=Scaffold", "set clients.optimiser=sgd"),
     (Recipe(rounds=Rounds(server=Scaffold()), clients=replace(SGD, momentum=0.9)), "rounds.server=Scaffold", "clients.momentum=0"),
     (Recipe(clients=LocalTraining(momentum=0.9)), "clients.momentum=0.9 is sgd's", "set clients.optimiser=sgd"),
@@ -215,6 +217,7 @@ IMPOSSIBLE = [
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"t": config.Tuned()}, choose=config.Choose()), "attacks.t", "nothing is left"),
     (Recipe(choose=config.Choose(points=-1.0)), "choose.points=-1.0", "at least 0"),
     (Recipe(defences={"u": Undefended(), "b": BiDO()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(num_tuning=6, batch_size=4)), "num_tuning=6", "a multiple"),
+    (Recipe(defences={"u": Undefended(), "b": IsotropicNoise()}, attacks={"n": NaiveMatching()}, choose=config.Choose(), evaluation=Evaluation(strengths=(0.5, 2.0))), "strengths=(0.5, 2.0)", "Add 1"),
     (Recipe(defences={"x": Precode(width=0)}), "defences.x.width=0", "at least 1"),
     (Recipe(defences={"x": MixUp(mixing=-1.0)}), "defences.x.mixing=-1.0", "at least 0"),
     (Recipe(defences={"x": InstaHide(largest=0.25)}), "defences.x: largest=0.25", "at least 0.312"),
@@ -293,6 +296,7 @@ def test_what_is_possible_beside_it_is_allowed():
         Recipe(evaluation=Evaluation(release="delta", local_steps=4, local_epochs=5, local_momentum=0.9, batch_size=8)),
         Recipe(attacks={"n": NaiveMatching(labels="recovered")}, evaluation=Evaluation(release="delta", local_optimiser="adam")),
         Recipe(seeds=[0, 1]),
+        Recipe(defences={"learned + pruning-2": Undefended(), "_a": Undefended()}),
         Recipe(defences={"own": Own(), "sent": (Own(), Sent(), Pruning()), "searched": Matched(defence=(Own(), Sent()), field="size", accuracy=0.5), "masked": SecureAggregation()}),
     ):
         assert problems(recipe) == []

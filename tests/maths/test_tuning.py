@@ -13,6 +13,7 @@ from gidef.config import (
     CVB,
     DCS,
     DPSGD,
+    BiDO,
     CapacityNoise,
     Censor,
     Clipping,
@@ -32,8 +33,13 @@ from gidef.config import (
     Undefended,
     problems,
 )
-from gidef.tuning import _tell, closest, noted, outcome, search
+from gidef.config.defences import DEFENCES, PROTECTS
+from gidef.errors import InputError
+from gidef.tuning import _target, _tell, closest, missed, noted, outcome, search, undecided
 from tests.ranks.launch import ROOT, environment, results
+
+TEXTS = ("cut", "layer")
+"""Fields of defences whose default is None, and which are no numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,10 +221,35 @@ def test_what_a_search_sets_is_checked_and_not_what_stands_in_its_place():
 
 @pytest.mark.parametrize(
     ("defence", "field", "end"),
-    [(LearnedPerturbation(), "strength", "high"), (DPSGD(), "target_epsilon", "low"), ((LearnedPerturbation(), Clipping()), "bound", "low"), (Mine(), "level", None)],
-)
+    [
+        (LearnedPerturbation(), "strength", "high"), (DPSGD(), "target_epsilon", "low"), ((LearnedPerturbation(), Clipping()), "bound", "low"), (Mine(), "level", None),
+        (GradDefense(), "slices", "low"), (GradDefense(), "noisy", "high"), (Precode(), "width", "low"), (LearnedPerturbation(), "ssim_threshold", "low"),
+        (LearnedPerturbation(), "ramp", "low"), (SecureAggregation(), "dropouts", "low"), (DPSGD(), "clip", None), (LearnedPerturbation(), "kl_weight", None),
+        (CVB(), "kl_weight", "high"), (BiDO(), "y_weight", None), ((IsotropicNoise(), BiDO()), "y_ratio", None),
+    ],
+)  # fmt: skip
 def test_which_end_of_a_range_is_the_private_one(defence, field, end):
     assert Matched(defence=defence, field=field).private_end == end
+
+
+def test_of_every_number_of_every_defence_it_is_said_whether_it_protects_more_where_it_rises():
+    for kind in DEFENCES:
+        numbers = sorted(spec.name for spec in dataclasses.fields(kind) if isinstance(value := getattr(kind(), spec.name), (int, float, type(None))) and not isinstance(value, bool) and spec.name not in TEXTS)
+        assert sorted(name for names in PROTECTS.get(kind, ()) for name in names) == numbers, kind  # each once, and no other
+
+
+def test_where_the_private_end_is_not_known_a_choice_by_accuracy_alone_is_told():
+    flat, cliff = [(8.0, 0.9), (0.5, 0.9)], [(8.0, 0.6), (0.5, 0.9)]
+    assert [undecided(tried, target) for tried, target in ((flat, 0.85), (flat, 0.901), (flat, 0.95), (cliff, 0.85), (cliff, 0.75), (cliff, 0.5), (cliff[:1], 0.5))] == [
+        True, True, True, False, True, True, False,
+    ]  # fmt: skip
+    for tried, target, said in ((flat, 0.85, True), (cliff, 0.85, False)):
+        value, heard = closest(tried, target, private=None), []
+        one = {"field": "draws", "value": value, "target": target, "tried": tried, **outcome(tried, value, low=0.5, high=8.0, target=target)}
+        one |= {"undecided": True} if undecided(tried, target) else {}
+        _tell(types.SimpleNamespace(console=types.SimpleNamespace(say=lambda text: None, notice=heard.append)), "censored", one, 4)
+        assert any("it is not known at which end of its range draws protects most" in text for text in heard) == said
+        assert missed(one).endswith("not known at which end draws protects most") == said and missed(one)
 
 
 def test_rows_say_that_a_target_was_missed_and_by_how_much():
@@ -253,6 +284,9 @@ def test_the_field_is_set_in_the_one_member_that_has_it():
         ({"low": 2.0, "high": 1.0}, "low=2.0, high=1.0"),
         ({"low": 0.0}, "low=0.0"),
         ({"accuracy": 1.2}, "accuracy=1.2"),
+        ({"points": 100.0}, "points=100.0"),
+        ({"points": 250}, "points=250"),
+        ({"points": -0.5}, "points=-0.5"),
         ({"defence": 3}, "defence=3"),
         ({"defence": ()}, "defence=()"),
         ({"defence": (LearnedPerturbation(), CapacityNoise()), "field": "std_init"}, "exactly one"),
@@ -267,6 +301,21 @@ def test_points_below_nothing_are_refused():
     assert problems(Recipe(defences={"m": matched(accuracy=0.8)})) == []
     both = Recipe(defences={"u": Undefended(), "m": matched(), "p": Pruning()})
     assert problems(dataclasses.replace(both, only=("p",))) == [] and any("add Undefended()" in text for text in problems(dataclasses.replace(both, only=("m",))))
+
+
+@pytest.mark.parametrize(("points", "target"), [(1.0, 0.64), (52.0, 0.13), (52.5, None), (60.0, None), (99.0, None)])
+def test_a_target_at_chance_is_refused(points, target):
+    """An undefended net of 65 % among eight classes, of which guessing gets 12.5 %."""
+    searched = matched(points=points)
+    recipe = Recipe(defences={"u": Undefended(), "m": searched})
+    run = types.SimpleNamespace(recipe=recipe, setting=types.SimpleNamespace(dataset=types.SimpleNamespace(num_classes=8)))
+    trained = {("u", 0): types.SimpleNamespace(summary={"val_accuracy": 0.65})}
+    if target is not None:
+        assert _target(run, "m", searched, trained) == pytest.approx(target)
+        return
+    with pytest.raises(InputError, match=f"defences.m: points={points:g} below the undefended net's 65.0 % .*8 classes gets 12.5 %.*Lower points"):
+        _target(run, "m", searched, trained)
+    assert _target(run, "m", matched(accuracy=0.05), trained) == 0.05 and _target(run, "m", searched, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -297,7 +346,7 @@ def cells():
 
 
 main(Recipe(
-    data=Data(name="{place}:cells", num_clients=2), model=Model(cut="blocks.1"), rounds=Rounds(count=1), clients=LocalTraining(batch_size=16),
+    data=Data(name="{place}:cells", num_clients=2), model=Model(cut="blocks.1"), rounds=Rounds(count=3), clients=LocalTraining(batch_size=16, epochs=2, lr=3e-3),
     defences={{
         "undefended": Undefended(),
         "noisy": Matched(defence=(LearnedPerturbation(dependence_weight=0.0), Pruning(share=0.5)), field="strength", low=0.1, high=1000.0, points=5.0, trials=3),

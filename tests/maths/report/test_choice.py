@@ -71,3 +71,11 @@ def test_none_within_the_points_is_said_and_other_recipes_say_nothing(swept, res
     swept["training"] = [run | {"val_accuracy": 0.5} if run["defence"] != "none" else run for run in swept["training"]]
     assert choice(swept)["take"] is None and "take: none. 0 of 5" in chosen(swept)[0]
     assert choice(results) is None and chosen(results) == []
+
+
+def test_entries_at_other_strengths_are_no_further_defences(swept, make_row):
+    before = choice(swept)
+    for name in ("b", "c"):
+        swept["training"].append({"defence": f"{name} at strength 2", "trained_as": name, "strength": 2.0, "seed": 0, "test_accuracy": 0.9})
+        swept["rows"].append(make_row(f"{name} at strength 2", "n", "A0", 5.0))
+    assert choice(swept) == before and [one["defence"] for one in before["grid"]] == list(GRID)
