@@ -297,12 +297,20 @@ UNFAIR = (config.PostHocDecoder, config.ImprintServer, config.ZeroedLevel)
 
 
 def _most_leaked_first(leaks: list[Tensor], count: int) -> Tensor:
-    """Order of victims by the best attack on each (dB), and by all attacks' mean where that is equal."""
+    """Order of victims by the best attack on each (dB), and by all attacks' mean where that is equal; NaN: it failed, and shows nothing."""
     if not leaks:
         return torch.arange(count)
     values = torch.stack(leaks)
-    by_mean = values.mean(0).argsort(descending=True, stable=True)
-    return by_mean[values.max(0).values[by_mean].argsort(descending=True, stable=True)]
+    mean, best = values.nanmean(0), values.masked_fill(values.isnan(), -torch.inf).amax(0)
+    by_mean = mean.masked_fill(mean.isnan(), -torch.inf).argsort(descending=True, stable=True)
+    return by_mean[best[by_mean].argsort(descending=True, stable=True)]
+
+
+def _leaks(cells: list[Cell], scored: Scored) -> list[Tensor]:
+    """Of each attack that tells of leakage, the PSNR of each victim; NaN where it failed. A shuffled gradient tells of none."""
+    fair = [cell for cell in cells if not cell.control and not isinstance(cell.attack, UNFAIR)]
+    lost = [torch.tensor([found.status == "failed" for found in cell.reconstructions]).repeat_interleave(cell.victims.rows.shape[1]) for cell in fair]
+    return [scored[id(cell)]["psnr_db"].masked_fill(failed, torch.nan) for cell, failed in zip(fair, lost, strict=True)]
 
 
 def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Path) -> list[str]:
@@ -314,7 +322,7 @@ def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Pa
         columns = [cell for cell in here if cell.twin is None]
         victims = columns[0].victims
         rows = victims.rows.flatten()
-        order = _most_leaked_first([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, UNFAIR)], len(rows))
+        order = _most_leaked_first(_leaks(columns, scored), len(rows))
         truth = victims.images.flatten(0, 1).cpu()
         names, labels = run.setting.dataset.class_names, victims.labels.flatten().tolist()
         sheet: list[tuple[str, Tensor]] = [("private", truth[order])]

@@ -799,3 +799,9 @@ def test_without_javascript_everything_can_be_read(browser, run):
         assert browser.js("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     finally:
         browser.do("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_an_attack_that_failed_is_nobodys_strongest(results, tmp_path):
+    make_run(tmp_path / "failed", complete(results), error="out of memory")
+    faces = list(read(page_of(tmp_path / "failed")).one("ul", class_="faces").all("a"))
+    assert [face.one("span", class_="interval").text for face in faces] == ["up to –"] * len(VICTIMS)
