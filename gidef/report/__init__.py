@@ -71,8 +71,8 @@
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 
-A measured value is a number, null, or {mean, low, high, worst, worst_decile}: the mean over victims (per-image values), its
-95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth. Accuracies lie in [0, 1], PSNR is in dB.
+A measured value is a number, null, or {mean, low, high, worst, worst_decile}: the mean over victims (per-image values, averaged over
+seeds), its 95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth, each image by the seed in which it leaked most. Accuracies lie in [0, 1], PSNR is in dB.
 JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
 """
 

@@ -6,7 +6,7 @@ A defence *holds* against an attack only if
   - the same attack (else the strongest one) beats that limit on the undefended net, at the same checkpoint and share policy:
     otherwise the run cannot tell a defence from a weak attack;
   - an attack other than the naive one was tried, because a naive attacker overlooks the noise and overstates protection.
-It holds *on average only* if the worst image is above the class mean's own worst + 0.5 dB, or SSIM's upper end is above the
+It holds *on average only* if the worst image, of any seed, is above the class mean's own worst + 0.5 dB, or SSIM's upper end is above the
 class mean's SSIM + 0.05 (`MARGIN_SSIM`): one patient, or structure that PSNR does not price, gets out.
 A decoder on the latent itself (A12) is a bound on attackers and has its own sentence. Accuracies are called matched within
 2 points (`MATCHED_POINTS`); below 64 victims or 3 seeds (`CLAIM_VICTIMS`, `CLAIM_SEEDS`) a run is a demonstration, not a claim.

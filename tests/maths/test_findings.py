@@ -6,6 +6,8 @@ import torch
 
 from gidef.config import NaiveMatching, PostHocDecoder
 from gidef.findings import _leaks, _most_leaked_first
+from gidef.metrics import bootstrap_interval
+from gidef.scores import measured
 
 
 def test_victims_stand_in_the_order_of_their_leakage():
@@ -32,3 +34,15 @@ def test_what_failed_or_saw_a_shuffled_gradient_puts_no_victim_first():
     assert order(plain, cell([30.0, 29.0, 14.0, 10.0], failed=(0,))) == [0, 2, 3, 1], "its first batch is mid-grey"
     assert order(cell([30.0, 29.0, 14.0, 15.0], failed=(0,))) == [3, 2, 0, 1], "victims of whom nothing is known come last"
     assert order(cell([30.0, 29.0, 14.0, 15.0], failed=(0, 1))) == [0, 1, 2, 3]
+
+
+def test_one_training_that_gives_a_patient_away_is_not_made_good_by_the_others():
+    psnr = torch.full((3, 32), 12.0, dtype=torch.float64)
+    psnr[1, 5] = 36.0
+    found = measured(psnr, "psnr_db", seed=0)
+    assert (found["mean"], found["worst"]) == (12.25, 36.0) and found["worst_decile"] == (36 + 3 * 12) / 4
+    assert (found["low"], found["high"]) == bootstrap_interval(psnr.mean(0), seed=0)
+    distance = measured(-psnr, "mse", seed=0)
+    assert (distance["worst"], distance["worst_decile"]) == (-36.0, -(36 + 3 * 12) / 4)
+    one = torch.rand(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert measured(one, "psnr_db", seed=0) == measured(one[None], "psnr_db", seed=0) == measured(one.expand(3, 32).clone(), "psnr_db", seed=0)

@@ -2,7 +2,10 @@
 
 import copy
 
+import torch
+
 from gidef.report.verdict import MARGIN_DB, is_undefended, verdict
+from gidef.scores import measured
 
 
 def sentence(results, start):
@@ -93,6 +96,14 @@ def test_one_patient_given_away_spoils_a_good_average(results):
     results["rows"][2]["psnr_db"]["worst"] = 27.0
     text = sentence(results, 'The defence "learned" holds on average only')
     assert text.endswith("But the worst image is recovered at 27.0 dB (class mean's best match: 24.0 dB).")
+
+
+def test_one_patient_given_away_by_one_of_three_trainings_spoils_it_too(results):
+    psnr = torch.full((3, 64), 12.0, dtype=torch.float64)
+    psnr[1, 5] = 36.0
+    results["rows"][2]["psnr_db"] = measured(psnr, "psnr_db", seed=0)
+    text = sentence(results, 'The defence "learned" holds on average only')
+    assert text.endswith("But the worst image is recovered at 36.0 dB (class mean's best match: 24.0 dB).")
 
 
 def test_structure_that_psnr_does_not_price_spoils_a_good_average(results, make_row):
