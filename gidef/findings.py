@@ -82,9 +82,10 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     return {
         "defence": first.defence, "attack": first.name, "attack_id": first.attack_id, "checkpoint": first.checkpoint,
         "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
-        "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * size,
+        "victims": first.victims.rows.numel(), "observations": len(first.victims.rows),
+        "failed": sum(found.status == "failed" for found in reconstructions) * size,
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
-        **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
+        **{name: measured(values[name], name, seed=0, batch=size) for name in (*MEASURES, ABOVE)}, **by_judge(values, batch=size),
         "label_recovery": _mean_of_known(values["recovered"].nanmean(0)), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean(0).mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group),
         "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said, cut))), **({"tuned": first.tuned} if first.tuned else {}),
@@ -268,9 +269,9 @@ def control_bounds(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
     for (defence, checkpoint), group in groups.items():
         if not group:
             continue
-        values = _by_seed([scored[id(cell)] for cell in group], _keys(scored))
-        measures = {key: measured(values[key], key, seed=0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
-        found.append({"name": CONTROL, "of": defence, "checkpoint": checkpoint, **measures, **by_judge(values)})
+        size, values = group[0].victims.rows.shape[1], _by_seed([scored[id(cell)] for cell in group], _keys(scored))
+        measures = {key: measured(values[key], key, seed=0, batch=size) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
+        found.append({"name": CONTROL, "of": defence, "checkpoint": checkpoint, **measures, **by_judge(values, batch=size)})
     return found
 
 

@@ -1,4 +1,4 @@
-"""Scores of reconstructions against the truth: the evaluator's judge, the trivial bounds, intervals over victims."""
+"""Scores of reconstructions against the truth: the evaluator's judge, the trivial bounds, intervals over observations."""
 
 from __future__ import annotations
 
