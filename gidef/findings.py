@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,14 @@ Scored = dict[int, dict[str, Tensor]]
 
 
 def rows(run: Run, cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
-    """One row per (defence, attack, checkpoint), and one or two per ensemble: seeds are pooled by averaging each victim's values, so that intervals
-    are over victims."""
+    """One row per (defence, attack, checkpoint), and one or two per ensemble: of several seeds each victim's mean counts, and the seed
+    in which it leaked most for the most leaked images (`measured`)."""
     found = []
     for defence, checkpoint in dict.fromkeys((cell.defence, cell.checkpoint) for cell in cells):
         here = [cell for cell in cells if (cell.defence, cell.checkpoint) == (defence, checkpoint)]
         for name in dict.fromkeys(cell.name for cell in here):
             group = [cell for cell in here if cell.name == name]
-            found.append(_row(run, group, _pooled([scored[id(cell)] for cell in group], _keys(scored))))
+            found.append(_row(run, group, _by_seed([scored[id(cell)] for cell in group], _keys(scored))))
         for ensemble in dict.fromkeys(cell.ensemble for cell in here if cell.ensemble):
             found += _worst_rows(run, [cell for cell in here if cell.ensemble == ensemble and not cell.control], scored, ensemble)
     return found
@@ -53,10 +54,9 @@ def _keys(scored: Scored) -> tuple[str, ...]:
     return (*MEASURES, ABOVE, *judged, "recovered", "oracle_psnr_db")
 
 
-def _pooled(seeds: list[dict[str, Tensor]], keys: tuple[str, ...]) -> dict[str, Tensor]:
-    """Each victim's values, averaged over seeds; of `recovered` those of attacks that did not fail."""
-    found = {key: torch.stack([values[key] for values in seeds]) for key in keys}
-    return {key: values.nanmean(0) if key == "recovered" else values.mean(0) for key, values in found.items()}
+def _by_seed(seeds: list[dict[str, Tensor]], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Each victim's values of every seed (seeds, victims)."""
+    return {key: torch.stack([values[key] for values in seeds]) for key in keys}
 
 
 def _mean_of_known(values: Tensor) -> float | None:
@@ -66,6 +66,7 @@ def _mean_of_known(values: Tensor) -> float | None:
 
 
 def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
+    """values: as `_by_seed` gives them. The label recovery is that of attacks which did not fail."""
     first = group[0]
     accuracies = [cell.trained.summary["test_accuracy"] for cell in group]
     gap = [cell.in_loop_psnr_db for cell in group if cell.in_loop_psnr_db is not None]
@@ -81,10 +82,11 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, An
     return {
         "defence": first.defence, "attack": first.name, "attack_id": first.attack_id, "checkpoint": first.checkpoint,
         "seeds": [cell.seed for cell in group], "share_policy": run.recipe.share_policy, "threat": threat(run, first),
-        "victims": first.victims.rows.numel(), "failed": sum(found.status == "failed" for found in reconstructions) * size,
+        "victims": first.victims.rows.numel(), "observations": len(first.victims.rows),
+        "failed": sum(found.status == "failed" for found in reconstructions) * size,
         "client_accuracy": sum(accuracies) / len(accuracies), "client_accuracies": accuracies,
-        **{name: measured(values[name], name, seed=0) for name in (*MEASURES, ABOVE)}, **by_judge(values),
-        "label_recovery": _mean_of_known(values["recovered"]), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean()),
+        **{name: measured(values[name], name, seed=0, batch=size) for name in (*MEASURES, ABOVE)}, **by_judge(values, batch=size),
+        "label_recovery": _mean_of_known(values["recovered"].nanmean(0)), "oracle_restart_psnr_db": float(values["oracle_psnr_db"].mean(0).mean()),
         **budget, **_privacy(group), **certificate, "seconds": sum(cell.seconds for cell in group),
         "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said, cut))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
@@ -241,7 +243,7 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best[~failed.all(0)].tolist()]
         per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, _pooled(per_seed, _keys(scored))) | {"threat": threat(run, group[0], members)}
+    row = _row(run, group, _by_seed(per_seed, _keys(scored))) | {"threat": threat(run, group[0], members)}
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
@@ -267,10 +269,9 @@ def control_bounds(cells: list[Cell], scored: Scored) -> list[dict[str, Any]]:
     for (defence, checkpoint), group in groups.items():
         if not group:
             continue
-        values = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
-        judged = {key: torch.stack([scored[id(cell)][key] for cell in group]).mean(0) for key in _keys(scored) if key.startswith(JUDGED)}
-        measures = {key: measured(value, key, seed=0) for key, value in values.items()}
-        found.append({"name": CONTROL, "of": defence, "checkpoint": checkpoint, **measures, **by_judge(judged)})
+        size, values = group[0].victims.rows.shape[1], _by_seed([scored[id(cell)] for cell in group], _keys(scored))
+        measures = {key: measured(values[key], key, seed=0, batch=size) for key in ("mse", "nmse", "psnr_db", "ssim", "attacker_accuracy")}
+        found.append({"name": CONTROL, "of": defence, "checkpoint": checkpoint, **measures, **by_judge(values, batch=size)})
     return found
 
 
@@ -297,12 +298,20 @@ UNFAIR = (config.PostHocDecoder, config.ImprintServer, config.ZeroedLevel)
 
 
 def _most_leaked_first(leaks: list[Tensor], count: int) -> Tensor:
-    """Order of victims by the best attack on each (dB), and by all attacks' mean where that is equal."""
+    """Order of victims by the best attack on each (dB), and by all attacks' mean where that is equal; NaN: it failed, and shows nothing."""
     if not leaks:
         return torch.arange(count)
     values = torch.stack(leaks)
-    by_mean = values.mean(0).argsort(descending=True, stable=True)
-    return by_mean[values.max(0).values[by_mean].argsort(descending=True, stable=True)]
+    mean, best = values.nanmean(0), values.masked_fill(values.isnan(), -torch.inf).amax(0)
+    by_mean = mean.masked_fill(mean.isnan(), -torch.inf).argsort(descending=True, stable=True)
+    return by_mean[best[by_mean].argsort(descending=True, stable=True)]
+
+
+def _leaks(cells: list[Cell], scored: Scored) -> list[Tensor]:
+    """Of each attack that tells of leakage, the PSNR of each victim; NaN where it failed. A shuffled gradient tells of none."""
+    fair = [cell for cell in cells if not cell.control and not isinstance(cell.attack, UNFAIR)]
+    lost = [torch.tensor([found.status == "failed" for found in cell.reconstructions]).repeat_interleave(cell.victims.rows.shape[1]) for cell in fair]
+    return [scored[id(cell)]["psnr_db"].masked_fill(failed, torch.nan) for cell, failed in zip(fair, lost, strict=True)]
 
 
 def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Path) -> list[str]:
@@ -314,7 +323,7 @@ def draw(run: Run, cells: list[Cell], scored: Scored, scorer: Scorer, folder: Pa
         columns = [cell for cell in here if cell.twin is None]
         victims = columns[0].victims
         rows = victims.rows.flatten()
-        order = _most_leaked_first([scored[id(cell)]["psnr_db"] for cell in columns if not isinstance(cell.attack, UNFAIR)], len(rows))
+        order = _most_leaked_first(_leaks(columns, scored), len(rows))
         truth = victims.images.flatten(0, 1).cpu()
         names, labels = run.setting.dataset.class_names, victims.labels.flatten().tolist()
         sheet: list[tuple[str, Tensor]] = [("private", truth[order])]

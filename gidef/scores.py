@@ -1,4 +1,4 @@
-"""Scores of reconstructions against the truth: the evaluator's judge, the trivial bounds, intervals over victims."""
+"""Scores of reconstructions against the truth: the evaluator's judge, the trivial bounds, intervals over observations."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Scorer:
         raise ValueError(f"no bound is called {name!r}")
 
     def bounds(self) -> list[dict[str, Any]]:
-        """What guesses without any gradient score on the same victims, from public images."""
+        """What guesses without any gradient score on the same victims, from public images: of each image by itself, whatever its batch."""
         found = []
         for name in GUESSES:
             values = self.measure(self.guess(name, self.truth, self.labels), self.truth, self.labels)
@@ -125,17 +125,26 @@ def _paired_psnr(images: Tensor, truth: Tensor) -> Tensor:
     return metrics.psnr_db(images[metrics.pair(images, truth)], truth).mean()
 
 
-def by_judge(values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A row's field with the attacker accuracy by each further judge; none without any."""
-    found = {name.removeprefix(JUDGED): measured(value, "attacker_accuracy", seed=0) for name, value in values.items() if name.startswith(JUDGED)}
+def by_judge(values: Mapping[str, Tensor], *, batch: int = 1) -> dict[str, Any]:
+    """A row's field with the attacker accuracy by each further judge; none without any. Values and batch as in `measured`."""
+    judged = {name.removeprefix(JUDGED): value for name, value in values.items() if name.startswith(JUDGED)}
+    found = {name: measured(value, "attacker_accuracy", seed=0, batch=batch) for name, value in judged.items()}
     return {"attacker_accuracy_by": found} if found else {}
 
 
-def measured(values: Tensor, name: str, *, seed: int) -> dict[str, float]:
-    """Mean over victims, 95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth."""
+def measured(values: Tensor, name: str, *, seed: int, batch: int = 1) -> dict[str, float | None]:
+    """Mean over victims, 95 % bootstrap interval over observations, the most leaked image and the mean of the most leaked tenth.
+
+    Args:    values: (victims,), or (seeds, victims): the mean and its interval are of each victim's mean over seeds, the most leaked of the seed in
+             which it leaked most, since one training that gives a patient away is not made good by the others.
+             batch: images of one observation, side by side among the victims, which are resampled together; 1 for what depends on no batch.
+    Returns: the interval's ends are None of one observation of several images (`metrics.bootstrap_interval`).
+    """
     higher = name not in ("mse", "nmse", "feature_distance")
-    low, high = metrics.bootstrap_interval(values, seed=seed)
+    values = torch.atleast_2d(values)
+    pooled, most = values.mean(0), values.amax(0) if higher else values.amin(0)
+    low, high = metrics.bootstrap_interval(pooled, seed=seed, batch=batch) or (None, None)
     return {
-        "mean": float(values.mean()), "low": low, "high": high, "worst": float(values.max() if higher else values.min()),
-        "worst_decile": metrics.worst_decile(values, higher_is_leak=higher),
+        "mean": float(pooled.mean()), "low": low, "high": high, "worst": float(most.max() if higher else most.min()),
+        "worst_decile": metrics.worst_decile(most, higher_is_leak=higher),
     }  # fmt: skip

@@ -35,7 +35,8 @@
                   batch_norm: "none in the model" | "eval" | "train";  statistics: "batch" | "running" | "proxy" | "none", what is known of those of BatchNorm, ...}
                   epsilon, delta: of a differentially private training, null of others (epsilon alone null: infinite);  privacy_unit: "image" | "client";
                   noise_multiplier: of these
-                  victims: images attacked;  failed: of these, in all seeds together, without a reconstruction (scored as mid-grey)
+                  victims: images attacked;  observations: batches of these, which intervals are over
+                  failed: of the victims, in all seeds together, without a reconstruction (scored as mid-grey)
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   nmse: the MSE over the variance of the public images about their mean image (gidef.metrics.nmse)
                   above_class_mean_db: PSNR less that of the victim's class mean, paired
@@ -63,7 +64,7 @@
                   under: "naive" | "strongest";  checkpoint;  share_policy;  adaptive: [whether other than naive attacks were run on each]
                   psnr_db, attacker_accuracy, mse: [ours, other]
                   psnr_db_difference, attacker_accuracy_difference: ours - other;  attacker_accuracy_change, mse_change: ours / other - 1; all four
-                  {mean, low, high}, of the same victims, paired;  victims: of these intervals, 0 where there are none]
+                  {mean, low, high}, of the same victims, paired;  victims, observations: of these intervals, 0 where there are none]
     starts        [a form of an attack beside another that differs in restarts and halving alone, the most restarts that all run to their end (`paired.starts`): as
                   of comparisons, without `under` and `adaptive`;  seconds: [ours, other], null where they were not measured]
     judge         {accuracy_on_truth, accuracy_on_test, chance: in [0, 1];  others: {name of a further judge: its two accuracies}}
@@ -72,8 +73,10 @@
     pictures      [paths relative to results.json]
     verdict       [sentences, see `verdict`]
 
-A measured value is a number, null, or {mean, low, high, worst, worst_decile}: the mean over victims (per-image values), its
-95 % bootstrap interval, the most leaked image and the mean of the most leaked tenth. Accuracies lie in [0, 1], PSNR is in dB.
+A measured value is a number, null, or {mean, low, high, worst, worst_decile}: the mean over victims (per-image values, averaged over
+seeds), its 95 % bootstrap interval over observations (null of one observation of several images), the most leaked image and the mean of the
+most leaked tenth, each image by the seed in which it leaked most. Of guesses without a gradient each image is an observation. Accuracies
+lie in [0, 1], PSNR is in dB.
 JSON has no NaN and no infinity: both become null, so a metric that can be infinite is capped by whoever measures it.
 """
 

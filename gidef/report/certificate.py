@@ -2,7 +2,8 @@
 
 A defence meets it if the strongest attack stays within `WITHIN_DB` of the class-mean image, the upper end of its interval included, and the defence
 costs at most `POINTS` points of test accuracy. All attacks of the run's threat model compete, and with them the decoder that is handed the
-latent (A12), which bounds them; without it and an attack by the latent (A5) nothing is judged.
+latent (A12), which bounds them; without it and an attack by the latent (A5) nothing is judged, nor of one observation of several
+images, which has no interval.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gidef.report.results import bound_named, interval_of, mean_of
+from gidef.report.results import alone, bound_named, interval_of, mean_of
 
 WITHIN_DB = 1.0
 POINTS = 2.0
@@ -47,12 +48,14 @@ def _sentence(results: dict[str, Any], rows: list[Row], is_undefended: Callable[
     if mean is None:
         return f"{text}Not judged: there is no class-mean bound to compare with."
     near = high <= WITHIN_DB
-    text += f"The strongest attack, {row['attack']} ({row['attack_id']}), is {mean:+.1f} dB [{low:+.1f}, {high:+.1f}] from the class mean"
+    text += f"The strongest attack, {row['attack']} ({row['attack_id']}), is {mean:+.1f} dB"
+    text += f"{'' if alone(row) else f' [{low:+.1f}, {high:+.1f}]'} from the class mean"
     text += f" (allowed {WITHIN_DB:+.1f}: {_judged(near)}{', by the upper end' if mean <= WITHIN_DB < high else ''})"
     points = _points(results, row["defence"], is_undefended)
     text += "; " + ("no undefended net was trained" if points is None else f"accuracy {points:+.1f} points (allowed {-POINTS:+.1f}: {_judged(points >= -POINTS)})")
-    if points is None or missing:
+    if points is None or missing or alone(row):
         lacking = [*([f"no attack {' and '.join(missing)}"] if missing else []), *(["no undefended net"] if points is None else [])]
+        lacking += ["one observation alone"] if alone(row) else []
         return f"{text}. Not judged: {', '.join(lacking)}."
     return f"{text}. Within {WITHIN_DB:g} dB of the class mean at no more than {POINTS:g} points: {_judged(near and points >= -POINTS)}."
 

@@ -56,7 +56,7 @@ def _sentence(one: Compared) -> str:
 
 
 def _judged(value: dict[str, float | None], wanted: float, unit: str, of: str) -> str:
-    """A change in hundredths, its interval over victims where there is one, and whether its mean is what was claimed."""
+    """A change in hundredths, its interval over observations where there is one, and whether its mean is what was claimed."""
     if value["mean"] is None:
         return "not to be had (the baseline's is 0)"
     held = value["mean"] <= wanted if wanted < 0 else value["mean"] >= wanted

@@ -1,8 +1,8 @@
 """Whether learning the noise pays: the learned perturbation beside isotropic noise of the same accuracy, and beside a variational bottleneck (CVB).
 
 If it does not beat isotropic noise under the strongest attack, the method is plain feature noise. It *beats* a control if under the strongest attack on
-each its PSNR is lower by more than chance (the paired 95 % interval of the difference over victims lies below 0), and the judge does not name more
-classes by more than chance. Nothing is concluded where client accuracies differ by more than `claim.MATCHED`, or naive attacks alone were run on one side.
+each its PSNR is lower by more than chance (the paired 95 % interval of the difference, over observations, lies below 0), and the judge does not name
+more classes by more than chance. Nothing is concluded where client accuracies differ by more than `claim.MATCHED`, or naive attacks alone were run on one side.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _conclusion(control: str, strong: Compared | None) -> str:
         return "Only naive attackers, who overlook the noise, were tried on both, so nothing is concluded."
     psnr, accuracy = interval_of(strong["psnr_db_difference"]), interval_of(strong["attacker_accuracy_difference"])
     if psnr is None or accuracy is None:
-        return "Without the record of the single victims there is no paired interval, so nothing is concluded."
+        return "Without the record of the single victims, or with one observation of them all, there is no paired interval, so nothing is concluded."
     plain = control == _NAMES["IsotropicNoise"]
     if psnr[0] > 0:
         return f"It leaks MORE than {control} of the same accuracy" + (": learning the noise does harm." if plain else ".")

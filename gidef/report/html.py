@@ -183,12 +183,14 @@ def _table(pages: Sequence[Page]) -> Html:
         tag("output", id="shown", aria_live="polite"),
         id="filters", hidden=True,
     )  # fmt: skip
-    said = 'Means over victims with 95 % intervals. A row "bound" is what a guess without any gradient, or with a shuffled one, scores on the same victims. '
+    seen = [(page.name, counted) for page in pages if (counted := results.batches(page.results))]
+    over = f", which are over observations ({'; '.join(f'{name}: {counted}' if several else counted for name, counted in seen)})" if seen else ""
+    said = f'Means over victims with 95 % intervals{over}. A row "bound" is what a guess without any gradient, or with a shuffled one, scores on the same victims. '
     units = " or ".join(dict.fromkeys(row.get("privacy_unit", "image") for row in rows if row.get("delta") is not None))
     said += f"Epsilon and delta: of the presence of one {units}, over all rounds of the training. " if private else ""
     said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
     said += "NMSE: the MSE over the variance of the public images, 1 for their mean image whatever the data set. " if normed else ""
-    said += "The worst image is the most leaked one. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
+    said += "The worst image is the most leaked one, of any seed. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")
     return join(tag("p", said), [_judge(page, several) for page in pages], filters, box, [part(page, several) for part in (_judges, _tuned) for page in pages])
 

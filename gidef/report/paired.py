@@ -1,5 +1,5 @@
-"""Two rows image by image: differences on the same victims, with intervals that are theirs. The learned perturbation beside what it is to beat, and the
-forms of an attack that differ in their restarts alone (`starts`).
+"""Two rows image by image: differences on the same victims, with intervals over the observations that these were seen in. The learned perturbation
+beside what it is to beat, and the forms of an attack that differ in their restarts alone (`starts`).
 
 Compared of defences are the paper's baselines (`BASELINES`), each of the recipe, and of each control (`CONTROLS`) the defence whose client accuracy is nearest;
 under the naive attack, the same on both sides, and each under its own strongest one.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gidef.report.kinds import defences, kinds
-from gidef.report.results import mean_of
+from gidef.report.results import mean_of, observations_of
 
 BASELINES = ("DPSGD", "BiDO")
 CONTROLS = ("IsotropicNoise", "CVB")
@@ -20,7 +20,7 @@ MEASURES = ("psnr_db", "attacker_accuracy", "mse")
 
 Row = dict[str, Any]
 Values = dict[tuple[str, str, str], dict[int, dict[str, float]]]
-"""Of (defence, attack, checkpoint): each victim's measures, averaged over seeds."""
+"""Of (defence, attack, checkpoint): each victim's measures, averaged over seeds, and the number of its batch."""
 
 
 def comparisons(results: dict[str, Any], lines: Sequence[dict[str, Any]], *, strongest: Callable[[list[Row]], Row | None]) -> list[dict[str, Any]]:
@@ -107,12 +107,17 @@ def _naive(ours: list[Row], other: list[Row]) -> tuple[Row | None, Row | None]:
 
 def _values(lines: Sequence[dict[str, Any]]) -> Values:
     seeds: dict[tuple[str, str, str], dict[int, dict[Any, dict[str, float]]]] = {}
+    batch: dict[tuple[str, str, str], dict[int, int]] = {}
     for line in lines:
         if line["kind"] == "attack" and all(line.get(key) is not None for key in MEASURES):
             place = line["defence"], line["attack"], line["checkpoint"]
             seeds.setdefault(place, {}).setdefault(line["victim"], {})[line.get("seed")] = {key: line[key] for key in MEASURES}
+            batch.setdefault(place, {})[line["victim"]] = line.get("batch", line["victim"])
     return {
-        place: {victim: {key: sum(one[key] for one in each.values()) / len(each) for key in MEASURES} for victim, each in victims.items()}
+        place: {
+            victim: {"batch": batch[place][victim], **{key: sum(one[key] for one in each.values()) / len(each) for key in MEASURES}}
+            for victim, each in victims.items()
+        }
         for place, victims in seeds.items()
     }
 
@@ -120,28 +125,41 @@ def _values(lines: Sequence[dict[str, Any]]) -> Values:
 def _compared(ours: Row, other: Row, values: Values) -> dict[str, Any]:
     """Both sides' means, and differences ours − other or ours / other − 1 as {mean, low, high}; mean None for a change of what is 0."""
     seen = [values.get((row["defence"], row["attack"], row["checkpoint"]), {}) for row in (ours, other)]
-    victims = sorted(seen[0]) if seen[0].keys() == seen[1].keys() and len(seen[0]) == ours["victims"] == other["victims"] else []
+    batches = _batches(*seen) if len(seen[0]) == ours["victims"] == other["victims"] and observations_of(ours) == observations_of(other) else []
+    batches = batches if len(batches) == observations_of(ours) else []
+    victims, size = [victim for batch in batches for victim in batch], len(batches[0]) if batches else 1
     columns = {key: [[side[victim][key] for victim in victims] for side in seen] for key in MEASURES}
     means = {key: [mean_of(row[key]) for row in (ours, other)] for key in MEASURES}
     sides = {
         "defences": [ours["defence"], other["defence"]], "attacks": [ours["attack"], other["attack"]], "attack_ids": [ours["attack_id"], other["attack_id"]],
-        "client_accuracies": [mean_of(row.get("client_accuracy")) for row in (ours, other)], "victims": len(victims),
+        "client_accuracies": [mean_of(row.get("client_accuracy")) for row in (ours, other)], "victims": len(victims), "observations": len(batches),
     }  # fmt: skip
     return {
-        **sides, **means, **{f"{key}_difference": _difference(*means[key], *columns[key]) for key in ("psnr_db", "attacker_accuracy")},
-        **{f"{key}_change": _change(*means[key], *columns[key]) for key in ("attacker_accuracy", "mse")},
+        **sides, **means, **{f"{key}_difference": _difference(*means[key], *columns[key], size) for key in ("psnr_db", "attacker_accuracy")},
+        **{f"{key}_change": _change(*means[key], *columns[key], size) for key in ("attacker_accuracy", "mse")},
     }  # fmt: skip
 
 
-def _difference(mine: float, theirs: float, ours: list[float], other: list[float]) -> dict[str, float | None]:
+def _batches(ours: dict[int, dict[str, float]], other: dict[int, dict[str, float]]) -> list[list[int]]:
+    """The victims of each observation; none where the two sides differ in them, or observations in their size."""
+    if ours.keys() != other.keys() or any(ours[victim]["batch"] != other[victim]["batch"] for victim in ours):
+        return []
+    found: dict[float, list[int]] = {}
+    for victim in sorted(ours):
+        found.setdefault(ours[victim]["batch"], []).append(victim)
+    return list(found.values()) if len({len(batch) for batch in found.values()}) == 1 else []
+
+
+def _difference(mine: float, theirs: float, ours: list[float], other: list[float], size: int) -> dict[str, float | None]:
     from gidef.metrics import bootstrap_interval  # torch, which a page does not need
 
-    low, high = bootstrap_interval([one - two for one, two in zip(ours, other, strict=True)], seed=0) if ours else (None, None)
+    apart = [one - two for one, two in zip(ours, other, strict=True)]
+    low, high = (bootstrap_interval(apart, seed=0, batch=size) if apart else None) or (None, None)
     return {"mean": mine - theirs, "low": low, "high": high}
 
 
-def _change(mine: float, theirs: float, ours: list[float], other: list[float]) -> dict[str, float | None]:
+def _change(mine: float, theirs: float, ours: list[float], other: list[float], size: int) -> dict[str, float | None]:
     from gidef.metrics import bootstrap_change
 
-    low, high = (bootstrap_change(ours, other, seed=0) if ours else None) or (None, None)
+    low, high = (bootstrap_change(ours, other, seed=0, batch=size) if ours else None) or (None, None)
     return {"mean": mine / theirs - 1 if theirs > 0 else None, "low": low, "high": high}

@@ -80,6 +80,22 @@ def interval_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
+def observations_of(row: dict[str, Any]) -> int:
+    """Batches of victims that a row's adversary saw; of a file that does not count them, as many as the batch size makes of its victims."""
+    return row.get("observations") or max(1, row["victims"] // ((row.get("threat") or {}).get("batch_size") or 1))
+
+
+def alone(row: dict[str, Any]) -> bool:
+    """Whether all of a row's images were seen in one observation, so that there is no interval: nothing says how another would differ."""
+    return row["victims"] > 1 and row.get("observations") == 1
+
+
+def batches(results: dict[str, Any]) -> str:
+    """The observations that intervals are over, where one is of several victims, in words; "" elsewhere, and of a file that does not count them."""
+    found = dict.fromkeys((row["observations"], row["victims"] // row["observations"]) for row in results["rows"] if row.get("observations"))
+    return " and ".join(f"{count} batch{'es' * (count > 1)} of {size} images" for count, size in found if size > 1)
+
+
 def bound_label(bound: dict[str, Any]) -> str:
     """A bound's name in a table, with the defence that it belongs to where there is one."""
     return f"{bound['name']} of {bound['of']}" if bound.get("of") else bound["name"]

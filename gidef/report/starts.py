@@ -26,7 +26,12 @@ def _sentence(defence: str, full: str, checkpoint: str, group: list[dict[str, An
 def _beside(one: dict[str, Any]) -> str:
     apart = one["psnr_db_difference"]
     ends = interval_of(apart)
-    return f"{apart['mean']:+.2f} dB" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}] over {one['victims']} victims" if ends else "")
+    return f"{apart['mean']:+.2f} dB" + (f" [{ends[0]:+.2f}, {ends[1]:+.2f}] over {_over(one)}" if ends else "")
+
+
+def _over(one: dict[str, Any]) -> str:
+    seen = one.get("observations", one["victims"])
+    return f"{one['victims']} victims" + (f" in {seen} observations" if seen != one["victims"] else "")
 
 
 def _seconds(one: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gidef.report.claim import MATCHED
 from gidef.report.kinds import defences
-from gidef.report.results import EXPORTED, MEASURED, bound_label, failed, interval_of, mean_of, not_applicable
+from gidef.report.results import EXPORTED, MEASURED, batches, bound_label, failed, interval_of, mean_of, not_applicable
 from gidef.report.verdict import criteria
 
 _HEADERS = ("defence", "attack", "checkpoint", "client acc. %", "attacker acc. %", "MSE x1000", "PSNR dB", "SSIM", "eps, delta", "bits per release", "lifetime bits", "Fano %", "oracle dB", "victims", "note")
@@ -90,7 +90,7 @@ def judges_table(results: dict[str, Any]) -> Table | None:
     head, *lines = judged_cells(results) or [()]
     if not head:
         return None
-    found = _empty(_title(results, "attacker accuracy by judge"), "In %, with 95 % intervals over victims.")
+    found = _empty(_title(results, "attacker accuracy by judge"), "In %, with 95 % intervals.")
     for header in head:
         found.add_column(header, justify="left" if header in head[:3] else "right")
     for line in lines:
@@ -178,7 +178,7 @@ def text(results: dict[str, Any], width: int = 120) -> str:
 
 def csv(results: dict[str, Any]) -> str:
     """Every number of every row and bound at full precision, one column per statistic (`psnr_db_mean`, `psnr_db_low`, ...)."""
-    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", *_BITS, "victims", "failed")
+    names = ("defence", "attack", "attack_id", "checkpoint", "seed", "share_policy", "epsilon", "delta", "privacy_unit", *_BITS, "victims", "observations", "failed")
     judges = judge_names(results)
     tail = ("iterations", "restarts", "oracle_restart_psnr_db", "label_recovery", "seconds", "note")
     page = io.StringIO()
@@ -353,7 +353,8 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
     known = [("on the true images (ceiling)", "accuracy_on_truth"), ("on test images", "accuracy_on_test"), ("by chance", "chance")]
     known = [f"{_number(judge[key], 100.0, 1)} % {name}" for name, key in known if judge.get(key) is not None]
     policy = f"Share policy {_policies(results)[0]}; means" if len(_policies(results)) == 1 else "Means"
-    lines = [f'{policy} over victims with 95 % intervals; attack "none": what a guess without any gradient, or with a shuffled one, scores.'] if results["rows"] else []
+    over = f", which are over observations ({counted})" if (counted := batches(results)) else ""
+    lines = [f'{policy} over victims with 95 % intervals{over}; attack "none": what a guess without any gradient, or with a shuffled one, scores.'] if results["rows"] else []
     if common := "; ".join(_common_threat(results)):
         lines.append(f"Threat model: {common}{'; what else, in the notes' if len(_threats(results)) > 1 else ''}.")
     if any((row.get("restarts") or 1) > 1 for row in results["rows"]):

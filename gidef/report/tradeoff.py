@@ -21,8 +21,8 @@ Run = tuple[str, dict[str, Any]]
 NAME = "tradeoff"
 _MEASURES = (("psnr_db", 1, "strongest attack's PSNR (dB)"), ("attacker_accuracy", 100, "highest attacker accuracy (%)"))
 _SAID = """Lower right is better. Each point is a defence under the attack that reaches highest (upper end of its interval; attackers of another threat model,
-bounds and ensembles are left out). Upright bars are 95 % intervals over victims, level ones the range over seeds. Lines join defences of one kind that
-differ in one strength alone. Client accuracy is the final model's, whatever the checkpoint."""
+bounds and ensembles are left out). Upright bars are the 95 % intervals of the table, level ones the range over seeds. Lines join defences of one kind
+that differ in one strength alone. Client accuracy is the final model's, whatever the checkpoint."""
 _WHERE = ("data", "share_policy", "release", "checkpoint")
 _COLUMNS = (*_WHERE, "measure", "run", "defence", "family", "attack", "client_accuracy", "client_accuracy_low", "client_accuracy_high", "value", "low", "high")
 

@@ -6,10 +6,11 @@ A defence *holds* against an attack only if
   - the same attack (else the strongest one) beats that limit on the undefended net, at the same checkpoint and share policy:
     otherwise the run cannot tell a defence from a weak attack;
   - an attack other than the naive one was tried, because a naive attacker overlooks the noise and overstates protection.
-It holds *on average only* if the worst image is above the class mean's own worst + 0.5 dB, or SSIM's upper end is above the
+It holds *on average only* if the worst image, of any seed, is above the class mean's own worst + 0.5 dB, or SSIM's upper end is above the
 class mean's SSIM + 0.05 (`MARGIN_SSIM`): one patient, or structure that PSNR does not price, gets out.
 A decoder on the latent itself (A12) is a bound on attackers and has its own sentence. Accuracies are called matched within
-2 points (`MATCHED_POINTS`); below 64 victims or 3 seeds (`CLAIM_VICTIMS`, `CLAIM_SEEDS`) a run is a demonstration, not a claim.
+2 points (`MATCHED_POINTS`); below 64 victims or 3 seeds (`CLAIM_VICTIMS`, `CLAIM_SEEDS`) a run is a demonstration, not a claim. Victims that are
+observed together count as one, because they leak together; of one observation of several images there is no interval, and nothing is said to hold.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gidef.report.claim import claim
 from gidef.report.control import controls
 from gidef.report.masking import CONTROL, masking
 from gidef.report.paired import comparisons
-from gidef.report.results import bound_named, failed, interval_of, mean_of, recipe_name
+from gidef.report.results import alone, batches, bound_named, failed, interval_of, mean_of, observations_of, recipe_name
 from gidef.report.starts import starts
 
 MARGIN_DB = 0.5
@@ -110,11 +111,12 @@ def _scope(results: dict[str, Any]) -> str:
         return [item for item in dict.fromkeys(map(value, rows)) if item is not None]
 
     releases = all_of(lambda row: row.get("threat", {}).get("release")) or ["update"]
-    batches = all_of(lambda row: row.get("threat", {}).get("batch_size"))
+    sizes = all_of(lambda row: row.get("threat", {}).get("batch_size"))
     labels = all_of(lambda row: row.get("threat", {}).get("labels"))
     what = {"gradient": "gradient", "delta": "weight change"}
     text = f"Attacked: {max(row['victims'] for row in rows)} training images of {results['data']['name']}"
-    text += f", observed {' and '.join(map(str, batches))} at a time" if batches else ""
+    text += f", observed {' and '.join(map(str, sizes))} at a time" if sizes else ""
+    text += f" (intervals are over the observations: {counted})" if (counted := batches(results)) else ""
     text += f"; the adversary is an honest-but-curious server that sees a client's {' or '.join(what.get(item, item) for item in releases)} of "
     text += " or ".join(f"{_SHARED.get(policy, policy)} (share policy {policy})" for policy in all_of(lambda row: row["share_policy"]))
     text += " after the defence"
@@ -128,10 +130,12 @@ def _scope(results: dict[str, Any]) -> str:
 def _demonstration(results: dict[str, Any]) -> list[str]:
     rowed = {recipe_name(results, row["defence"]) for row in results["rows"]}
     lost = Counter(one["defence"] for one in results.get("failed") or [] if one["defence"] in rowed)
-    victims, seeds = min(row["victims"] for row in results["rows"]), len(results["seeds"]) - max(lost.values(), default=0)
-    if victims >= CLAIM_VICTIMS and seeds >= CLAIM_SEEDS:
+    fewest, seeds = min(results["rows"], key=observations_of), len(results["seeds"]) - max(lost.values(), default=0)
+    seen = observations_of(fewest)
+    if seen >= CLAIM_VICTIMS and seeds >= CLAIM_SEEDS:
         return []
-    found = f"{_count(victims, 'victim')} and {_count(seeds, 'seed')}"
+    found = _count(seen, "victim") if seen == fewest["victims"] else f"{_count(fewest['victims'], 'victim')} in {_count(seen, 'observation')}"
+    found += f" and {_count(seeds, 'seed')}"
     return [f"A demonstration, not a claim: {found}, where a claim takes {CLAIM_VICTIMS} and {CLAIM_SEEDS}."]
 
 
@@ -171,6 +175,8 @@ def _on_defended(results: dict[str, Any], rows: list[Row], undefended: list[Row]
         return f"{cannot} the {reference['attack']} attack fails on the undefended net too: {_db(reference)}{_effort(reference)}."
     if all(other["attack_id"] == NAIVE for other in rows):
         return f"{cannot} only a naive attacker was tried, who overlooks the defence and overstates it. Run the joint attack."
+    if alone(row):
+        return f"{cannot} its {row['victims']} images are of one observation, which says nothing of others. Attack more victims."
     gaps = _gaps(results, row)
     text = f"{_called(results, row, start=True)} holds{' on average only' if gaps else ''} under {where}: {_db(row)} against {against}"
     text += f"; undefended, the {reference['attack']} attack reaches {_db(reference)}"
@@ -178,7 +184,7 @@ def _on_defended(results: dict[str, Any], rows: list[Row], undefended: list[Row]
 
 
 def _gaps(results: dict[str, Any], row: Row) -> list[str]:
-    """What a mean PSNR hides."""
+    """What a mean PSNR hides. The worst image of any seed stands beside the class mean's, whose guess every seed draws alike."""
     bound, gaps = bound_named(results, "class mean"), []
     worst, usual = _worst(row["psnr_db"]), _worst(bound.get("psnr_db"))
     if worst is not None and usual is not None and worst > usual + MARGIN_DB:

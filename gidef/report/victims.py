@@ -58,8 +58,9 @@ class Victim:
     seen: list[Seen] = field(default_factory=list)
 
     def strongest(self, apart: set[str]) -> Seen | None:
-        """Where it was seen best, attacks of these names left out."""
-        return max((seen for seen in self.seen if seen.psnr_db is not None and seen.attack not in apart), key=lambda seen: seen.psnr_db, default=None)
+        """Where it was seen best, attacks of these names and those that failed left out."""
+        known = [seen for seen in self.seen if seen.psnr_db is not None and not seen.failure and seen.attack not in apart]
+        return max(known, key=lambda seen: seen.psnr_db, default=None)
 
 
 def victims_of(lines: Sequence[Line], sheets: Sequence[Sheet]) -> list[Victim]:

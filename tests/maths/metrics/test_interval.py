@@ -86,3 +86,28 @@ def test_a_change_of_what_may_be_nought_is_not_to_be_had_and_nonsense_is_refused
         bootstrap_change([1.0, 1.0], [-1.0, 2.0], seed=0)
     with pytest.raises(ValueError, match="level"):
         bootstrap_change([1.0], [1.0], seed=0, level=1.0)
+
+
+def test_images_of_one_observation_are_drawn_together():
+    draw = torch.Generator().manual_seed(0)
+    covered = {1: 0, 4: 0}
+    for trial in range(200):
+        together = torch.randn(40, 1, generator=draw, dtype=torch.float64) + 0.3 * torch.randn(40, 4, generator=draw, dtype=torch.float64)
+        for batch in covered:
+            low, high = bootstrap_interval(together.flatten(), seed=trial, batch=batch, resamples=400)
+            covered[batch] += low <= 0 <= high
+    assert covered[1] / 200 < 0.75 and 0.88 <= covered[4] / 200 <= 0.99, covered
+    assert bootstrap_interval(together.flatten(), seed=3, batch=4) == bootstrap_interval(together.mean(1), seed=3)
+    other = together.exp().flip(0)
+    means = together.exp().mean(1), other.mean(1)
+    assert bootstrap_change(together.exp().flatten(), other.flatten(), seed=3, batch=4) == bootstrap_change(*means, seed=3)
+
+
+def test_one_observation_of_several_images_has_no_interval_and_its_batches_are_whole():
+    assert bootstrap_interval([1.0, 2.0], seed=0, batch=2) is None and bootstrap_change([1.0, 2.0], [2.0, 2.0], seed=0, batch=2) is None
+    assert bootstrap_interval([1.0], seed=0, batch=1) == (1.0, 1.0)
+    for batch in (0, 2):
+        with pytest.raises(ValueError, match=f"3 values in batches of {batch}"):
+            bootstrap_interval([1.0, 2.0, 3.0], seed=0, batch=batch)
+        with pytest.raises(ValueError, match=f"3 values in batches of {batch}"):
+            bootstrap_change([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], seed=0, batch=batch)

@@ -123,3 +123,10 @@ def test_a_refused_certificate_says_why_and_keeps_its_columns(results, make_row)
     place = [cell.strip() for cell in head.split("|")].index("bits per release")
     assert [[cell.strip() for cell in line.split("|")][place : place + 3] for line in lines[3:5]] == [["none", "none", ""]] * 2
     assert "Bits none: no certificate" in tables.text(results) and f"no certificate: {reason}"[:40] in tables.text(results)
+
+
+def test_of_one_observation_of_several_images_nothing_is_judged(certified):
+    for row in certified["rows"][-4:]:
+        row |= {"observations": 1, "above_class_mean_db": row["above_class_mean_db"] | {"low": None, "high": None}}
+    [text] = judged(certified)
+    assert text.endswith("Not judged: one observation alone.") and "is +0.5 dB from the class mean" in text

@@ -59,3 +59,12 @@ def test_without_the_record_there_is_no_interval_and_without_forms_nothing_is_sa
     results["recipe"].pop("attacks")
     results["starts"] = starts(results, lines)
     assert results["starts"] == [] and not any(text.startswith("Restarts") for text in verdict(results))
+
+
+def test_of_victims_that_are_observed_together_the_sentence_counts_the_observations(case):
+    results, lines = case
+    for row in results["rows"]:
+        row["observations"] = 16
+    results["starts"] = starts(results, [line | {"batch": line["victim"] // 4} for line in lines])
+    [text] = [text for text in verdict(results) if text.startswith("Restarts")]
+    assert "] over 64 victims in 16 observations, in 30 s" in text

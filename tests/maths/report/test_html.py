@@ -799,3 +799,21 @@ def test_without_javascript_everything_can_be_read(browser, run):
         assert browser.js("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     finally:
         browser.do("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_observations_are_counted_where_they_are_of_several_victims(run, results, tmp_path):
+    folder = run[2]
+    assert "Means over victims with 95 % intervals. " in read(page_of(folder)).one("section", id="table").text
+    for row in results["rows"]:
+        row["observations"] = 16
+    make_run(tmp_path / "batches", complete(results))
+    text = read(page_of(tmp_path / "batches")).one("section", id="table").text
+    assert "with 95 % intervals, which are over observations (16 batches of 4 images). " in text
+    text = read(page_of(folder, tmp_path / "batches")).one("section", id="table").text
+    assert "observations (quickstart batches: 16 batches of 4 images). " in text
+
+
+def test_an_attack_that_failed_is_nobodys_strongest(results, tmp_path):
+    make_run(tmp_path / "failed", complete(results), error="out of memory")
+    faces = list(read(page_of(tmp_path / "failed")).one("ul", class_="faces").all("a"))
+    assert [face.one("span", class_="interval").text for face in faces] == ["up to –"] * len(VICTIMS)

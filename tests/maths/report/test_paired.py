@@ -111,3 +111,38 @@ def test_the_papers_claim_has_paired_intervals(results, make_row):
     for text, one in ((naive, results["comparisons"][0]), (strongest, results["comparisons"][1])):
         assert f"MSE {100 * one['mse_change']['mean']:+.1f} % [{100 * one['mse_change']['low']:+.1f}, {100 * one['mse_change']['high']:+.1f}] (claimed" in text
         assert "+0.0 points [+0.0, +0.0] (claimed -12.5: FAIL)" in text
+
+
+def test_victims_that_are_observed_together_are_drawn_together(results, make_row):
+    results, lines = compared(results, make_row, {"ours": -0.3, "iso": 0.0})
+    before = compare(results, [line | {"batch": 63 - line["victim"] % 100} if line["kind"] == "attack" else line for line in lines])
+    assert before == compare(results, lines), "batches of one are the victims, however they are numbered"
+    batch, size = {victim: (victim * 7) % 16 for victim in range(VICTIMS)}, 4  # not side by side, as victims come sorted
+    shift = np.random.default_rng(5).standard_normal(16)
+    for row in results["rows"]:
+        row["threat"], row["observations"] = row["threat"] | {"batch_size": size}, VICTIMS // size
+    for line in lines[1:]:
+        line["batch"] = batch[line["victim"] - 100]
+        line["psnr_db"] += shift[line["batch"]] if line["defence"] == "ours" else 0.0
+    naive, _ = compare(results, lines)
+    ours, iso = (values_of(name, "naive", move).mean(1) for name, move in (("ours", -0.3), ("iso", 0.0)))
+    apart = ours + shift[[batch[victim] for victim in range(VICTIMS)]] - iso
+    means = np.array([np.mean([apart[victim] for victim in range(VICTIMS) if batch[victim] == number]) for number in range(16)])
+    expected = np.quantile(means[np.random.default_rng(1).integers(16, size=(20_000, 16))].mean(1), [0.025, 0.975])
+    found = naive["psnr_db_difference"]
+    assert [found["low"], found["high"]] == pytest.approx(expected.tolist(), abs=0.03) and (naive["victims"], naive["observations"]) == (VICTIMS, 16)
+    assert found["high"] - found["low"] > 0.8, "by single images it would be half as wide"
+    assert naive["attacker_accuracy_change"]["low"] == naive["attacker_accuracy_change"]["high"] == 0.0
+    for broken in ([line | {"batch": line["batch"] % 15} if line["kind"] == "attack" else line for line in lines],
+                   [line | {"batch": 15 - line["batch"]} if line.get("defence") == "ours" else line for line in lines],
+                   [{key: value for key, value in line.items() if key != "batch"} for line in lines]):  # fmt: skip
+        one = compare(results, broken)[0]
+        assert one["psnr_db_difference"]["low"] is None and one["victims"] == one["observations"] == 0, "batches of two sizes, of two kinds, and none"
+
+
+def test_one_observation_of_all_victims_concludes_nothing(results, make_row):
+    results, lines = compared(results, make_row, {"ours": -0.3, "iso": 0.0})
+    for row in results["rows"]:
+        row["observations"] = 1
+    [text] = said(results, [line | {"batch": 0} for line in lines])
+    assert "[" not in text and text.endswith("or with one observation of them all, there is no paired interval, so nothing is concluded.")

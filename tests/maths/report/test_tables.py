@@ -189,3 +189,16 @@ def test_an_attack_with_nothing_to_attack_is_a_row_that_says_why_everywhere(resu
     lines = list(csv.DictReader(io.StringIO(tables.csv(results))))
     assert [(line["kind"], line["psnr_db_mean"], line["note"]) for line in lines[3:5]] == [("not applicable", "", "not applicable: it needs noise")] * 2
     assert render([Page(name="run", results=results)]).count(">not applicable: it needs noise<") == 2
+
+
+def test_observations_are_counted_where_they_are_of_several_victims(results):
+    for row in results["rows"]:
+        row["observations"] = 64
+    assert "over victims with 95 % intervals; attack" in " ".join(tables.text(results, 160).split())
+    for row in results["rows"]:
+        row["observations"] = 16
+    told = "over victims with 95 % intervals, which are over observations (16 batches of 4 images); attack"
+    for render in (tables.text, tables.markdown):
+        assert told in " ".join(render(results).split())
+    assert told.replace("%", r"\%") in tables.latex(results)
+    assert [line["observations"] for line in csv.DictReader(io.StringIO(tables.csv(results)))] == ["16"] * 3 + [""] * 4

@@ -2,7 +2,10 @@
 
 import copy
 
+import torch
+
 from gidef.report.verdict import MARGIN_DB, is_undefended, verdict
+from gidef.scores import measured
 
 
 def sentence(results, start):
@@ -95,6 +98,14 @@ def test_one_patient_given_away_spoils_a_good_average(results):
     assert text.endswith("But the worst image is recovered at 27.0 dB (class mean's best match: 24.0 dB).")
 
 
+def test_one_patient_given_away_by_one_of_three_trainings_spoils_it_too(results):
+    psnr = torch.full((3, 64), 12.0, dtype=torch.float64)
+    psnr[1, 5] = 36.0
+    results["rows"][2]["psnr_db"] = measured(psnr, "psnr_db", seed=0)
+    text = sentence(results, 'The defence "learned" holds on average only')
+    assert text.endswith("But the worst image is recovered at 36.0 dB (class mean's best match: 24.0 dB).")
+
+
 def test_structure_that_psnr_does_not_price_spoils_a_good_average(results, make_row):
     results["rows"][2] = make_row("learned", "joint", "A3", 12.1, ssim=0.5)
     assert "SSIM is up to 0.53, above the class mean's 0.42" in sentence(results, "holds on average only")
@@ -136,6 +147,35 @@ def test_few_victims_or_seeds_make_a_demonstration(results):
     results["seeds"] = [0]
     results["rows"][0]["victims"] = 16
     assert sentence(results, "A demonstration, not a claim") == "A demonstration, not a claim: 16 victims and 1 seed, where a claim takes 64 and 3."
+
+
+def test_victims_that_are_observed_together_count_as_one(results):
+    for row in results["rows"]:
+        row["threat"]["batch_size"] = 4
+    told = "A demonstration, not a claim: 64 victims in 16 observations and 3 seeds, where a claim takes 64 and 3."
+    assert sentence(results, "A demonstration") == told, "a file that does not count them"
+    assert "intervals are over" not in sentence(results, "Attacked:"), "those of such a file are not"
+    for row in results["rows"]:
+        row["observations"] = 16
+    assert sentence(results, "A demonstration") == told
+    text = sentence(results, "Attacked:")
+    assert "64 training images of bloodmnist, observed 4 at a time (intervals are over the observations: 16 batches of 4 images);" in text
+    for row in results["rows"]:
+        row |= {"victims": 256, "observations": 64}
+    assert not any("demonstration" in text for text in verdict(results))
+
+
+def test_of_one_observation_of_several_images_nothing_holds(results):
+    for row in results["rows"]:
+        row |= {"victims": 8, "observations": 1}
+        row["threat"]["batch_size"] = 8
+        row["psnr_db"] |= {"low": None, "high": None}
+    text = sentence(results, 'This run cannot tell whether the defence "learned" holds')
+    assert text.endswith("but its 8 images are of one observation, which says nothing of others. Attack more victims.")
+    assert "stays at 12.1 dB, against" in text
+    assert "(intervals are over the observations: 1 batch of 8 images)" in sentence(results, "Attacked:")
+    results["rows"][2]["psnr_db"]["mean"] = 21.0
+    assert "21.0 dB against" in sentence(results, "does NOT hold")
 
 
 def test_failed_and_unmeasured_attacks_are_told(results, make_row):
