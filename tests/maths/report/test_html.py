@@ -841,6 +841,31 @@ def test_paper_shows_the_whole_table_and_no_controls(browser, run):
 
 
 @in_chromium
+def test_paper_holds_every_column_of_several_runs(browser, results, make_row, tmp_path):
+    """As many columns as there are, long names without a space, and long words in every cell."""
+    every = {
+        "share_policy": "head", "certified_bits": 31.3, "lifetime_bits": None, "fano": 0.012345, "uncertified_lifetime": "the noise stays", "epsilon": 8.0,
+        "delta": 1e-5, "oracle_restart_psnr_db": 12.3, "restarts": 4, "nmse": {"mean": 7.11, "low": 6.67, "high": 7.55}, "note": "what priors draw by themselves, " * 4,
+    }  # fmt: skip
+    results["rows"][0]["threat"]["name"] = "honest but curious server; untrained checkpoint; gradient of one batch of 1; knows the labels; no BatchNorm"
+    make_run(tmp_path / "one", results)
+    other = copy.deepcopy(results)
+    other["recipe_name"] = "heterogeneity_of_a_federation_with_a_long_name"
+    other["rows"] = [row | every for row in other["rows"]] + [make_row("a_defence_with_a_long_name_of_one_word", "shuffled gradient", "control", 9.0, **every)]
+    make_run(tmp_path / "2026-11-27-073418", other)
+    browser.open(html.write([tmp_path / "one", tmp_path / "2026-11-27-073418"]))
+    browser.wide(1032)  # A4 across, less its margins, at 96 px per inch
+    browser.do("Emulation.setEmulatedMedia", media="print")
+    heads, right, beyond = browser.js("""(() => {
+        const right = (one) => one.getBoundingClientRect().right, parts = [...document.querySelectorAll("main *")];
+        return [document.querySelectorAll("#rows thead th").length, right(document.querySelector("#rows thead th:last-child")),
+                parts.filter((one) => right(one) > 1032).map((one) => one.outerHTML.slice(0, 80))];
+    })()""")
+    browser.do("Emulation.setEmulatedMedia", media="")
+    assert heads == 22 and right > 900 and beyond == []
+
+
+@in_chromium
 def test_without_javascript_everything_can_be_read(browser, run):
     browser.wide(1280)
     browser.do("Emulation.setScriptExecutionDisabled", value=True)
