@@ -407,18 +407,20 @@ def _per_client(lines: Sequence[Line], defence: str, attack: str, checkpoint: st
 def _learning(page: Page, several: bool) -> Html | None:
     series: dict[str, list[tuple[float, float]]] = {}
     styles: dict[str, tuple[int, int]] = {}
+    families: dict[str, str] = {}
     order, seeds = _defences(page), list(page.results["seeds"])
     for line in page.lines:
         if line["kind"] == "round" and line.get("val_accuracy") is not None:
             label = f"{line['defence']}, seed {line['seed']}"
             series.setdefault(label, []).append((line["round"], 100 * line["val_accuracy"]))
             styles[label] = order.get(line["defence"], 0), seeds.index(line["seed"]) if line["seed"] in seeds else 0
+            families[label] = line["defence"]
     if not series:
         return None
     chance = (page.results.get("judge") or {}).get("chance")
     level = None if chance is None else ("chance", 100 * chance)
     name = "Validation accuracy per round"
-    drawn = svg.curves(series, styles, name=name, xlabel="round", ylabel="validation accuracy (%)", level=level)
+    drawn = svg.curves(series, styles, name=name, xlabel="round", ylabel="validation accuracy (%)", level=level, families=families)
     return join(_run_head(page, several), _shown(name, drawn))
 
 

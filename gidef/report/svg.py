@@ -86,31 +86,54 @@ def scatter(points: Sequence[Point], levels: Sequence[tuple[str, float]], *, nam
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, tuple[int, int]], *, name: str, xlabel: str, ylabel: str,
-           level: tuple[str, float] | None = None) -> Html:  # fmt: skip
-    """Lines with their names at the right end. styles: per name the indices of colour and dashes; level: a named horizontal line."""
-    height, left, top, bottom = 320, 56, 12, 44
-    right = 16 + min(220, _LETTER * max(len(_short(label)) for label in series))
-    at_x, xticks = _axis([x for points in series.values() for x, _ in points], left, _WIDTH - right, share=0.0, whole=True)
+           level: tuple[str, float] | None = None, families: Mapping[str, str] | None = None) -> Html:  # fmt: skip
+    """Lines with their names at the right end, below one another in a plot as high as they need. styles: per name the indices of colour and dashes; level:
+    a named horizontal line; families: per name another, which of more than MOST_NAMED lines is written once, at the end of its longest."""
+    together = families is not None and len(series) > MOST_NAMED
+    at: dict[str, str] = {}  # a name → the line that it stands at
+    for label, points in series.items():
+        text = families[label] if together else label
+        if text not in at or points[-1][0] > series[at[text]][-1][0]:
+            at[text] = label
+    shown = {label: text for text, label in at.items()}
+    left, top, bottom = 56, 12, 44
+    height = max(320, 18 + 14 * len(shown))
     at_y, yticks = _axis([y for points in series.values() for _, y in points] + ([level[1]] if level else []), height - bottom, top)
+    ends = {label: at_y(series[label][-1][1]) for label in shown}
+    written = dict(zip(sorted(ends, key=ends.get), _apart(sorted(ends.values()), 14, height - 6), strict=True))
+    moved = max(abs(written[label] - ends[label]) for label in shown) > 7
+    gap = 30 if moved else 8  # room for a line from each end to its name
+    right = 8 + gap + min(220, _LETTER * max(len(_short(text)) for text in shown.values()))
+    at_x, xticks = _axis([x for points in series.values() for x, _ in points], left, _WIDTH - right, share=0.0, whole=True)
     marks = [_ticks(xticks, yticks, at_x, at_y, left, _WIDTH - right, height - bottom, xlabel, ylabel)]
     if level:
         y = at_y(level[1])
         marks += [tag("line", x1=left, x2=_WIDTH - right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="level"), _text(left + 4, y - 4, level[0], class_="quiet")]
-    ends = sorted((at_y(points[-1][1]), label) for label, points in series.items())
-    written, last = {}, -math.inf
-    for y, label in ends:
-        last = written[label] = max(y, last + 14)
-    over = max(0.0, last - (height - 6))  # a crowd of names at the bottom moves up together
     for label, points in series.items():
         number, dash = styles[label]
         where = [f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points]
-        style = {"stroke": colour(number), "stroke_width": 2, "fill": "none", "stroke_dasharray": dashes(dash)}
+        style = {"stroke": colour(number), "stroke_width": 1 if together else 2, "fill": "none", "stroke_dasharray": dashes(dash)}
         drawn = [tag("polyline", points=" ".join(where), **style)]
         if len(points) <= 30:
             drawn += [tag("path", d=_marker(number), transform=f"translate({spot}) scale(.6)", fill=colour(number)) for spot in where]
-        drawn += [_text(at_x(points[-1][0]) + 8, written[label] - over + 4, _short(label)), tag("title", label)]
-        marks.append(tag("g", *drawn))
+        if label in shown:
+            x, y = at_x(points[-1][0]), written[label]
+            if moved:
+                drawn.append(tag("line", x1=f"{x + 4:.1f}", y1=f"{ends[label]:.1f}", x2=f"{x + gap - 3:.1f}", y2=f"{y:.1f}", class_="leader", stroke=colour(number)))
+            drawn.append(_text(x + gap, y + 4, _short(shown[label])))
+        marks.append(tag("g", *drawn, tag("title", label)))
     return _svg(height, name, marks)
+
+
+def _apart(places: Sequence[float], step: float, last: float) -> list[float]:
+    """Rising places, moved where they must to stand a step apart, none beyond the last."""
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + step) if found else place)
+    for number in reversed(range(len(found))):
+        last = found[number] = min(found[number], last)
+        last -= step
+    return found
 
 
 def strips(rows: Sequence[tuple[str, int, Sequence[tuple[str, str, float]]]], *, name: str, xlabel: str, level: tuple[str, float] | None = None,

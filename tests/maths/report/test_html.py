@@ -516,6 +516,59 @@ def test_learning_curves_cost_and_origin_are_as_recorded(run):
     assert facts["weights plain/0 (SHA-256)"] == "ab" and json.loads(tree.one("pre").text) == content["recipe"]
 
 
+def crowd(defences, *, seeds=3, last=30):
+    """Learning curves by seed that all end within a few points, their styles and their defences."""
+    families = {f"defence {defence}, seed {seed}": f"defence {defence}" for defence in range(defences) for seed in range(seeds)}
+    series = {label: [(step, 20.0 + 2 * step + 0.03 * place) for step in range(1, last + 1)] for place, label in enumerate(families)}
+    return series, {label: (1 + place // seeds, place % seeds) for place, label in enumerate(families)}, families
+
+
+def names_of(drawn, label="defence"):
+    """(name, its middle's height) of the curves, and the plot's height."""
+    plot = read(drawn).one("svg")
+    texts = [(text.text, float(text.attributes["y"]) - 4) for text in plot.all("text") if text.text.startswith(label)]
+    return texts, float(plot.attributes["viewbox"].split()[-1])
+
+
+@pytest.mark.parametrize("defences", [1, 6, 7, 14, 24])
+@pytest.mark.parametrize("together", [False, True])
+def test_names_of_many_curves_stay_in_their_plot_and_apart(defences, together):
+    series, styles, families = crowd(defences)
+    drawn = svg.curves(series, styles, name="n", xlabel="round", ylabel="y", level=("chance", 12.5), families=families if together else None)
+    names, height = names_of(drawn)
+    merged = together and 3 * defences > 18
+    assert sorted(name for name, _ in names) == sorted(set(families.values()) if merged else series)
+    places = sorted(y for _, y in names)
+    assert all(later - place >= 13.9 for place, later in zip(places, places[1:], strict=False)) and places[0] >= 7 and places[-1] <= height - 5
+    tree = read(drawn)
+    assert len(list(tree.all("polyline"))) == len(series) and [title.text for title in tree.all("title")] == list(series)
+    order = [name for name, _ in sorted(names, key=lambda one: -one[1])]
+    assert order == list(dict.fromkeys(families.values()) if merged else series), "from the bottom in the order of their ends"
+    assert height < 700 or not merged, "a sheet of paper holds it"
+    for line in tree.all("line", class_="leader"):  # from an end to the name's side
+        assert float(line.attributes["y2"]) in [round(y, 1) for y in places] and float(line.attributes["x1"]) < float(line.attributes["x2"])
+
+
+def test_a_crowd_of_names_at_the_bottom_moves_no_name_at_the_top():
+    series = {f"defence {place}": [(1, 10.0), (2, 10.0 + 0.01 * place)] for place in range(9)} | {"defence high": [(1, 10.0), (2, 90.0)]}
+    names, height = names_of(svg.curves(series, dict.fromkeys(series, (1, 0)), name="n", xlabel="x", ylabel="y"))
+    places = dict(names)
+    assert 7 <= places["defence high"] <= 40 and max(places.values()) <= height - 5
+
+
+def test_the_page_names_each_of_many_defences_once_beside_its_seeds(results, tmp_path):
+    content = complete(results)
+    make_run(tmp_path / "one", content)
+    with Record.open(tmp_path / "one" / "record.jsonl", keep=lambda line: True) as record:
+        for defence in ("plain", "learned"):
+            for seed in range(1, 10):
+                record.append("round", defence=defence, seed=seed, round=1, val_accuracy=0.5)
+    plot = read(page_of(tmp_path / "one")).one("section", id="learning").one("svg")
+    expected = {f"{defence}, seed {seed}" for defence in ("plain", "learned") for seed in range(10)}
+    assert len(list(plot.all("polyline"))) == 20 and {title.text for title in plot.all("title")} == expected
+    assert [text.text for text in plot.all("text") if text.text in ("plain", "learned") or "seed" in text.text] == ["plain", "learned"]
+
+
 def test_dots_beyond_the_end_are_drawn_at_the_edge_and_keep_their_value():
     tree = read(svg.strips([("a", 0, [("k", "far", 100.0), ("k", "edge", 50.0), ("k", "near", 10.0)])], name="x", xlabel="y", most=50))
     far, edge, near = tree.all("path")
@@ -785,6 +838,31 @@ def test_paper_shows_the_whole_table_and_no_controls(browser, run):
     browser.do("Emulation.setEmulatedMedia", media="")
     assert found == [False, False, True, True] and overflow == "visible"
     assert base64.b64decode(browser.do("Page.printToPDF")["data"]).startswith(b"%PDF")
+
+
+@in_chromium
+def test_paper_holds_every_column_of_several_runs(browser, results, make_row, tmp_path):
+    """As many columns as there are, long names without a space, and long words in every cell."""
+    every = {
+        "share_policy": "head", "certified_bits": 31.3, "lifetime_bits": None, "fano": 0.012345, "uncertified_lifetime": "the noise stays", "epsilon": 8.0,
+        "delta": 1e-5, "oracle_restart_psnr_db": 12.3, "restarts": 4, "nmse": {"mean": 7.11, "low": 6.67, "high": 7.55}, "note": "what priors draw by themselves, " * 4,
+    }  # fmt: skip
+    results["rows"][0]["threat"]["name"] = "honest but curious server; untrained checkpoint; gradient of one batch of 1; knows the labels; no BatchNorm"
+    make_run(tmp_path / "one", results)
+    other = copy.deepcopy(results)
+    other["recipe_name"] = "heterogeneity_of_a_federation_with_a_long_name"
+    other["rows"] = [row | every for row in other["rows"]] + [make_row("a_defence_with_a_long_name_of_one_word", "shuffled gradient", "control", 9.0, **every)]
+    make_run(tmp_path / "2026-11-27-073418", other)
+    browser.open(html.write([tmp_path / "one", tmp_path / "2026-11-27-073418"]))
+    browser.wide(1032)  # A4 across, less its margins, at 96 px per inch
+    browser.do("Emulation.setEmulatedMedia", media="print")
+    heads, right, beyond = browser.js("""(() => {
+        const right = (one) => one.getBoundingClientRect().right, parts = [...document.querySelectorAll("main *")];
+        return [document.querySelectorAll("#rows thead th").length, right(document.querySelector("#rows thead th:last-child")),
+                parts.filter((one) => right(one) > 1032).map((one) => one.outerHTML.slice(0, 80))];
+    })()""")
+    browser.do("Emulation.setEmulatedMedia", media="")
+    assert heads == 22 and right > 900 and beyond == []
 
 
 @in_chromium
