@@ -152,10 +152,9 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                 results, over = [], 0.0
                 for number, stage in enumerate(stages):
                     settings = stage if number == 0 else methods.refined(plan, results[-1])
-                    recorded = programs if number == 0 else attacks.Programs()
                     running = climb(
                         some, plan.observations, plan.make_simulate(), settings, notice=lambda text: _notice(run, cell, programs, text),
-                        programs=recorded, large=_large(run, cell, plan), every_s=REPORT_S, **options,
+                        programs=programs, large=_large(run, cell, plan), every_s=REPORT_S, **options,
                     )  # fmt: skip
                     while True:
                         try:
@@ -164,7 +163,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
                             results.append(end.value)
                             break
                     over += stage.iterations * len(some)
-                    for text in recorded.notices:
+                    for text in programs.notices:
                         _notice(run, cell, programs, text)
                 return results[0] if len(results) == 1 else attacks.joined(results, [stage.iterations for stage in stages])
 

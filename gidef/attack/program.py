@@ -12,6 +12,7 @@ one forward pass and nothing differentiates a compiled function, which torch.com
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 import warnings
@@ -147,7 +148,7 @@ def _norm(tensors: Tensors) -> Tensor:
 
 
 class Programs:
-    """The recorded and compiled inner steps of one attack, by shape; threads of a rank share them.
+    """The recorded and compiled inner steps of one attack, all of its stages, by shape and settings; threads of a rank share them.
 
     A recorded graph holds no Python state of the simulator, so one serves all threads. What cannot be recorded or compiled runs as the
     next simpler mode, and `notices` says so once.
@@ -188,8 +189,10 @@ class Programs:
             return vmap(step, in_dims=dims)
         leaves, layout = pytree.tree_flatten(inputs)
         shapes = tuple((tuple(leaf.shape), leaf.dtype, leaf.device) for leaf in leaves)
-        # graphs of other widths have the same shape; a matching holds closures, so its identity names it, and is kept alive beside
-        key = (mode, precision, shapes, str(dims), id(matching))
+        # graphs of other widths have the same shape; a matching holds closures, so the identities of its fields name it, and it is kept alive beside. No step
+        # reads where attacks start, which a second stage is told anew for each chunk
+        own = tuple(id(getattr(matching, spec.name)) for spec in dataclasses.fields(matching) if spec.name != "start")
+        key = (mode, precision, shapes, str(dims), own)
         with self._lock:
             if key not in self._made:
                 self._made[key] = (self._make(vmap(step, in_dims=dims), leaves, layout, mode), matching)

@@ -550,6 +550,28 @@ def test_an_attack_of_two_stages_keeps_the_curve_the_candidates_and_the_first_fi
         torch.testing.assert_close(joined[name], torch.stack([codes[name][2] if row == 2 else pixels[name][row] for row in range(4)]))
 
 
+def test_both_stages_of_an_attack_are_recorded_once_whatever_the_chunks_and_give_the_loop_s_numbers(trained, tmp_path, monkeypatch):
+    run, found = trained
+    generator, made, kept = decoder_for((64,), -1, (3, 16, 16), size="loop", seed=0), [], {}
+    monkeypatch.setattr(attacks.Programs, "_make", lambda self, program, *given: made.append(1) or program)  # recording takes seconds, and is tested elsewhere
+    for mode in ("loop", "traced"):
+        own = with_speed(run, attacks={"generative": config.GenerativePrior(iterations=4, code=64)}, attack_mode=mode, attacks_at_once=3)
+        [cell] = cells_of(own, found, tmp_path / mode)
+        made.clear()
+        tasks = inversions.matching_tasks(own, [cell], lambda cell: {"generator": generator}, tmp_path / mode)
+        for task in tasks:
+            task.do(0, lambda units: None)
+        assert len(tasks) == 2 and len(made) == (0 if mode == "loop" else 2), (mode, made)
+        inversions.collect(own, cell)
+        kept[mode] = cell.reconstructions
+    for one, other in zip(*kept.values(), strict=True):
+        assert one.status == other.status == "ok" and one.iterations == other.iterations == 6
+        for name in ("images", "losses"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=1e-3, atol=1e-3)
+    images = torch.cat([one.images for one in kept["loop"]])
+    assert float((images - images[:1]).flatten(1).abs().amax(1)[1:].min()) > 0.01  # each victim's are its own: a chunk cannot have begun at another's
+
+
 def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without_bounds(trained, tmp_path):
     run, found = trained
     run = with_speed(run, attacks={"smoke": config.Standard(version="smoke")})

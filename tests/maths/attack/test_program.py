@@ -59,6 +59,21 @@ def test_a_recorded_program_gives_the_numbers_of_a_plain_loop_and_is_recorded_on
     assert len(programs._made) == 1 and not programs.notices
 
 
+def test_one_program_serves_all_starts_and_no_other_settings(case, monkeypatch):
+    observations, simulate, settings = case
+    settings, made, programs, losses = dataclasses.replace(settings, iterations=2, restarts=1), [], Programs(), set()
+    monkeypatch.setattr(Programs, "_make", lambda self, program, *given: made.append(1) or program)
+    grey = torch.full((2, *settings.image_shape), 0.5)
+    tried = [settings, *(dataclasses.replace(settings, start=lambda observation, restart, value=value: (value * grey, None)) for value in (0.5, 1.0))]
+    tried += [dataclasses.replace(settings, tv=0.3), dataclasses.replace(settings, distance="l2"), dataclasses.replace(settings, priors=((1.0, lambda point: point.images.mean()),))]
+    for one, expected in zip(tried, (1, 1, 1, 2, 3, 4), strict=True):
+        plain = run(observations[:1], lambda: simulate, one, mode="vmap", **DOUBLE)
+        same(plain, run(observations[:1], lambda: simulate, one, mode="traced", programs=programs, **DOUBLE))
+        losses.add(plain[0].loss)
+        assert len(made) == expected
+    assert len(losses) == len(tried)
+
+
 def test_a_compiled_program_gives_the_numbers_of_a_plain_loop(case):
     observations, simulate, settings = case
     programs = Programs()
