@@ -232,8 +232,9 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
             said.append(words[attack.decoder])
     if isinstance(one.training.defence.decoder, SeeingDecoder) and (isinstance(attack, config.LatentDecoding) or getattr(attack, "decoder", "") == "unused"):
         said.append("matches the gradient of cross-entropy alone, and the decoder's term is in the released one")
-    if isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size == 1:
-        said.append("BiDO's terms vanish in a batch of one image: it is undefended")
+    if isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size // run.recipe.evaluation.local_steps == 1:
+        what = "local steps" if run.recipe.evaluation.local_steps > 1 else "a batch"
+        said.append(f"BiDO's terms vanish in {what} of one image: it is undefended")
     if one.training.defence.encoders:
         said.append("the client trains on encoded images; scored against the private ones")
     if one.training.defence.secure is not None and not isinstance(attack, config.PostHocDecoder):

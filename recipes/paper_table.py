@@ -5,7 +5,8 @@ Shows:  undefended, DP-SGD at epsilon 8 and at matched accuracy, BiDO, CVB, isot
         the joint attack, which is handed the client's decoder, are tuned for each defence on images that are no victims (--small: the naive one alone); once more
         the joint one, untuned, guesses the decoder.
         "final" is where the learned noise is as trained: the game's weight rises over the first tenth of the rounds, and "early" lies at their end.
-        Other epsilons: privacy_budget. A batch of one image is undefended under BiDO: gidef attack RUN --batch-size 8 attacks batches of the same run.
+        Other epsilons: privacy_budget. A batch of one image is undefended under BiDO. Batches of the same trainings, where it is not:
+        gidef attack RUN --attack naive joint --batch-size 8
 Expect: the paper's gap under the naive attack, and none under the joint one.
 Costs:  hours on 2 CPU cores; --small: ten minutes. Natural images: --data.name cifar10. Needs the extra `dp`.
 """

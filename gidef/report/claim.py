@@ -21,12 +21,12 @@ Compared = dict[str, Any]
 
 def claim(results: dict[str, Any], compared: list[Compared]) -> list[str]:
     """Sentences for each learned perturbation, each baseline of the paper beside it and each checkpoint: under the naive attack, then each under its strongest
-    one where attacks other than naive were run.
+    one where attacks other than naive were run. A baseline whose release is undefended is told as such.
 
     Args: results: in the layout of `gidef.report`.  compared: of `paired.comparisons`. Several seeds count as the results pool them.
     """
     types = {name: kinds(spec) for name, spec in defences(results).items()}
-    return [_sentence(one) for one in compared if types[one["defences"][1]][0] in BASELINES and (one["under"] == "naive" or any(one["adaptive"]))]
+    return [_sentence(one, _bare(results, types, one)) for one in compared if types[one["defences"][1]][0] in BASELINES and (one["under"] == "naive" or any(one["adaptive"]))]
 
 
 def matched(one: Compared) -> bool | None:
@@ -42,10 +42,20 @@ def attacks(one: Compared) -> str:
     return f"the strongest attack on each ({', '.join(dict.fromkeys(one['attacks']))})"
 
 
-def _sentence(one: Compared) -> str:
+def _bare(results: dict[str, Any], types: dict[str, list[str]], one: Compared) -> str:
+    """Where the other side's release is undefended, in words; "" where it is defended. Its rows say how many images a gradient is of."""
+    other, checkpoint = one["defences"][1], one["checkpoint"]
+    threats = [row.get("threat") or {} for row in results["rows"] if (row["defence"], row["checkpoint"]) == (other, checkpoint)]
+    if types[other] != ["BiDO"] or not any(threat.get("batch_size") == threat.get("local_steps", 1) for threat in threats):
+        return ""
+    what = "local steps of one image each are" if any(threat.get("local_steps", 1) > 1 for threat in threats) else "release of one image at a time is"
+    return f" (whose {what} undefended: the terms vanish in a batch of one)"
+
+
+def _sentence(one: Compared, bare: str) -> str:
     (mine, theirs), (ours, other), utility = one["attacker_accuracy"], one["defences"], one["client_accuracies"]
     text = (
-        f'The paper\'s claim, "{ours}" against "{other}" under {attacks(one)} at the {one["checkpoint"]} checkpoint: '
+        f'The paper\'s claim, "{ours}" against "{other}"{bare} under {attacks(one)} at the {one["checkpoint"]} checkpoint: '
         f"attacker accuracy {100 * mine:.1f} % against {100 * theirs:.1f} %, {_judged(one['attacker_accuracy_change'], ATTACKER, '%', 'of the baseline')}, "
         f"{_judged(one['attacker_accuracy_difference'], ATTACKER, 'points', '')}; MSE {_judged(one['mse_change'], MSE, '%', '')}"
     )

@@ -51,6 +51,25 @@ def cells_of(run, one, defence, folder):
     return {cell.name: cell for cell in cells.make_cells(run, {(defence, 0): one}, folder)}
 
 
+@pytest.mark.parametrize(
+    ("asked", "bare"),
+    [
+        ({"batch_size": 1}, "a batch of one image"), ({"batch_size": 2}, ""), ({"release": "delta", "batch_size": 1}, "a batch of one image"),
+        ({"release": "delta", "batch_size": 4, "local_steps": 4}, "local steps of one image"), ({"release": "delta", "batch_size": 4, "local_steps": 2}, ""),
+    ],
+)  # fmt: skip
+def test_a_row_says_so_where_what_is_released_of_bido_has_no_terms(asked, bare, trained):
+    """Which is where the client's whole loss, of the images of a step, has the gradient of cross-entropy alone."""
+    run, one = trained("full", "bido")
+    evaluation = evaluated(run, **asked).recipe.evaluation
+    note = cells.note_of(evaluated(run, **asked), one, config.NaiveMatching())
+    assert ("undefended" in note) == bool(bare) and bare in note
+    count = evaluation.batch_size // evaluation.local_steps
+    images, labels = torch.rand(count, *run.setting.dataset.image_shape, generator=torch.Generator().manual_seed(0)), torch.eye(8)[:count]
+    client, utility = (one.training.defence.simulator(terms=terms)()(one.snapshots["final"].params, {}, images, labels, None) for terms in ("client", "utility"))
+    assert all(torch.equal(client[name], utility[name]) for name in client) == bool(bare)
+
+
 @pytest.mark.parametrize("defence", DEFENCES)
 def test_a_round_changes_the_weights_and_the_model_can_be_read_back(defence, trained):
     run, one = trained("full", defence)

@@ -72,6 +72,24 @@ def test_accuracies_that_do_not_match_are_said(compared):
     assert said(compared)[0].endswith("pass).")
 
 
+def test_a_release_that_is_undefended_is_told_beside_the_numbers(compared):
+    """BiDO compares the images of a batch with one another: of one image at a time nothing is left of it."""
+    of = {name: {"type": "Matched", "defence": {"type": kind}} for name, kind in (("ours", "LearnedPerturbation"), ("dp", "BiDO"))}
+    compared["recipe"]["defences"] |= of
+    told = {
+        (1, 1): '"dp" (whose release of one image at a time is undefended: the terms vanish in a batch of one) under the',
+        (4, 4): '"dp" (whose local steps of one image each are undefended: the terms vanish in a batch of one) under the', (8, 1): '"dp" under the', (4, 2): '"dp" under the',
+    }  # fmt: skip
+    for (batch, steps), text in told.items():
+        for row in compared["rows"]:
+            row["threat"] = {"release": "delta" if steps > 1 else "gradient", "batch_size": batch, "local_steps": steps}
+        assert len(said(compared)) == 2 and all(text in one for one in said(compared))
+    compared["recipe"]["defences"]["dp"] = {"type": "DPSGD"}
+    for row in compared["rows"]:
+        row["threat"] = {"release": "gradient", "batch_size": 1, "local_steps": 1}
+    assert all('"dp" under the' in one for one in said(compared)), "DP-SGD clips and noises a single image as well"
+
+
 def test_a_baseline_of_nought_is_no_division(compared):
     compared["rows"][2]["attacker_accuracy"] = 0.0
     compared["rows"][2]["mse"] = 0.0
