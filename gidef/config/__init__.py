@@ -306,7 +306,7 @@ class Evaluation:
     num_tuning: int = 16
     """Further images kept out of the judge's training, for tuning attacks."""
     batch_size: int = 1
-    """Images in one observed batch."""
+    """Images in one observed batch; intervals and the verdict count batches."""
     checkpoints: tuple[Literal["untrained", "early", "final"], ...] = ("untrained",)
     strengths: tuple[float, ...] = (1.0,)
     """kappa of the evaluation: times the level of the noise on the latent that a defence was trained with, its floor included, in what the victims
