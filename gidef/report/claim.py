@@ -69,7 +69,7 @@ def _judged(value: dict[str, float | None], wanted: float, unit: str, of: str) -
     """A change in hundredths, its interval over observations where there is one, and whether its mean is what was claimed."""
     if value["mean"] is None:
         return "not to be had (the baseline's is 0)"
-    held = value["mean"] <= wanted if wanted < 0 else value["mean"] >= wanted
+    held = (value["mean"] - wanted) * (1 if wanted > 0 else -1) >= -1e-9  # what rounds to the figure itself is as much as was claimed
     ends = interval_of(value)
     interval = f"[{100 * ends[0]:+.1f}, {100 * ends[1]:+.1f}]" if ends else ""
     said = " ".join(filter(None, (f"{100 * value['mean']:+.1f}", unit, interval, of)))

@@ -39,6 +39,17 @@ def test_both_readings_are_judged_by_themselves_naive_first_and_then_the_stronge
     assert [text for text in verdict(compared) if "paper's claim" in text] == [naive, strongest]
 
 
+def test_a_difference_that_is_the_claimed_one_but_for_rounding_passes(compared):
+    for row in compared["rows"]:
+        if row["attack"] == "naive":
+            row["attacker_accuracy"] = {"mean": {"ours": 0.40624999999999994, "dp": 0.5312499999999999}.get(row["defence"], 0.1), "low": 0.0, "high": 1.0}
+    assert "-12.5 points (claimed -12.5: pass)" in said(compared)[0]
+    for row in compared["rows"]:
+        if (row["defence"], row["attack"]) == ("ours", "naive"):
+            row["attacker_accuracy"]["mean"] = 0.4063
+    assert "-12.5 points (claimed -12.5: FAIL)" in said(compared)[0] and "(claimed +12.4: pass)" in said(compared)[0]
+
+
 def test_each_side_is_told_with_its_own_strongest_attack(compared):
     compared["rows"] = [row for row in compared["rows"] if (row["defence"], row["attack"]) != ("dp", "joint")]
     assert "the strongest attack on each (joint, naive)" in said(compared)[1]
