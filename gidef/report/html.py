@@ -167,9 +167,9 @@ def _table(pages: Sequence[Page]) -> Html:
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
-        _table_row(page, entry, bound, several, policies, oracle, certified, private, normed)
+        _table_row(page, entry, what, several, policies, oracle, certified, private, normed)
         for page in pages
-        for bound, entries in ((False, page.results["rows"] + results.not_applicable(page.results)), (True, page.results["bounds"]))
+        for what, entries in (("attack", page.results["rows"]), ("idle", results.not_applicable(page.results)), ("bound", page.results["bounds"]))
         for entry in entries
     ]
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), id="rows")
@@ -194,8 +194,10 @@ def _table(pages: Sequence[Page]) -> Html:
 
 
 def _table_row(
-    page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
+    page: Page, entry: dict[str, Any], what: str, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
 ) -> Html:
+    """what: an "attack", a "bound", or "idle", an attack that was not run for want of something to attack."""
+    bound = what == "bound"
     defence, attack, checkpoint = (bound_label(entry), "none", entry.get("checkpoint", "")) if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
@@ -218,7 +220,7 @@ def _table_row(
     cells += [_number(entry.get("victims"), 1, 0, "victims"), tag("td", threat, class_="long"), tag("td", "; ".join(filter(None, notes)), class_="long")]
     cells += [_number(entry.get("seconds"), 1, 1, "seconds")]
     known = {"data_run": page.name, "data_defence": defence, "data_attack": attack, "data_checkpoint": checkpoint}
-    return tag("tr", cells, class_="bound" if bound else None, **known)
+    return tag("tr", cells, class_=None if what == "attack" else what, **known)
 
 
 def _epsilon(entry: dict[str, Any]) -> list[Html]:
