@@ -433,8 +433,10 @@ _COSTS = (
 def _cost(page: Page, several: bool) -> Html | None:
     """Training: seconds, bytes, and whatever peak of memory was recorded; attacks: seconds each."""
     training, seconds = [run for run in page.results["training"] if not run.get("trained_as")], page.results.get("seconds") or {}
+    training = [_with_peaks_named(run) for run in training]
     peaks = list(dict.fromkeys(key for run in training for key, value in run.items() if "peak" in key and isinstance(value, (int, float))))
-    costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)] + [(key, key.replace("_", " "), 1, 2) for key in peaks]
+    costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)]
+    costs += [(key, "process peak so far gib" if key == _SO_FAR else key.replace("_", " "), 1, 2) for key in peaks]
     parts = [tag("p", f"{seconds['total']:.1f} s in all.")] if seconds.get("total") is not None else []
     if training:
         numbers = [[_number(run.get(key), scale, digits, key) for key, _, scale, digits in costs] for run in training]
@@ -444,6 +446,16 @@ def _cost(page: Page, several: bool) -> Html | None:
         table = _small_table(["attack", "seconds"], list(attacks), [[_number(value, 1, 1, "seconds")] for value in attacks.values()])
         parts.append(tag("details", tag("summary", f"Seconds of each of {len(attacks)} attacks"), table))
     return join(_run_head(page, several), parts) if parts else None
+
+
+_SO_FAR = "process_peak_so_far_gib"
+
+
+def _with_peaks_named(run: dict[str, Any]) -> dict[str, Any]:
+    """A training whose process did not count its peak anew, as none did once, has it by a name that says so."""
+    if run.get("process_peak_of") == "training":
+        return run
+    return {_SO_FAR if key == "process_peak_gib" else key: value for key, value in run.items()}
 
 
 def _small_table(heads: Sequence[str], names: Sequence[str], rows: Sequence[list[Html]]) -> Html:

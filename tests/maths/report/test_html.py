@@ -544,6 +544,16 @@ def test_learning_curves_cost_and_origin_are_as_recorded(run):
     assert facts["weights plain/0 (SHA-256)"] == "ab" and json.loads(tree.one("pre").text) == content["recipe"]
 
 
+@pytest.mark.parametrize(("of", "head"), [("training", "process peak gib"), ("process", "process peak so far gib"), (None, "process peak so far gib")])
+def test_a_peak_that_earlier_trainings_are_part_of_is_called_so_far(results, tmp_path, of, head):
+    for run in results["training"]:
+        run |= {"process_peak_gib": 1.25} | ({"process_peak_of": of} if of else {})
+    make_run(tmp_path / "one", results)
+    cost = next(read(page_of(tmp_path / "one")).one("section", id="cost").all("table"))
+    assert [one.text for one in cost.one("thead").all("th")] == ["defence", "seed", "rounds", head]
+    assert [[cell.text for cell in row.all("td")][-1] for row in cost.one("tbody").all("tr")] == ["1.25"] * 2
+
+
 def crowd(defences, *, seeds=3, last=30):
     """Learning curves by seed that all end within a few points, their styles and their defences."""
     families = {f"defence {defence}, seed {seed}": f"defence {defence}" for defence in range(defences) for seed in range(seeds)}
