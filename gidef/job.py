@@ -399,9 +399,11 @@ def publish(content: dict[str, Any], folder: Path, console: Console) -> None:
         console.table(sentence_of(sentence))
     console.heading("Where to look")
     for picture in content["pictures"]:
-        console.say(f"picture  {folder / picture}")
+        if (folder / picture).exists():  # a run may have been copied without them
+            console.say(f"picture  {folder / picture}")
     console.say(f"page     {html.write([folder])}")
-    console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex; record {folder / 'record.jsonl'}")
+    record = f"; record {folder / 'record.jsonl'}" if (folder / "record.jsonl").exists() else ""
+    console.say(f"results  {folder / 'results.json'}, table.csv, table.md, table.tex{record}")
     if (folder / "models").exists():
         console.say(f"models   {folder / 'models'}")
     console.say(f"time     {content['seconds']['total']:.0f} s")

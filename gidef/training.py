@@ -95,7 +95,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         run.console.say(f"{name}, seed {seed}: training had ended.")
         return _finished(run, _as_attacked(run, chosen, seed, key), key, export)
 
-    memory.forget_peak(world.device)
+    anew = memory.forget_peak(world.device)
     training = _made(run, chosen, seed, key, world)
     if build.lacks_tf32(recipe, world):
         run.console.notice(f"{name}, seed {seed}: {world.device} has no TF32 (clients.precision): float32 is used.")
@@ -194,7 +194,7 @@ def train(run: Run, name: str, chosen: Any, seed: int) -> Trained:
         save_snapshot(run, training, key, Snapshot("early", rounds_run, rounds_run / total, server.params, dict(participation.versions)))
     participation.versions = dict(progress.best_versions)
     save_snapshot(run, training, key, Snapshot("final", progress.best_round, progress.best_round / total, best, progress.best_versions))
-    summary = _summary(run, training, name, seed, best, progress, rounds_run)
+    summary = _summary(run, training, name, seed, best, progress, rounds_run, anew=anew)
     sha = final_hash(training, best, run.recipe.data.num_clients)
     run.append("trained", weights_sha256=sha, **summary, **_for_plan(run, training, server, turns, evaluating, saving, beside))  # before the export, whose presence tells a resumed run to keep this line
     exported = gathered(training, _exported(training, best, recipe.data.num_clients), keep=run.leads)
@@ -242,10 +242,11 @@ def _clients_at_once(run: Run, name: str, training: build.Training, server: Serv
     return chosen.at_once
 
 
-def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: Progress, rounds_run: int) -> dict[str, Any]:
-    """Costs and test results of the final model; peaks of memory are each the largest of any rank, in the life of the run that ends the training."""
+def _summary(run: Run, training: build.Training, name: str, seed: int, best: Tensors, progress: Progress, rounds_run: int, *, anew: bool) -> dict[str, Any]:
+    """Costs and test results of the final model; peaks of memory are each the largest of any rank, in the life of the run that ends the training. anew:
+    whether this rank's process counts its peak since the training began."""
     scores = scores_on_test(run, training, best, seed=seed)
-    told = run.world.all_gather_json(memory.peaks(run.world.device))
+    told = run.world.all_gather_json({**memory.peaks(run.world.device), "anew": anew})
     everyone = list(range(run.recipe.data.num_clients))
     shared_bytes = sum(numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
     spent = training.defence.budget
@@ -254,7 +255,8 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
         **scores,
         "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
         "parameters_shared": numel(training, best), "clients_at_once": training.participation.at_once,
-        **{name: max(one[name] for one in told) for name in told[0]},
+        **{name: max(one[name] for one in told) for name in told[0] if name != "anew"},
+        "process_peak_of": "training" if all(one["anew"] for one in told) else "process",
     }  # fmt: skip
 
 

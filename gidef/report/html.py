@@ -167,9 +167,9 @@ def _table(pages: Sequence[Page]) -> Html:
     texts = {"run", "defence", "attack", "checkpoint", "share policy", "threat model", "note"}
     head = [tag("th", name, scope="col", class_=None if name in texts else "number", data_kind="text" if name in texts else "number") for name in names]
     body = [
-        _table_row(page, entry, bound, several, policies, oracle, certified, private, normed)
+        _table_row(page, entry, what, several, policies, oracle, certified, private, normed)
         for page in pages
-        for bound, entries in ((False, page.results["rows"] + results.not_applicable(page.results)), (True, page.results["bounds"]))
+        for what, entries in (("attack", page.results["rows"]), ("idle", results.not_applicable(page.results)), ("bound", page.results["bounds"]))
         for entry in entries
     ]
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), id="rows")
@@ -196,8 +196,10 @@ def _table(pages: Sequence[Page]) -> Html:
 
 
 def _table_row(
-    page: Page, entry: dict[str, Any], bound: bool, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
+    page: Page, entry: dict[str, Any], what: str, several: bool, policies: bool, oracle: bool, certified: bool, private: bool, normed: bool
 ) -> Html:
+    """what: an "attack", a "bound", or "idle", an attack that was not run for want of something to attack."""
+    bound = what == "bound"
     defence, attack, checkpoint = (bound_label(entry), "none", entry.get("checkpoint", "")) if bound else (entry["defence"], entry["attack"], entry["checkpoint"])
     if not bound and not entry.get("seeds") and entry.get("seed") is not None:
         defence = f"{defence} (seed {entry['seed']})"
@@ -220,7 +222,7 @@ def _table_row(
     cells += [_number(entry.get("victims"), 1, 0, "victims"), tag("td", threat, class_="long"), tag("td", "; ".join(filter(None, notes)), class_="long")]
     cells += [_number(entry.get("seconds"), 1, 1, "seconds")]
     known = {"data_run": page.name, "data_defence": defence, "data_attack": attack, "data_checkpoint": checkpoint}
-    return tag("tr", cells, class_="bound" if bound else None, **known)
+    return tag("tr", cells, class_=None if what == "attack" else what, **known)
 
 
 def _epsilon(entry: dict[str, Any]) -> list[Html]:
@@ -433,8 +435,10 @@ _COSTS = (
 def _cost(page: Page, several: bool) -> Html | None:
     """Training: seconds, bytes, and whatever peak of memory was recorded; attacks: seconds each."""
     training, seconds = [run for run in page.results["training"] if not run.get("trained_as")], page.results.get("seconds") or {}
+    training = [_with_peaks_named(run) for run in training]
     peaks = list(dict.fromkeys(key for run in training for key, value in run.items() if "peak" in key and isinstance(value, (int, float))))
-    costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)] + [(key, key.replace("_", " "), 1, 2) for key in peaks]
+    costs = [cost for cost in _COSTS if any(run.get(cost[0]) is not None for run in training)]
+    costs += [(key, "process peak so far gib" if key == _SO_FAR else key.replace("_", " "), 1, 2) for key in peaks]
     parts = [tag("p", f"{seconds['total']:.1f} s in all.")] if seconds.get("total") is not None else []
     if training:
         numbers = [[_number(run.get(key), scale, digits, key) for key, _, scale, digits in costs] for run in training]
@@ -444,6 +448,16 @@ def _cost(page: Page, several: bool) -> Html | None:
         table = _small_table(["attack", "seconds"], list(attacks), [[_number(value, 1, 1, "seconds")] for value in attacks.values()])
         parts.append(tag("details", tag("summary", f"Seconds of each of {len(attacks)} attacks"), table))
     return join(_run_head(page, several), parts) if parts else None
+
+
+_SO_FAR = "process_peak_so_far_gib"
+
+
+def _with_peaks_named(run: dict[str, Any]) -> dict[str, Any]:
+    """A training whose process did not count its peak anew, as none did once, has it by a name that says so."""
+    if run.get("process_peak_of") == "training":
+        return run
+    return {_SO_FAR if key == "process_peak_gib" else key: value for key, value in run.items()}
 
 
 def _small_table(heads: Sequence[str], names: Sequence[str], rows: Sequence[list[Html]]) -> Html:

@@ -34,6 +34,34 @@ def test_the_peak_of_a_process_counts_what_it_holds_and_does_not_fall():
     assert memory.peaks(CPU)[name] >= peak
 
 
+def held_once():
+    """A quarter of a GiB, taken and given back."""
+    with mmap.mmap(-1, 2**28) as ballast:
+        ballast.write(bytes([1]) * 2**28)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process can be forgotten on Linux alone")
+def test_the_peak_of_a_process_is_counted_anew_once_it_is_forgotten():
+    held_once()
+    before = memory.peaks(CPU)["process_peak_gib"]
+    assert memory.forget_peak(CPU) is True
+    after = memory.peaks(CPU)["process_peak_gib"]
+    assert 0.9 * resident() < after < before - 0.2
+    held_once()
+    assert memory.peaks(CPU)["process_peak_gib"] > after + 0.2
+
+
+def test_where_a_peak_cannot_be_forgotten_it_is_said(monkeypatch):
+    def refused(self, text):
+        raise PermissionError(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", refused)
+        assert memory.forget_peak(CPU) is False
+    monkeypatch.setattr(memory, "_mark", lambda: None)  # what is read instead is not counted anew
+    assert memory.forget_peak(CPU) is False
+
+
 def test_without_the_kernels_mark_getrusage_is_asked_in_its_unit(monkeypatch):
     def missing(self):
         raise FileNotFoundError(self)
@@ -75,12 +103,17 @@ def test_a_training_records_the_largest_peak_of_any_rank(tmp_path, monkeypatch):
     def of_two(self, value):
         if isinstance(value, dict) and "process_peak_gib" in value:
             asked.append(value["process_peak_gib"])
-            return [value, {"process_peak_gib": 100.0}]
+            return [value, {"process_peak_gib": 100.0, "anew": False}]
         return gather(self, value)
 
+    held_once()
+    before = memory.peaks(CPU)["process_peak_gib"]
     with one_thread():
         plain = train(start(RECIPE, tmp_path / "one"), "undefended", Undefended(), 0)
         monkeypatch.setattr(World, "all_gather_json", of_two)
         both = train(start(RECIPE, tmp_path / "two"), "undefended", Undefended(), 0)
-    assert 0.05 < plain.summary["process_peak_gib"] <= asked[0] < 100.0 == both.summary["process_peak_gib"]
+    assert plain.summary["process_peak_gib"] > 0.05 and asked[0] < 100.0 == both.summary["process_peak_gib"]
+    assert both.summary["process_peak_of"] == "process", "one of two ranks could not forget"
+    if plain.summary["process_peak_of"] == "training":
+        assert plain.summary["process_peak_gib"] < before - 0.1, "what was held before is none of it"
     assert both.sha256 == plain.sha256

@@ -40,11 +40,11 @@
     const words = byId("find").value.toLowerCase().split(/\s+/).filter(Boolean);
     let shown = 0, attacks = 0;
     for (const row of rows) {
-      const bound = row.classList.contains("bound"), text = row.textContent.toLowerCase();
+      const bound = row.classList.contains("bound"), attack = !bound && !row.classList.contains("idle"), text = row.textContent.toLowerCase();
       const named = selects.every(({ name, select }) => (bound && name !== "run") || select.selectedIndex <= 0 || select.value === row.dataset[name]);
       row.hidden = !(named && (bound ? byId("bounds").checked : words.every((word) => text.includes(word))));
-      attacks += !bound;
-      shown += !bound && !row.hidden;
+      attacks += attack;
+      shown += attack && !row.hidden;
     }
     byId("shown").textContent = `${shown} of ${attacks} attacks shown`;
   }

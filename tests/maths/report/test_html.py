@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from gidef.checkpoint import save_file
+from gidef.job import report_again
 from gidef.report import html, results, svg
 from gidef.report.markup import image_uri, json_script, tag
 from gidef.report.record import Record
@@ -232,6 +233,17 @@ def test_bounds_and_attackers_of_another_kind_are_marked(results, make_row, tmp_
     assert psnr(7, "learned", "malicious", 0) > best and shown == f"up to {best:.1f} dB", "nor on a victim's face"
 
 
+IDLE = {"defence": "plain", "attack": "zeroed", "attack_id": "A11", "reason": "it needs noise"}
+
+
+def test_attacks_that_were_not_run_are_marked_as_such(results, tmp_path):
+    results["not_applicable"] = [IDLE]
+    make_run(tmp_path / "one", results)
+    rows = list(read(page_of(tmp_path / "one")).one("table", id="rows").one("tbody").all("tr"))
+    assert [row.attributes.get("class") for row in rows] == [None] * 3 + ["idle"] + ["bound"] * 4
+    assert "not applicable: it needs noise" in rows[3].text
+
+
 def hostile(content):
     """The results with markup in every text that a user or a data set can name."""
     names = {"plain": HOSTILE, "learned": '"><img src=x onerror=alert(1)>'}
@@ -329,6 +341,22 @@ def test_a_run_without_record_pictures_training_or_attacks_has_a_page(results, t
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "results.json").write_text(json.dumps(results))
     assert [section.attributes["id"] for section in read(page_of(tmp_path / "bare")).all("section")] == ["shows", "table", "origin"]
+
+
+def test_report_names_the_files_that_are_there_and_no_others(run, tmp_path, capsys):
+    content, _, folder = run
+    content["data"]["title"] = "made-up cells"
+    results.save(folder / "results.json", content)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "results.json", tmp_path / "bare" / "results.json")
+    told = []
+    for place in (folder, tmp_path / "bare"):
+        report_again([place])
+        told.append([word.rstrip(",;") for word in capsys.readouterr().out.split()])
+        named = [word for word in told[-1] if word.startswith(str(tmp_path))]
+        assert len(named) > 2 and all(Path(word).exists() for word in named)
+    assert str(folder / "record.jsonl") in told[0] and str(folder / "pictures/partition.png") in told[0]
+    assert "record" not in told[1] and str(tmp_path / "bare/pictures/tradeoff.png") in told[1]
 
 
 def test_points_of_the_plots_are_the_strongest_attacks(run):
@@ -514,6 +542,16 @@ def test_learning_curves_cost_and_origin_are_as_recorded(run):
     facts = dict(zip((name.text for name in tree.all("dt")), (value.text for value in tree.all("dd")), strict=True))
     assert facts["md5"] == "00" and facts["source"] == "a file" and facts["seeds"] == "0, 1, 2" and facts["python"] == "3.11" and facts["cpu"] == "x86"
     assert facts["weights plain/0 (SHA-256)"] == "ab" and json.loads(tree.one("pre").text) == content["recipe"]
+
+
+@pytest.mark.parametrize(("of", "head"), [("training", "process peak gib"), ("process", "process peak so far gib"), (None, "process peak so far gib")])
+def test_a_peak_that_earlier_trainings_are_part_of_is_called_so_far(results, tmp_path, of, head):
+    for run in results["training"]:
+        run |= {"process_peak_gib": 1.25} | ({"process_peak_of": of} if of else {})
+    make_run(tmp_path / "one", results)
+    cost = next(read(page_of(tmp_path / "one")).one("section", id="cost").all("table"))
+    assert [one.text for one in cost.one("thead").all("th")] == ["defence", "seed", "rounds", head]
+    assert [[cell.text for cell in row.all("td")][-1] for row in cost.one("tbody").all("tr")] == ["1.25"] * 2
 
 
 def crowd(defences, *, seeds=3, last=30):
@@ -778,6 +816,19 @@ def test_the_table_is_filtered_by_words_and_by_name(browser, run):
     browser.js("document.getElementById('by-attack').focus()")
     browser.press("ArrowDown", 40)
     assert browser.js(SEEN) == ["learned/naive", *bounds]
+    assert browser.complaints() == []
+
+
+@in_chromium
+def test_what_was_not_run_is_found_and_hidden_as_attacks_are_and_not_counted(browser, results, tmp_path):
+    results["not_applicable"] = [IDLE, IDLE | {"defence": "learned"}]
+    make_run(tmp_path / "one", results)
+    browser.open(html.write([tmp_path / "one"]))
+    assert "plain/zeroed" in browser.js(SEEN) and browser.js("shown.textContent") == "3 of 3 attacks shown"
+    browser.point("document.getElementById('bounds')", click=True)
+    browser.point("document.getElementById('find')", click=True)
+    browser.do("Input.insertText", text="zeroed plain")
+    assert browser.js(SEEN) == ["plain/zeroed"] and browser.js("shown.textContent") == "0 of 3 attacks shown"
     assert browser.complaints() == []
 
 
