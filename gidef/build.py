@@ -489,6 +489,19 @@ def traffic(recipe: config.Recipe, server: ServerState, template: Tensors) -> Tr
     )  # fmt: skip
 
 
+def bytes_per_round(training: Training, recipe: config.Recipe) -> int:
+    """Between clients and server: the shared tensors in float32 down to every client of a cohort, and up what the defence makes of an update, of those who
+    stay (see defence.upload). That is of the federation that is simulated; what the simulation's ranks send one another is `traffic`."""
+    template, unchanged = training.participation.template(), moving_statistics(training.defence.model)
+    count = training.sharded.layout.numel if training.sharded else lambda tensors: sum(tensor.numel() for tensor in tensors.values())
+    entries = {name: count({name: tensor}) for name, tensor in template.items()}
+    changed = {name: entries[name] for name in training.shared if name not in unchanged}
+    bits = training.defence.upload_bits(changed, {name: size for name, size in entries.items() if name not in changed})
+    cohort = recipe.rounds.cohort_size or recipe.data.num_clients
+    staying = cohort if training.defence.secure is None else len(training.defence.secure.stayed(range(cohort), 0))
+    return cohort * sum(entries[name] * tensor.itemsize for name, tensor in template.items()) + staying * -(-bits // 8)
+
+
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """A client on the ranks of a group.

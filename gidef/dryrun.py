@@ -58,7 +58,7 @@ class Cost:
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Of one defence. cost: None for a network that no device holds whole: then all seconds are NaN.  rank_gib: of a rank at its peak; at least, without
-    a cost, and at most, where a client spans several ranks.  counted_gib: see `counted_gib`.  Seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up.  reduced_bytes:
+    a cost, and at most, where a client spans several ranks.  counted_gib: see `counted_gib`.  Seconds in a round: training on the slowest rank, evaluation; overlapped: which runs while the next round trains.  bytes_per_round: of all clients, down and up, see `build.bytes_per_round`.  reduced_bytes:
     of the all-reduce that moves as much as a round's collectives, see parallel.traffic.  disk_bytes: of one seed.  attacks_s: of one seed, by attack; None for what was not measured, because
     something is trained for it first or it does not match gradients."""
 
@@ -264,7 +264,7 @@ def _forecast(made: build.Training, setting: build.Setting, world: World, ranks:
             rank_gib = counted + max(0.0, rank_gib - counted_gib(made, recipe, shard_size=1))
     return Forecast(
         cost=cost, train_s=train_s, evaluate_s=evaluate_s,
-        bytes_per_round=2 * _nbytes(template) * cohort,
+        bytes_per_round=build.bytes_per_round(made, recipe),
         reduced_bytes=round(sent.reduced(groups)),
         disk_bytes=models + states + images,
         rank_gib=rank_gib, attacks_s={}, overlapped=overlapped, counted_gib=counted,

@@ -247,13 +247,11 @@ def _summary(run: Run, training: build.Training, name: str, seed: int, best: Ten
     whether this rank's process counts its peak since the training began."""
     scores = scores_on_test(run, training, best, seed=seed)
     told = run.world.all_gather_json({**memory.peaks(run.world.device), "anew": anew})
-    everyone = list(range(run.recipe.data.num_clients))
-    shared_bytes = sum(numel(training, {name: tensor}) * tensor.itemsize for name, tensor in training.participation.template().items())
     spent = training.defence.budget
     return {
         "defence": name, "seed": seed, "epsilon": spent and spent.epsilon, "delta": spent and spent.delta, "rounds": rounds_run, "best_round": progress.best_round, "val_accuracy": progress.best_accuracy,
         **scores,
-        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": 2 * shared_bytes * (run.recipe.rounds.cohort_size or len(everyone)),
+        "seconds": progress.seconds, "seconds_per_round": progress.seconds / max(rounds_run, 1), "bytes_per_round": build.bytes_per_round(training, run.recipe),
         "parameters_shared": numel(training, best), "clients_at_once": training.participation.at_once,
         **{name: max(one[name] for one in told) for name in told[0] if name != "anew"},
         "process_peak_of": "training" if all(one["anew"] for one in told) else "process",

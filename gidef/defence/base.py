@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.secure_sum import SecureCohorts
 from gidef.defence.share import Transform, apply_all
 from gidef.defence.stacked import StackedPlain
+from gidef.defence.upload import FLOAT, MASKED, Packed
 from gidef.models import SplitModel, moving_statistics
 from gidef.types import Client, Own, Tensors
 
@@ -103,6 +104,24 @@ class Defence:
     def share(self, update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
         """What leaves the client of its update, a gradient or a delta of the shared tensors. own: what the client has at hand."""
         return apply_all(self.transforms, update, generator=generator, own=own)
+
+    def upload_bits(self, changed: Mapping[str, int], others: Mapping[str, int] | None = None) -> int:
+        """Bits that a client of a cohort sends of its update, see defence.upload.
+
+        changed: entries of each tensor that `share` acts on.  others: of those that leave beside them as they are, such as running statistics.
+        """
+        others = sum((others or {}).values())
+        if self.secure is not None:
+            return MASKED * (sum(changed.values()) + others)
+        if type(self).share is not Defence.share:  # of one's own, which may send anything
+            return FLOAT * (sum(changed.values()) + others)
+        bits = FLOAT * others
+        for entries in changed.values():
+            packed = Packed.plain(entries)
+            for one in self.transforms:
+                packed = one.packed(packed) if callable(getattr(one, "packed", None)) else Packed.plain(entries)
+            bits += packed.total
+        return bits
 
     def stepped(self, make: Callable[[], Simulate], *, generator: Generator | None = None) -> Callable[[], Simulate]:
         """What the client makes of every gradient before it steps by it or sends it, where that is more than the gradient: from a factory of

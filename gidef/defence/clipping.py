@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Tensors
 
@@ -37,6 +38,9 @@ class Clip:
 
     def apply(self, update: Tensors, *, generator: torch.Generator) -> Tensors:
         return self.imitate(update, {})
+
+    def packed(self, before: Packed) -> Packed:
+        return before
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.rng import unit_noise
 from gidef.types import Tensors
@@ -46,6 +47,9 @@ class AddNoise:
             level = self.std * percentile(update[name]) if self.relative else self.std
             noisy[name] = update[name] + level * draw(update[name], law=self.law, generator=generator)
         return {name: noisy[name] for name in update}
+
+    def packed(self, before: Packed) -> Packed:
+        return Packed.plain(before.entries) if self.random else before
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -28,6 +28,7 @@ from gidef.defence.accounting import Budget, needs_opacus
 from gidef.defence.base import Defence, Plain, Simulate
 from gidef.defence.ghost import Ghost
 from gidef.defence.perturbation import LearnedDefence, MinimaxSettings, client_loss, hold_still
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.models import SplitModel, has_batch_statistics
 from gidef.rng import generator
@@ -281,6 +282,9 @@ class ClipAndNoise:
         std = self.noise_multiplier * self.clip / math.sqrt(self.cohort_size)
         clipped = self.imitate(update, {})
         return {name: tensor + _normal(tensor, std, generator) if std else tensor for name, tensor in clipped.items()}
+
+    def packed(self, before: Packed) -> Packed:
+        return Packed.plain(before.entries) if self.random else before
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Generator
 
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Tensors
 
@@ -36,6 +37,9 @@ class Prune:
             chosen = flat.abs().topk(kept).indices
             pruned[name] = flat.new_zeros(flat.shape).index_copy(0, chosen, flat[chosen]).view_as(tensor)
         return pruned
+
+    def packed(self, before: Packed) -> Packed:
+        return replace(before, kept=min(before.kept, before.entries - int(self.share * before.entries)))
 
     def reveals(self, update: Tensors) -> Tensors:
         """1 where something was sent, else 0."""

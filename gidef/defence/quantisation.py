@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Generator
 
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Tensors
 
@@ -43,6 +44,9 @@ class Quantise:
             above = torch.rand(tensor.shape, generator=generator, device=generator.device).to(place) < place - place.floor()
             quantised[name] = size * tensor.sign() * (place.floor() + above) / levels
         return {name: quantised[name] for name in update}
+
+    def packed(self, before: Packed) -> Packed:
+        return replace(before, bits=self.bits, numbers=1)
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

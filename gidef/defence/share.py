@@ -29,6 +29,7 @@ class Transform(Protocol):
               attack may leave tensors out: of those, nothing is revealed and nothing is in the update.
 
     With an attribute `needs_own = True`, apply takes one more keyword, own: Own, what the client alone has: images, labels, weights.
+    packed(before: Packed) → Packed says in how many bits a tensor leaves (see defence.upload). Without it all entries count as float32.
     `random` says whether apply draws anything, so that another release of the same update differs, which is what attacks over several releases (A9)
     live on. Without the attribute it counts as True: A9 then runs, if on releases that are all the same.
     """

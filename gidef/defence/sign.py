@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from gidef.defence.upload import Packed
 from gidef.types import Tensors
 
 WIDTH = 3.0
@@ -31,6 +32,9 @@ class SignOnly:
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         return {name: tensor.sign() * tensor.abs().mean() for name, tensor in update.items()}
+
+    def packed(self, before: Packed) -> Packed:
+        return replace(before, bits=1, numbers=1)
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.func import functional_call
 
 from gidef.defence.noise import AddNoise
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Own, Tensors
 
@@ -55,6 +56,9 @@ class NoisySlices:
         chosen = torch.randperm(self.slices, generator=generator)[: self.noisy]
         noisy = AddNoise(std=self.std, relative=self.relative).apply(update, generator=generator)
         return {name: torch.where(torch.isin(places[name], chosen.to(tensor.device)), noisy[name], tensor) for name, tensor in update.items()}
+
+    def packed(self, before: Packed) -> Packed:
+        return Packed.plain(before.entries) if self.random else before
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

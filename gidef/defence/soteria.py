@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Own, Tensors
 
@@ -55,6 +56,9 @@ class PruneFeatures:
         scores = _scores(own, layer)
         kept = torch.ones_like(scores).index_fill(0, scores.argsort(stable=True)[: int(self.share * len(scores))], 0.0)
         return {**update, weight: update[weight] * kept}
+
+    def packed(self, before: Packed) -> Packed:
+        return before  # the columns that are 0 are not left out of the count
 
     def reveals(self, update: Tensors) -> Tensors:
         """By matrix, 1 for a column that was sent, else 0."""

@@ -12,7 +12,9 @@
     seconds       {total, train: {"<defence>/<seed>": s}, attack: {"<name>": s}}
     weights_sha256 {"<defence>/<seed>": hex of the best round's weights}
     training      [one per defence and seed: defence, seed, epsilon, delta, rounds, best_round, val_accuracy, test_accuracy, macro_f1, auc,
-                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round, process_peak_gib: resident memory of the process in this
+                  client_accuracy_mean, client_accuracy_worst, seconds_per_round, bytes_per_round: of a cohort, the shared tensors in float32 down to each client, and
+                  up what the defence makes of its update (`defence.upload`: fewer bits, kept entries with their places, 64-bit entries behind masks, of those
+                  who stay), without keys, shares and framing;  process_peak_gib: resident memory of the process in this
                   training, largest of any rank, process_peak_of: "training", or "process" where it could not be counted anew (not Linux), so that it is the most
                   since the process began, as it is where this is missing, gpu_peak_gib: of PyTorch's tensors in this training, likewise; and, without costs, one per evaluation.strengths but 1, of the same training: defence: the row's name,
                   trained_as: the recipe's, strength, seed and the test results]

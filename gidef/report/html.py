@@ -444,6 +444,8 @@ def _cost(page: Page, several: bool) -> Html | None:
         numbers = [[_number(run.get(key), scale, digits, key) for key, _, scale, digits in costs] for run in training]
         rows = [[tag("td", run.get("seed", "–"), class_="number"), *cells] for run, cells in zip(training, numbers, strict=True)]
         parts.append(_small_table(["defence", "seed", *(name for _, name, _, _ in costs)], [run["defence"] for run in training], rows))
+        if any(key == "bytes_per_round" for key, *_ in costs):
+            parts.append(tag("p", "MB per round: down to and up from a round's clients, each as the defence sends its update, without keys, shares and framing."))
     if attacks := seconds.get("attack"):
         table = _small_table(["attack", "seconds"], list(attacks), [[_number(value, 1, 1, "seconds")] for value in attacks.values()])
         parts.append(tag("details", tag("summary", f"Seconds of each of {len(attacks)} attacks"), table))

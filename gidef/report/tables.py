@@ -71,9 +71,10 @@ def table(results: dict[str, Any], width: int = 120) -> Table:
 
 
 def training_table(results: dict[str, Any]) -> Table:
-    """One line per defence and seed: accuracies, the worst client, seconds and bytes per round."""
+    """One line per defence and seed: accuracies, the worst client, seconds and bytes per round: a cohort's, down as they are and up as the defence sends them,
+    without keys, shares and framing."""
     keys = ("val_accuracy", "test_accuracy", "macro_f1", "auc", "client_accuracy_worst")
-    found = _empty(_title(results, "training"), "")
+    found = _empty(_title(results, "training"), "MB: down to and up from a round's clients, each as the defence sends its update, without keys, shares and framing.")
     headers = ("defence", "seed", "rounds", "best\nround", "val\nacc. %", "test\nacc. %", "macro\nF1 %", "AUC\n%", "worst\nclient %")
     for header in (*headers, "s/\nround", "MB/\nround"):
         found.add_column(header, justify="left" if header == "defence" else "right")

@@ -538,7 +538,7 @@ def test_learning_curves_cost_and_origin_are_as_recorded(run):
         assert {cell.attributes["data-key"]: float(cell.attributes["data-value"]) for cell in row.all("td") if "data-key" in cell.attributes} == {
             key: training[key] for key in ("rounds", "seconds", "seconds_per_round", "bytes_per_round", "peak_gib")
         }  # fmt: skip
-    assert "2.40" in cost.text
+    assert "2.40" in cost.text and "without keys, shares and framing" in tree.one("section", id="cost").text
     facts = dict(zip((name.text for name in tree.all("dt")), (value.text for value in tree.all("dd")), strict=True))
     assert facts["md5"] == "00" and facts["source"] == "a file" and facts["seeds"] == "0, 1, 2" and facts["python"] == "3.11" and facts["cpu"] == "x86"
     assert facts["weights plain/0 (SHA-256)"] == "ab" and json.loads(tree.one("pre").text) == content["recipe"]

@@ -40,7 +40,7 @@ def test_the_console_prints_the_table_to_screen_and_log(results, tmp_path, capsy
         console.table(tables.table(results, console.width))
         console.table(tables.training_table(results))
     screen = capsys.readouterr().out
-    assert "[11.5, 12.7]" in screen and "90.3" in screen
+    assert "[11.5, 12.7]" in screen and "90.3" in screen and "without keys, shares and framing" in " ".join(screen.split())
 
     def words(text):
         return text.replace("─", "").split()
