@@ -257,7 +257,7 @@ KINDS = {
     config.Analytic: _Kind(_analytic, 4, lambda cell, victims: 10.0 * victims),
     config.ImprintServer: _Kind(_imprinted, 8, lambda cell, victims: 10.0 * victims),
     config.LearnedInversion: _Kind(fits.learned, 64, lambda cell, victims: float(victims)),
-    config.LatentDecoding: _Kind(fits.latent, fits.LATENTS_AT_ONCE, lambda cell, victims: float(cell.attack.iterations * cell.attack.restarts)),
+    config.LatentDecoding: _Kind(fits.latent, fits.LATENTS_AT_ONCE, fits.latent_cost),
 }
 """By the attack's type."""
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from gidef import config, metrics, observe
 from gidef.attack.generative import fit_autoencoder, fit_gan
-from gidef.attack.latent import invert_latent
+from gidef.attack.latent import STARTS, invert_latent
 from gidef.attack.learned import fit_inverter, invert_learned, seen_length
 from gidef.attack.predictor import Predictor
 from gidef.attack.shadow import fit_shadow, front_latents
+from gidef.attack.unmix import UNMIXED, most_steps
 from gidef.cells import Cell, Task, keeps_decoder, mark
 from gidef.checkpoint import load_file, save_file
 from gidef.clients.local import load_parameters
@@ -59,8 +60,8 @@ def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit
     return Task(name, cost, path, do)
 
 
-def _follow(running: Iterator[int], report: Callable[[float], None]) -> Any:
-    """Run what yields the steps done to its end, and return what it returns."""
+def _follow(running: Iterator[float], report: Callable[[float], None]) -> Any:
+    """Run what yields the steps done, or the share that is over, to its end, and return what it returns."""
     before = 0
     while True:
         try:
@@ -332,6 +333,12 @@ def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
     return decoder_for(model.latent_shape, model.channel_dim, run.setting.dataset.image_shape, size="posthoc", seed=seed).to(run.world.device)
 
 
+def latent_cost(cell: Cell, victims: int) -> float:
+    """Steps of A5 on so many victims at most, but for the polish: of the search in the span of their latents, where batches are small enough, and of the free one."""
+    size = cell.victims.all_labels(0).numel()
+    return float(victims * ((most_steps(STARTS) if size <= UNMIXED else 0) + cell.attack.iterations * cell.attack.restarts))
+
+
 def latent(run: Run, cell: Cell) -> Invert:
     """A5: the latent by the predictor's released gradient, then the decoder that was trained for it."""
     decoder = _latent_decoder(run, cell)
@@ -351,7 +358,8 @@ def latent(run: Run, cell: Cell) -> Invert:
             seen, predictor, decoder, seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, at_once=at_once,
             device=run.world.device, numbers=victims,
         )  # fmt: skip
-        return _follow(running, report)
+        cost = latent_cost(cell, len(victims))
+        return _follow(running, lambda share: report(cost * share))
 
     return invert
 

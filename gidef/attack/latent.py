@@ -21,12 +21,14 @@ from torch.func import grad_and_value, vmap
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.labels import LabelsHidden, recover_labels
 from gidef.attack.predictor import Predictor
-from gidef.attack.unmix import UNMIXED, latent_basis, unmix
+from gidef.attack.unmix import UNMIXED, latent_basis, most_steps, unmix
 from gidef.errors import InputError
 from gidef.rng import generator
 from gidef.types import Observation, Reconstruction, Tensors
 
 # K attacks (observation × restart), O observations, B images of one, r latents of a basis
+ITERATIONS, AT_ONCE, STARTS = 400, 16, 32
+"""Of `match_latent` from each start; attacks in one program of it; starts of `unmix`, at most. Unless asked for otherwise."""
 
 
 class Matched(NamedTuple):
@@ -44,9 +46,9 @@ class Matched(NamedTuple):
 
 
 def match_latent(
-    observations: Sequence[Observation], predictor: Predictor, *, seed: int, iterations: int = 400, restarts: int = 1, lr: float = 0.1,
+    observations: Sequence[Observation], predictor: Predictor, *, seed: int, iterations: int = ITERATIONS, restarts: int = 1, lr: float = 0.1,
     distance: Literal["cosine", "l2"] = "cosine", kink_width: tuple[float, float] | None = (1.0, 0.02), start_scale: float = 0.5,
-    at_once: int = 16, mode: Literal["vmap", "loop"] = "vmap", dtype: torch.dtype = torch.float32,
+    at_once: int = AT_ONCE, mode: Literal["vmap", "loop"] = "vmap", dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu", every: int = 20, numbers: Sequence[int] | None = None,
 ) -> Iterator[int]:  # fmt: skip
     """Search the latents whose gradient of φ is the observed one; yields the iterations done, over all chunks.
@@ -121,17 +123,19 @@ def match_latent(
 
 
 def read_latent(
-    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = 32, enough: float = 1e-4, numbers: Sequence[int] | None = None,
+    observations: Sequence[Observation], predictor: Predictor, *, seed: int, starts: int = STARTS, enough: float = 1e-4, numbers: Sequence[int] | None = None,
     **settings: Any,
-) -> Iterator[int]:  # fmt: skip
-    """The latents of each observation by the best way there is; yields the iterations done.
+) -> Iterator[float]:  # fmt: skip
+    """The latents of each observation by the best way there is; yields the share of the work that is over, in [0, 1].
 
     Where a layer tells the span of the latents (`latent_basis`), they are sought in it (`unmix`); where none does, or the result is
     further than `enough` from the observed gradient, by free matching (`match_latent`), whose result `unmix` polishes: a latent's scale hardly
     shows before a norm layer. The smaller cosine distance counts.
 
-    Args:    observations, predictor, seed, numbers, settings: as `match_latent`.  starts: of `unmix`, 2 at most for one number, and for more than 16 behind a convolution
+    Args:    observations, predictor, seed, numbers, settings: as `match_latent`, whose iterations bound the free matching alone.
+             starts: of `unmix`, 2 at most for one number, and for more than 16 behind a convolution
              so few that they cost no more than at 16, or one. Above `UNMIXED` images there is free matching alone.
+    Yields:  shares by the steps that all of this takes at most; what ends earlier, or is not needed, counts as over at once.
     Returns: Matched, on the CPU, float64; loss and losses are cosine distances; the curve is a single point, the loss, where `unmix` alone
              gave it, and so are all starts' losses. Updates that are zero or not finite have an infinite loss. What `unmix` took counts to the start that is kept.
     """
@@ -139,34 +143,38 @@ def read_latent(
     labels, told = _labels(observations, predictor.num_classes)
     latents = torch.zeros(len(observations), size, *shape, dtype=torch.float64)
     loss = torch.full((len(observations),), torch.inf, dtype=torch.float64)
-    left, done, device = [], 0, settings.get("device", "cpu")
-    unmixed, spent = torch.zeros(len(observations), dtype=torch.int64), torch.zeros((len(observations), settings.get("restarts", 1)), dtype=torch.int64)
-    for index, observation in enumerate(observations):
-        if not told[index] or not bool(_targets([observation], predictor.names, {"device": torch.device("cpu"), "dtype": torch.float64})[2]):
-            continue
-        bases = ((reader, latent_basis(observation.update, reader, shape, size)) for reader in predictor.readers if size <= UNMIXED)
+    restarts, device, exact = settings.get("restarts", 1), settings.get("device", "cpu"), {"device": torch.device("cpu"), "dtype": torch.float64}
+    unmixed, spent = torch.zeros(len(observations), dtype=torch.int64), torch.zeros((len(observations), restarts), dtype=torch.int64)
+    able = [index for index, one in enumerate(observations) if told[index] and bool(_targets([one], predictor.names, exact)[2])]
+    spans: dict[int, tuple[Tensor, int]] = {}
+    for index in able:
+        bases = ((reader, latent_basis(observations[index].update, reader, shape, size)) for reader in predictor.readers if size <= UNMIXED)
         reader, basis = next((one for one in bases if one[1] is not None), (None, None))
         if basis is not None:
-            tries = _tries(starts, size, len(basis), reader.kernel is None)
-            running = unmix(observation, predictor, basis, labels[index], seed=seed, stream=numbers[index], starts=tries, device=device)
-            before = done
-            (latents[index], *_), done = yield from _counted(running, done)
-            unmixed[index] += done - before
-            loss[index] = _fit(observation, predictor, latents[index].to(device), labels[index])
-        if not loss[index] <= enough:
-            left.append(index)
+            spans[index] = basis, _tries(starts, size, len(basis), reader.kernel is None)
+        yield 0.0
+    iterations, polish = settings.get("iterations", ITERATIONS), most_steps(1) if size <= UNMIXED else 0
+    total, over = sum(most_steps(tries) for _, tries in spans.values()) + len(able) * (iterations * restarts + polish), 0
+    for index, (basis, tries) in spans.items():
+        running = unmix(observations[index], predictor, basis, labels[index], seed=seed, stream=numbers[index], starts=tries, device=device)
+        (latents[index], *_), taken = yield from _shared(running, over, most_steps(tries), total)
+        over, unmixed[index] = over + most_steps(tries), taken
+        loss[index] = _fit(observations[index], predictor, latents[index].to(device), labels[index])
     losses, curve, restart = loss[:, None].repeat(1, spent.shape[1]), loss[:, None], torch.zeros(len(observations), dtype=torch.int64)
+    left = [index for index in able if not loss[index] <= enough]
     if left:
+        over = total - len(left) * (iterations * restarts + polish)
         running = match_latent([observations[index] for index in left], predictor, seed=seed, numbers=[numbers[index] for index in left], **settings)
-        free, done = yield from _counted(running, done)
+        chunks = -(-len(left) * restarts // settings.get("at_once", AT_ONCE))
+        free, _ = yield from _shared(running, over, len(left) * iterations * restarts, total, steps=chunks * iterations)
+        over += len(left) * iterations * restarts
         spent[left], curve = free.iterations, curve.repeat(1, free.curve.shape[1])
         for place, index in enumerate(left):
             observation, near, tried = observations[index], {"starts": 1, "first_step": 0.1, "device": device}, [free.latents[place].double()]
             if size <= UNMIXED:
                 running = unmix(observation, predictor, free.latents[place], labels[index], seed=seed, stream=numbers[index], **near)
-                before = done
-                (polished, *_), done = yield from _counted(running, done)
-                unmixed[index] += done - before
+                (polished, *_), taken = yield from _shared(running, over, polish, total)
+                over, unmixed[index] = over + polish, unmixed[index] + taken
                 tried.append(polished.cpu())
             for found in tried:
                 fit = _fit(observation, predictor, found.to(device), labels[index])
@@ -190,8 +198,8 @@ def _tries(starts: int, size: int, rank: int, cheap: bool) -> int:
     return min(starts, 2) if size * rank == 1 else starts if cheap else max(1, int(starts * min(1.0, 16 / (size * rank))))
 
 
-def invert_latent(observations: Sequence[Observation], predictor: Predictor, decoder: nn.Module, *, seed: int, **settings: Any) -> Iterator[int]:
-    """A5: `read_latent`, then `decode`; yields the iterations done.
+def invert_latent(observations: Sequence[Observation], predictor: Predictor, decoder: nn.Module, *, seed: int, **settings: Any) -> Iterator[float]:
+    """A5: `read_latent`, then `decode`; yields the share of the work that is over.
 
     Args:    as `read_latent`.  decoder: (N, *latent) → images, trained on z̃ of public images, in eval mode.
     Returns: one Reconstruction per observation. An update that is zero or not finite, or tells no labels where none are granted, is a failure, with mid-grey images.
@@ -217,15 +225,18 @@ def invert_latent(observations: Sequence[Observation], predictor: Predictor, dec
     return found
 
 
-def _counted(running: Iterator[int], before: int) -> Iterator[int]:
-    """Goes on counting from an earlier search; returns what the search returns, and the count."""
-    done = before
+def _shared(running: Iterator[int], over: int, part: int, total: int, *, steps: int | None = None) -> Iterator[float]:
+    """Runs a search that yields its steps as the next `part` of a total of which `over` are over; returns what the search returns, and its steps.
+
+    steps: that it takes at most; as many as its part, unless said otherwise.
+    """
+    done, most = 0, max(part if steps is None else steps, 1)
     while True:
         try:
-            done = before + next(running)
+            done = next(running)
         except StopIteration as end:
             return end.value, done
-        yield done
+        yield (over + part * min(1.0, done / most)) / max(total, 1)
 
 
 def _labels(observations: Sequence[Observation], classes: int) -> tuple[Tensor, Tensor]:

@@ -75,12 +75,14 @@ UNMIXED = 8
 """Largest batch that `read_latent` unmixes."""
 MIXES = UNMIXED**2
 """Most numbers that `unmix` is to find: a start takes twice as many gradients of an image in each iteration."""
+ITERATIONS, SETTLING = 30, 12
+"""Of a start of `unmix`."""
 
 
 @torch.no_grad()
 def unmix(
     observation: Observation, predictor: Predictor, basis: Tensor, labels: Tensor, *, seed: int, stream: int = 0, starts: int = 32,
-    iterations: int = 30, settling: int = 12, first_step: float = 0.3, enough: float = 1e-10, at_once: int = 128, device: torch.device | str = "cpu",
+    iterations: int = ITERATIONS, settling: int = SETTLING, first_step: float = 0.3, enough: float = 1e-10, at_once: int = 128, device: torch.device | str = "cpu",
 ) -> Iterator[int]:  # fmt: skip
     """Find which B combinations z = M · basis of known latents a gradient is of; yields the iterations done.
 
@@ -146,6 +148,11 @@ def unmix(
         if lowest < enough:
             break
     return (best @ flat).unflatten(-1, predictor.latent_shape), lowest, tried, curve, chosen
+
+
+def most_steps(starts: int, *, iterations: int = ITERATIONS, settling: int = SETTLING) -> int:
+    """Iterations that `unmix` takes at most: every other start has twice as many of small steps, and each settles."""
+    return sum(iterations * (1 + start % 2) + settling for start in range(starts))
 
 
 def _damped(jacobian: Tensor, residual: Tensor) -> Tensor:

@@ -218,6 +218,8 @@ class LatentDecoding:
     """A5: the perturbed latent from the predictor's gradients, then a decoder trained on public images. The attack under share policy `head`."""
 
     iterations: int = 1000
+    """Of the free search, from each start, where no layer tells the span of a batch's latents or none of that explains the update. They do not bound the search
+    in that span, which comes first for at most 8 images: at most 32 starts of 42 and of 72 steps in turn, mostly one."""
     restarts: int = 1
     steps: int = 1500
     """Of the decoder's training."""

@@ -173,6 +173,24 @@ def test_a_start_whose_loss_became_infinite_is_a_failed_attempt_beside_a_good_on
         assert found.status == good["status"] == "ok" and bad["status"] == "failed" and "infinite" in bad["error"] and bad["loss"] == math.inf
 
 
+def test_the_bar_of_the_latent_attack_moves_with_every_victim_and_is_full_no_sooner_than_the_last(trained, tmp_path, monkeypatch):
+    run, one = trained("noise")
+    cell, reported, began, unmix = cells_of(run, one, tmp_path)["latent"], [], [], latent.unmix
+
+    def watched(*given, **options):
+        began.append(sum(reported))
+        return (yield from unmix(*given, **options))
+
+    monkeypatch.setattr(latent, "unmix", watched)
+    [task] = applications.tasks(run, [cell])
+    assert task.cost == VICTIMS * (16 * (42 + 72) + 2 * 7)  # 32 starts in the span at most, and the free search from two
+    task.do(0, reported.append)
+    assert len(began) == VICTIMS and began == sorted(set(began)) and began[-1] < task.cost == pytest.approx(sum(reported)) and min(reported) >= 0
+    steps = sum(units > 0 for units in reported)
+    applications.collect(run, cell)
+    assert steps >= sum(attempt["iterations"] for attempt in cell.attempts)  # each shows
+
+
 @pytest.mark.parametrize("name", ["analytic", "learned", "latent"])
 def test_a_delta_of_one_step_of_sgd_is_read_as_the_gradient_that_it_is(trained, tmp_path, monkeypatch, name):
     """What each attack is handed, scale and sign, and what A4 makes of it; deltas of more are left out."""

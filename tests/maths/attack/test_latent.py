@@ -1,5 +1,6 @@
 """The perturbed latent from the predictor's gradients: known answers on small networks, in float64 unless said otherwise."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -464,6 +465,44 @@ def test_a_start_that_the_span_of_the_latents_made_needless_takes_no_iterations(
     model = split(smooth)
     found = result(read_latent([observe(model)[0]], Predictor(model), seed=0, iterations=10, restarts=2))
     assert found.iterations[0, 1] == 0 < found.iterations[0, 0] and found.losses[0].tolist() == [float(found.loss)] * 2
+
+
+def test_the_share_that_is_over_follows_every_search_and_is_whole_no_sooner_than_the_last_one(monkeypatch):
+    model, searches = split(smooth), []
+    exact, other = (observe(model, seed=seed)[0] for seed in range(2))
+    draw = torch.Generator().manual_seed(0)
+    noisy = dataclasses.replace(other, update={name: t + 0.3 * t.std() * torch.randn(t.shape, generator=draw, dtype=t.dtype) for name, t in other.update.items()})
+    nothing = dataclasses.replace(exact, update={name: torch.zeros_like(t) for name, t in exact.update.items()})
+
+    def watched(search):
+        def running(*given, **options):
+            searches.append(0)
+            inner = search(*given, **options)
+            while True:
+                try:
+                    searches[-1] = next(inner)
+                except StopIteration as end:
+                    return end.value
+                yield searches[-1]
+
+        return running
+
+    for name in ("unmix", "match_latent"):
+        monkeypatch.setattr(latent, name, watched(getattr(latent, name)))
+    running, seen = latent.read_latent([exact, nothing, noisy], Predictor(model), seed=0, iterations=10, restarts=3, at_once=2, every=3, dtype=torch.float64), []
+    with contextlib.suppress(StopIteration):
+        while True:
+            share = next(running)
+            if searches:
+                seen.append((len(searches) - 1, searches[-1], share))
+    # two starts of 42 and 72 steps for each that can be read, 3 · 10 of the free search in 2 programs of 10 iterations, 42 of the polish
+    total, places = 2 * (114 + 30 + 42), ((0, 114, 114), (114, 114, 114), (2 * 114 + 72, 30, 20), (2 * 114 + 72 + 30, 42, 42))
+    assert len(searches) == 4 and searches[0] < 114 and searches[2] == 20 and {number for number, *_ in seen} == {0, 1, 2, 3}
+    for number, done, share in seen:
+        over, part, most = places[number]
+        assert share == pytest.approx((over + part * done / most) / total)
+    assert all(share < 1 for number, done, share in seen if number < 3 or done < 42)
+    assert (shares := [share for *_, share in seen]) == sorted(shares)
 
 
 def test_observations_that_do_not_fit_are_refused():
