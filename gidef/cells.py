@@ -241,6 +241,9 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
+    if observe.guesses_order(attack, run.recipe.evaluation.release, run.recipe.evaluation.local_steps):
+        count = getattr(attack, "restarts", 1)
+        said.append(f"the order of the labels over the local steps was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

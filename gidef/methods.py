@@ -22,6 +22,7 @@ from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import read_latent
+from gidef.attack.matching import Unordered
 from gidef.attack.optimisers import Adam
 from gidef.attack.predictor import Predictor
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
@@ -127,7 +128,14 @@ class Case:
         granted = getattr(self.attack, "labels", "known")
         own |= {name: True for name, asked in (("search_labels", "searched"), ("soft_labels", "soft")) if granted == asked}
         common = {"image_shape": self.image_shape, "num_classes": self.num_classes, "snapshots": SNAPSHOTS, "searched": self.searched, "local": self.local}
+        common["unordered"] = self.unordered()
         return {**common, **own, **changes}
+
+    def unordered(self) -> Unordered | None:
+        """How the labels lie over the local batches, where nobody granted it and there are several."""
+        if not observe.guesses_order(self.attack, self.observations[0].kind, self.steps):
+            return None
+        return Unordered(batches=self.steps, clients=self.members, latent_dims=len(self.latent_shape or ()))
 
     def matching(self, **changes: Any) -> Matching:
         return Matching(**self.fields(**changes))
@@ -399,4 +407,7 @@ def refined(plan: Plan, first: Tensors) -> Matching:
         return first["images"][row], first["noise"][row] if "noise" in first else None, {name: first[name][row] for name in others}
 
     start.of_variants = True
-    return dataclasses.replace(plan.refine, start=start)
+    unordered = plan.refine.unordered
+    if unordered is not None:
+        unordered = dataclasses.replace(unordered, first=lambda observation, number: first["order"][place[observation, number]])
+    return dataclasses.replace(plan.refine, start=start, unordered=unordered)

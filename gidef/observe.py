@@ -430,9 +430,16 @@ def adapts(attack: Any) -> bool:
     return isinstance(attack, kinds) or callable(getattr(attack, "plan", None))
 
 
+def guesses_order(attack: Any, release: str, steps: int) -> bool:
+    """Whether an attack matches a delta of several local batches by labels of which it does not know in which batch they were."""
+    simulates = isinstance(attack, config.NaiveMatching) or callable(getattr(attack, "plan", None))
+    known = getattr(attack, "labels", "known") not in ("counts", "recovered", "soft")
+    return simulates and not isinstance(attack, config.SurrogateModel) and release == "delta" and steps > 1 and not known
+
+
 def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:
     """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch
-    stays unknown."""
+    and over the local steps stays unknown (`guesses_order`)."""
     if attack.labels == "counts":
         return labels.sort().values
     return labels if attack.labels == "known" else None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gidef.attack.labels import LabelsHidden, recover_labels, recover_soft_labels
-from gidef.attack.matching import Matching, Simulate, tables
+from gidef.attack.matching import EXCHANGES, Matching, Simulate, tables
 from gidef.attack.optimisers import rows
 from gidef.attack.program import pick
 from gidef.attack.starts import STARTS
@@ -33,6 +33,8 @@ REASONS = {
     BROKEN: "the attack's program raised an error",
     UNTOLD: "the labels cannot be recovered: the last layer's update is zero, not finite or degenerate",
 }
+ORDER_TRIES = 20
+"""Draws for a first order that deals the labels to the batches as no earlier restart does."""
 KEPT = "; the best point that it had found is kept"
 """Follows the reason where an attack has something all the same."""
 
@@ -44,6 +46,7 @@ class Batch:
     given:  (params, known, targets (K, B, classes)).  target: observed updates over their norms.  scale: one over the norms, (K,).
     dims:   of (given, target), as vmap's in_dims: None where all attacks share a tensor.
     knobs, rates: schedules (iterations + 1, K), see `matching.tables`.
+    order: where labels are `Unordered`, the first orders int64 (K, B).  exchanges: pairs of rows to be exchanged, int64 (trials, K, 2).
     """
 
     chunk: Chunk
@@ -55,6 +58,8 @@ class Batch:
     knobs: Tensors
     rates: Tensors
     seed: int
+    order: Tensor | None = None
+    exchanges: Tensor | None = None
 
     def given_at(self, iteration: int, matching: Matching) -> tuple[Tensors, Tensors, Tensor]:
         """`given`, with what is drawn afresh."""
@@ -76,6 +81,7 @@ class Batch:
             self, chunk=tuple(self.chunk[row] for row in which), labels=self.labels[index],
             given=(some(params, over_params), some(known, over_known), targets[index]), target=some(self.target, self.dims[1]), scale=self.scale[index],
             knobs={name: tensor[:, index] for name, tensor in self.knobs.items()}, rates={name: tensor[:, index] for name, tensor in self.rates.items()},
+            order=None if self.order is None else self.order[index], exchanges=None if self.exchanges is None else self.exchanges[:, index],
         )  # fmt: skip
 
     def lowered(self, dtype: torch.dtype) -> Batch:
@@ -109,7 +115,8 @@ def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simu
     target, over_target, scale, failure = normalised([o.update for o in chosen], cast)
     failure = torch.where(untold & (failure == OK), UNTOLD, failure)
     knobs, rates = tables(matching, [start for _, start in chunk], list(variables), cast)
-    return Batch(chunk, labels, given, target, scale, (dims, over_target), knobs, rates, seed), variables, failure
+    order, exchanges = orders(chunk, targets, matching, seed) if matching.unordered is not None else (None, None)
+    return Batch(chunk, labels, given, target, scale, (dims, over_target), knobs, rates, seed, order, exchanges), variables, failure
 
 
 def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], matching: Matching) -> tuple[Tensors, Tensors, Tensor, Tensor, Tensor | None]:
@@ -146,6 +153,42 @@ def _labels_of(observation: Observation, matching: Matching) -> tuple[Tensor, bo
     if labels.shape != (size,) or labels.is_floating_point() or not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InputError(f"granted labels {tuple(labels.shape)} do not fit {size} images of {classes} classes: give one class index per image.")
     return labels.long().cpu(), False
+
+
+def orders(chunk: Chunk, targets: Tensor, matching: Matching, seed: int) -> tuple[Tensor, Tensor]:
+    """Of `Unordered` labels (K, B, classes): the first orders (K, B), and the pairs of rows to be exchanged (trials, K, 2), every pair of different labels
+    in turn; (0, 0), which changes nothing, where there is none. Both depend on (seed, observation, restart) alone. Raises InputError for batches that do
+    not divide the images."""
+    unordered, trials = matching.unordered, matching.iterations // EXCHANGES
+    first, pairs = [], []
+    if targets.shape[1] % unordered.parts:
+        raise InputError(f"{targets.shape[1]} images do not divide into {unordered.parts} local batches of equal size: change the batch size or the steps.")
+    for (observation, start), one in zip(chunk, targets.cpu(), strict=True):
+        kinds = one.unique(dim=0, return_inverse=True)[1]
+        restart = start % matching.restarts
+        first.append(unordered.first(observation, start) if unordered.first is not None else _first_order(kinds, unordered.parts, observation, restart, seed))
+        apart = (kinds[:, None] != kinds).triu().nonzero()
+        draw = generator(seed, "exchanges", observation, restart)
+        rounds = [apart[torch.randperm(len(apart), generator=draw)] for _ in range(-(-trials // len(apart)))] if len(apart) else []
+        pairs.append(torch.cat(rounds)[:trials] if rounds else torch.zeros(trials, 2, dtype=torch.int64))
+    return torch.stack(first).to(targets.device), torch.stack(pairs, 1).to(targets.device)
+
+
+def _first_order(kinds: Tensor, parts: int, observation: int, restart: int, seed: int) -> Tensor:
+    """The order as it is for restart 0; for others one that deals the labels to the batches otherwise than earlier restarts, where there is one."""
+    order, draw = torch.arange(len(kinds)), generator(seed, "order", observation)
+
+    def dealt(order: Tensor) -> tuple[int, ...]:
+        return tuple(kinds[order].view(parts, -1).sort(1).values.flatten().tolist())
+
+    seen = {dealt(order)}
+    for _ in range(restart):
+        for _ in range(ORDER_TRIES):
+            order = torch.randperm(len(kinds), generator=draw)
+            if dealt(order) not in seen:
+                break
+        seen.add(dealt(order))
+    return order
 
 
 def gather(each: Sequence[Tensors], cast: dict[str, Any]) -> tuple[Tensors, Dims]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gidef.attack.batch import BROKEN, KEPT, LOST, OK, REASONS, Batch, Chunk, make_batch
-from gidef.attack.matching import Matching, Simulate
+from gidef.attack.matching import EXCHANGES, Matching, Simulate
 from gidef.attack.optimisers import rows
 from gidef.attack.program import Programs
 from gidef.errors import InputError
@@ -96,7 +96,7 @@ def run_chunk(
              losses float32 (K, points): the objective at evenly spaced iterations, the last included, NaN after an attack stopped;
              iterations int64 (K,): evaluated;  snapshots float16 (K, S, B, C, H, W), if there are any;
              failure int64 (K,): 0 or the kind of failure;  failed_at int64 (K,): iteration. One whose loss became infinite or NaN on the way keeps its best point;
-             given_up bool (K,): by halving.
+             given_up bool (K,): by halving;  order int64 (K, B), where labels are `Unordered`: whose row stood in each place of the simulator's.
     Raises:  InputError, before the first iteration, if observations do not fit the simulator, the settings or one another.
     """
     cast = {"device": torch.device(device), "dtype": dtype}
@@ -104,12 +104,12 @@ def run_chunk(
     if precision == "bfloat16_all":
         batch = batch.lowered(torch.bfloat16)
     run = ChunkRun(matching, simulate, programs or Programs(), mode, precision, every, every_s, at_once or len(chunk))
-    state = first_state(variables, failure, matching)
+    state = first_state(variables, failure, matching, batch.order)
     yield from run.go(batch, state)
     return run.result(batch)
 
 
-def first_state(variables: Tensors, failure: Tensor, matching: Matching) -> dict[str, Tensors]:
+def first_state(variables: Tensors, failure: Tensor, matching: Matching, order: Tensor | None = None) -> dict[str, Tensors]:
     """All that changes while attacks run: maps of tensors with a leading dim of attacks, so that attacks can be taken out of it."""
     inf = torch.full_like(failure, torch.inf, dtype=next(iter(variables.values())).dtype)
     points = min(matching.iterations + 1, CURVE_POINTS)
@@ -117,6 +117,7 @@ def first_state(variables: Tensors, failure: Tensor, matching: Matching) -> dict
         "best_loss": inf, "best_fit": inf, "first_fit": inf, "mark": inf, "since": torch.zeros_like(failure), "failure": failure,
         "failed_at": torch.zeros_like(failure), "ran": torch.zeros_like(failure), "losses": inf[:, None].expand(-1, points) * torch.nan,
     }  # fmt: skip
+    own |= {} if order is None else {"order": order, "best_order": order}
     state = {"variables": variables, "best": variables, "own": own, "descent": matching.descent().begin(variables), "snapshots": {}}
     if matching.snapshots:
         name = "code" if matching.render is not None else "images"
@@ -195,8 +196,15 @@ class ChunkRun:
 
             given = batch.given_at(iteration, matching)
 
-            def measured(variables: Tensors, knobs: Tensors = knobs, given: Any = given, iteration: int = iteration) -> tuple[Tensor, Tensor, Tensor, Tensors]:
-                loss, final, fit, gradients = evaluate(variables, given, batch.target, batch.scale, knobs)
+            def measured(
+                variables: Tensors, order: Tensor | None, knobs: Tensors = knobs, given: Any = given, iteration: int = iteration
+            ) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+                if order is None:
+                    loss, final, fit, gradients = evaluate(variables, given, batch.target, batch.scale, knobs)
+                else:
+                    there = (*given[:2], torch.take_along_dim(given[2], order[..., None], 1))
+                    loss, final, fit, gradients = evaluate(matching.unordered.placed(variables, order), there, batch.target, batch.scale, knobs)
+                    gradients = matching.unordered.returned(gradients, order)
                 if matching.coupling is not None:
                     more, slope = matching.coupling(variables["images"], groups, iteration / max(end, 1), batch.labels)
                     loss, final = loss + more, final + more
@@ -204,8 +212,17 @@ class ChunkRun:
                 return loss, final, fit, gradients
 
             with torch.no_grad():  # for parameters that a simulator closes over; never around the yield, it would leak to the consumer
-                loss, final, fit, gradients = measured(variables)
+                order = own.get("order")
+                loss, final, fit, gradients = measured(variables, order)
                 running = own["since"] >= 0
+                if order is not None and iteration % EXCHANGES == EXCHANGES - 1 and iteration < end:
+                    tried = _exchanged(order, batch.exchanges[iteration // EXCHANGES])
+                    *others, slopes = measured(variables, tried)
+                    lower = (others[1] < final) & running
+                    order = torch.where(rows(lower, order), tried, order)
+                    loss, final, fit = (torch.where(lower, new, old) for new, old in zip(others, (loss, final, fit), strict=True))
+                    gradients = {name: torch.where(rows(lower, new), new, gradients[name]) for name, new in slopes.items()}
+                    own["order"] = order
                 best, own = _noted(best, own, variables, final, fit, iteration, running, matching.patience)
                 if iteration in curve:
                     own["losses"][:, curve[iteration]] = torch.where(running, final, torch.nan)
@@ -225,7 +242,7 @@ class ChunkRun:
                     rates = {name: table[iteration] for name, table in batch.rates.items()}
                     index = torch.full((), iteration, device=loss.device, dtype=torch.int64)
                     moved, carried = optimiser.step(
-                        variables, gradients, loss, descent, rates=rates, iteration=index, evaluate=lambda v: _loss_and_gradients(measured(v))
+                        variables, gradients, loss, descent, rates=rates, iteration=index, evaluate=lambda v, order=order: _loss_and_gradients(measured(v, order))
                     )
                     moved = _boxed(moved, matching)
                     if matching.patience is not None:  # an attack that stopped stays where it is
@@ -276,6 +293,8 @@ class ChunkRun:
         if matching.snapshots:
             kept = state["snapshots"]["all"]
             result["snapshots"] = kept if matching.render is None else _rendered(matching, kept.flatten(0, 1).float()).unflatten(0, kept.shape[:2]).half()
+        if "best_order" in own:
+            result["order"] = own["best_order"]
         if "logits" in best:
             batch = dataclasses.replace(batch, labels=best["logits"].argmax(-1)[order.to(best["logits"].device)])
         own = {"attacks": torch.tensor(batch.chunk), "labels": batch.labels.cpu()}
@@ -313,7 +332,7 @@ def joined(results: Sequence[Tensors], iterations: Sequence[int]) -> Tensors:
     found = dict(results[-1])
     for one in reversed(results[:-1]):
         keep = found["loss"].isfinite() | ~one["loss"].isfinite()
-        found |= {name: torch.where(rows(keep, found[name]), found[name], one[name]) for name in ("images", "labels", "noise", "loss", "fit") if name in found and name in one}
+        found |= {name: torch.where(rows(keep, found[name]), found[name], one[name]) for name in ("images", "labels", "noise", "order", "loss", "fit") if name in found and name in one}
     failure, failed_at = torch.zeros_like(found["failure"]), torch.zeros_like(found["failed_at"])
     for one, start in zip(reversed(results), reversed(starts), strict=True):
         later = torch.where(one["failure"] == LOST, one["failed_at"] + start, one["failed_at"])
@@ -389,6 +408,8 @@ def _noted(
     newly = (own["failure"] == OK) & ~final.isfinite() & running
     own = dict(own)
     own["best_loss"], own["best_fit"] = torch.where(better, final, own["best_loss"]), torch.where(better, fit, own["best_fit"])
+    if "order" in own:
+        own["best_order"] = torch.where(rows(better, own["order"]), own["order"], own["best_order"])
     own["failed_at"] = torch.where(newly, iteration, own["failed_at"])
     own["failure"] = torch.where(newly, LOST, own["failure"])
     own["ran"] = own["ran"] + running
@@ -401,6 +422,12 @@ def _noted(
         # −1 marks an attack that stopped: for want of progress, or because it failed
         own["since"] = torch.where(running & (since <= patience) & (own["failure"] == OK), since, -1)
     return best, own
+
+
+def _exchanged(order: Tensor, pair: Tensor) -> Tensor:
+    """Orders (K, B) in which the rows of each attack's pair (K, 2) have changed places."""
+    one, other = pair[:, :1], pair[:, 1:]
+    return torch.where(order == one, other, torch.where(order == other, one, order))
 
 
 def _loss_and_gradients(measured: tuple[Tensor, Tensor, Tensor, Tensors]) -> tuple[Tensor, Tensors]:

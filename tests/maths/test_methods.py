@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from gidef import attack as attacks
 from gidef import build, config, methods, observe
+from gidef.attack.matching import Unordered
 from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE, note_of
 from gidef.config import (
@@ -495,6 +496,41 @@ def test_counts_grant_the_labels_without_their_order(trained):
     case, _, releases = case_of(trained, "undefended", attack, batch_size=4)
     granted, true = case.observations[0].labels, releases[0].labels[0]
     assert granted.tolist() == sorted(true.tolist())
+
+
+def test_the_order_of_labels_over_local_steps_is_searched_just_where_nobody_grants_it(trained):
+    """By counts, recovered or soft labels, of several steps; with known or searched labels, one step or a gradient nothing changes."""
+    delta = {"release": "delta", "local_steps": 2, "batch_size": 4}
+
+    def asked(attack, defence="undefended", **evaluation):
+        return methods.plan(case_of(trained, defence, attack, **evaluation)[0]).matching.unordered
+
+    for labels in ("counts", "recovered", "soft"):
+        assert asked(config.NaiveMatching(labels=labels, **SHORT), **delta) == Unordered(batches=2, latent_dims=0)
+        assert asked(config.NaiveMatching(labels=labels, **SHORT), **{**delta, "local_steps": 1, "local_epochs": 2}) is None
+        assert asked(config.NaiveMatching(labels=labels, **SHORT), batch_size=4) is None
+        assert asked(config.SurrogateModel(labels=labels, **SHORT), **delta) is None  # one gradient has no order
+    assert asked(config.DeepLeakage(labels="recovered", **SHORT), **delta).batches == 2
+    for attack in (config.NaiveMatching(**SHORT), config.NaiveMatching(labels="searched", **SHORT), config.DeepLeakage(**SHORT)):
+        assert asked(attack, **delta) is None
+    joint = config.JointMatching(labels="counts", **SHORT)
+    assert asked(joint, "learned", **delta) == Unordered(batches=2, latent_dims=3)
+    assert asked(joint, "secure", **delta).clients == 3
+
+
+@pytest.mark.parametrize("attack", [config.JointMatching, config.MultiRound, config.GenerativePrior])
+def test_every_attack_that_simulates_local_steps_bears_a_guessed_order(trained, attack):
+    """A8's second stage begins in the order in which the first one ended."""
+    case, _, _ = case_of(trained, "learned", attack(labels="counts", restarts=2, **SHORT), release="delta", local_steps=2, batch_size=4)
+    plan, chunk = methods.plan(case), ((0, 0), (0, 1))
+    rows = attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert rows["failure"].tolist() == [0, 0] and (rows["order"].sort(1).values == torch.arange(4)).all()
+    assert torch.equal(rows["labels"], case.observations[0].labels.expand(2, -1))
+    if plan.refine is not None:
+        rows["order"] = torch.tensor([[3, 1, 2, 0], [1, 0, 3, 2]])
+        first = dataclasses.replace(methods.refined(plan, rows), iterations=0)
+        second = attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), first, seed=0))
+        assert torch.equal(second["order"], rows["order"])
 
 
 def test_a_shuffled_update_keeps_every_tensor_s_entries_and_loses_their_places(trained):

@@ -14,6 +14,7 @@ from gidef import build, cells, observe
 from gidef.clients.local import LocalSettings, train_locally
 from gidef.clients.participate import DECODER
 from gidef.config import (
+    Analytic,
     ImprintServer,
     IsotropicNoise,
     JointMatching,
@@ -23,6 +24,7 @@ from gidef.config import (
     Pruning,
     SingleGradient,
     SkipLayers,
+    SurrogateModel,
     Undefended,
 )
 from gidef.data import Images
@@ -412,6 +414,17 @@ def test_a_row_says_where_the_clients_train_otherwise_than_the_attacked_delta(cl
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, clients=clients)))
     note = cells.note_of(run, one, NaiveMatching())
     assert said in note and ("clients" in note) == bool(said)
+
+
+def test_a_row_says_that_the_order_of_the_labels_over_the_local_steps_was_guessed(trained):
+    run, one = trained("full", "undefended")
+    run = evaluated(run, release="delta", batch_size=2, local_steps=2)
+    said = "the order of the labels over the local steps was guessed"
+    assert f"{said} (1 assignment to begin with, exchanges tried on the way)" in cells.note_of(run, one, NaiveMatching(labels="counts"))
+    assert f"{said} (4 assignments to begin with, " in cells.note_of(run, one, NaiveMatching(labels="recovered", restarts=4))
+    for attack in (NaiveMatching(), NaiveMatching(labels="searched"), SurrogateModel(labels="recovered"), Analytic(labels="recovered")):
+        assert said not in cells.note_of(run, one, attack)
+    assert said not in cells.note_of(evaluated(run, local_steps=1), one, NaiveMatching(labels="counts"))
 
 
 def test_an_imprint_block_reads_nothing_off_steps_of_adam(trained, tmp_path):
