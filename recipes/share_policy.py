@@ -4,7 +4,7 @@ Shows:  the same defences under each policy, and capacity noise on a late latent
         Under `head` the latent is read (A5) with a front that the attacker trains on public images and, as a bound, with the client's own; under `all` the
         clients' decoder serves the attacker as well (A6). In the row "head matched" every noise has the strength that costs two points of validation
         accuracy: does learning its level beat noise of one level? Gradients are not clipped: under `head` the norm would tell of the private front.
-Expect: under `head`, noise on a small late latent keeps the strongest attack near the class mean at little cost.
+Expect: under `head`, noise on a small late latent keeps the strongest attack near the class mean; at equal accuracy learned, capacity and isotropic noise do alike.
 Costs:  two hours on 2 CPU cores; --small: some minutes, without the matched row.
 """
 
