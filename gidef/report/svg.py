@@ -17,8 +17,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = (None, "7 3", "2 3", "8 3 2 3", "12 4")
 _MARKERS = (
     "M-5,-5H5V5H-5Z", "M0,-6L6,5H-6Z", "M0,-7L7,0L0,7L-7,0Z", "M0,6L6,-5H-6Z", "M-2,-6H2V-2H6V2H2V6H-2V2H-6V-2H-2Z",
-    "M0,-7L2,-2L7,-2L3,1L4,6L0,3L-4,6L-3,1L-7,-2L-2,-2Z",
+    "M0,-7L2,-2L7,-2L3,1L4,6L0,3L-4,6L-3,1L-7,-2L-2,-2Z", "M-6,-4L-4,-6L0,-2L4,-6L6,-4L2,0L6,4L4,6L0,2L-4,6L-6,4L-2,0Z",
 )  # fmt: skip
+"""As many as have no divisor in common with the colours' number, so that pairs of both recur late."""
 _CIRCLE = "M-5,0A5,5 0 1 1 5,0A5,5 0 1 1 -5,0Z"
 MOST_NAMED = 18
 """Curves of a picture that all have a name; of more, those of a family share one."""

@@ -946,3 +946,10 @@ def test_an_attack_that_failed_is_nobodys_strongest(results, tmp_path):
     make_run(tmp_path / "failed", complete(results), error="out of memory")
     faces = list(read(page_of(tmp_path / "failed")).one("ul", class_="faces").all("a"))
     assert [face.one("span", class_="interval").text for face in faces] == ["up to –"] * len(VICTIMS)
+
+
+def test_two_dozen_defences_differ_in_marker_or_colour():
+    points = [svg.Point(label=f"defence {number}", x=number, y=number, family=number) for number in range(24)]
+    drawn = str(svg.scatter(points, [], name="plot", xlabel="x", ylabel="y"))
+    looks = re.findall(r'class="point" fill="([^"]+)".*?<path d="([^"]+)"', drawn, re.DOTALL)
+    assert len(looks) == len(set(looks)) == 24
