@@ -92,7 +92,7 @@ class Setting:
         recipe = self.recipe
         if recipe.rounds.count is not None:
             return recipe.rounds.count
-        settings, cohort = local_settings(recipe.clients), recipe.rounds.cohort_size or len(self.clients)
+        settings, cohort = local_settings(recipe.clients), recipe.cohort
         steps = [settings.steps_in_round(client.num_examples) for client in self.clients]
         return min(60, max(5, round(recipe.rounds.local_steps / (cohort * sum(steps) / len(steps)))))
 
@@ -288,7 +288,7 @@ def _make_transform(chosen: Any, recipe: config.Recipe, spends: Budget | None) -
         case config.GradDefense():
             return NoisySlices(std=chosen.std, relative=chosen.relative, slices=chosen.slices, noisy=chosen.noisy)
         case config.DPSGD():
-            noise, cohort_size = spends and spends.noise_multiplier, recipe.rounds.cohort_size or recipe.data.num_clients
+            noise, cohort_size = spends and spends.noise_multiplier, recipe.cohort
             return ClipAndNoise(clip=chosen.clip, noise_multiplier=noise, cohort_size=cohort_size)
     missing = [name for name in ("apply", "reveals", "imitate") if not callable(getattr(chosen, name, None))]
     if missing:
@@ -347,20 +347,21 @@ def _make_trained(chosen: Any, recipe: config.Recipe, dataset: Dataset | Shape, 
 def privacy_budget(setting: Setting, chosen: Any, *, seed: int) -> Budget | None:
     """What the training of a defence with a DPSGD spends, None of another: over all rounds, also those that patience may leave out.
 
-    Images: every client takes part in the rounds whose cohorts it is drawn into, which the server knows, and so draws amplify nothing there.
-    Clients: every round is a sample of them. Raises: InputError without Opacus, or for a target that no noise reaches.
+    Every client takes part in the rounds whose cohorts it is drawn into, which the server knows, and so draws of clients amplify nothing: of images those
+    of batches do, and under a DPSGD of clients a round is one step of who is in its cohort.
+    Raises: InputError without Opacus, or for a target that no noise reaches.
     """
     private = next((part for part in (chosen if isinstance(chosen, tuple) else (chosen,)) if isinstance(part, config.DPSGD)), None)
     if private is None:
         return None
     needs_opacus()
     recipe, rounds, settings = setting.recipe, setting.rounds, local_settings(setting.recipe.clients)
-    size = recipe.rounds.cohort_size or recipe.data.num_clients
+    size = recipe.cohort
+    cohorts = [draw_cohort(num_clients=recipe.data.num_clients, size=size, seed=seed, round=number) for number in range(rounds)]
+    taken = Counter(number for cohort in cohorts for number in cohort)
     if private.level == "client":
-        schedules = [Schedule(size / recipe.data.num_clients, rounds)]
+        schedules = [Schedule(1.0, taken[client.id]) for client in setting.clients]
     else:
-        cohorts = [draw_cohort(num_clients=recipe.data.num_clients, size=size, seed=seed, round=number) for number in range(rounds)]
-        taken = Counter(number for cohort in cohorts for number in cohort)
         schedules = [
             Schedule(min(1.0, settings.batch_size / client.num_examples), taken[client.id] * settings.steps_in_round(client.num_examples))
             for client in setting.clients
@@ -470,7 +471,7 @@ def overlaps_evaluation(recipe: config.Recipe, world: World) -> bool:
 def shards(setting: Setting, ranks: int, *, seed: int, round: int) -> list[list[int]]:
     """Each rank's clients in a round as it is planned before anything is measured, by number. A queue gives them out about like the plan by size."""
     recipe = setting.recipe
-    cohort = draw_cohort(num_clients=recipe.data.num_clients, size=recipe.rounds.cohort_size or recipe.data.num_clients, seed=seed, round=round)
+    cohort = draw_cohort(num_clients=recipe.data.num_clients, size=recipe.cohort, seed=seed, round=round)
     size = recipe.speed.shard_size  # the ranks of a group have the same clients
     if recipe.speed.clients_schedule == "static":
         parts = [cohort[group :: ranks // size] for group in range(ranks // size)]
@@ -483,7 +484,7 @@ def traffic(recipe: config.Recipe, server: ServerState, template: Tensors) -> Tr
     """What a round sends between ranks. server: after a step, with its slots.  template: of an update, as a rank sums it."""
     rule, speed = robust_rule(recipe.rounds.aggregate), recipe.speed
     return Traffic(
-        entries=sum(tensor.numel() for tensor in template.values()), cohort=recipe.rounds.cohort_size or recipe.data.num_clients,
+        entries=sum(tensor.numel() for tensor in template.values()), cohort=recipe.cohort,
         entry_bytes=8 if speed.reduction == "fixed_point" else 4, robust=rule is not None, chosen=getattr(recipe.rounds.aggregate, "chosen", 0),
         sharded_server=speed.sharded_server, slots=len(server.slots),
     )  # fmt: skip
@@ -497,7 +498,7 @@ def bytes_per_round(training: Training, recipe: config.Recipe) -> int:
     entries = {name: count({name: tensor}) for name, tensor in template.items()}
     changed = {name: entries[name] for name in training.shared if name not in unchanged}
     bits = training.defence.upload_bits(changed, {name: size for name, size in entries.items() if name not in changed})
-    cohort = recipe.rounds.cohort_size or recipe.data.num_clients
+    cohort = recipe.cohort
     staying = cohort if training.defence.secure is None else len(training.defence.secure.stayed(range(cohort), 0))
     return cohort * sum(entries[name] * tensor.itemsize for name, tensor in template.items()) + staying * -(-bits // 8)
 
@@ -561,7 +562,7 @@ def make_training(setting: Setting, chosen: Any, *, seed: int, world: World, sta
         defence.model.to(world.device)
     if defence.decoder is not None:
         defence.decoder.to(world.device)
-    cohort_size = recipe.rounds.cohort_size or recipe.data.num_clients
+    cohort_size = recipe.cohort
     workers = min(num_workers(recipe, world), cohort_size)
     sharded = _sharded(defence, chosen, recipe, world) if world.mesh is not None else None
     initial = sharded.initial if sharded else defence.initial()

@@ -65,15 +65,15 @@ def _mean_of_known(values: Tensor) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def _row(run: Run, group: list[Cell], values: dict[str, Tensor]) -> dict[str, Any]:
-    """values: as `_by_seed` gives them. The label recovery is that of attacks which did not fail."""
+def _row(run: Run, group: list[Cell], values: dict[str, Tensor], *, releases: int = 1) -> dict[str, Any]:
+    """values: as `_by_seed` gives them. The label recovery is that of attacks which did not fail. releases: that one of an ensemble's attacks sees, if not this one."""
     first = group[0]
     accuracies = [cell.trained.summary["test_accuracy"] for cell in group]
     gap = [cell.in_loop_psnr_db for cell in group if cell.in_loop_psnr_db is not None]
     reconstructions = [found for cell in group for found in cell.reconstructions]
     note = first.note or (f"the clients' own decoder reaches {sum(gap) / len(gap):.1f} dB" if gap else "")
     budget = {name: getattr(first.attack, name) for name in ("iterations", "restarts", "steps", "samples", "rounds") if hasattr(first.attack, name)}
-    certificate, said = _certificate(run, group)
+    certificate, said = _certificate(run, group, releases=max(releases, getattr(first.attack, "rounds", 1)))
     size = first.victims.rows.shape[1]
     lost = sum(one.status == "ok" and one.error.endswith(attacks.KEPT) for one in reconstructions) * size
     cut = f"of {lost} of {len(reconstructions) * size} images the attacker's loss became infinite or NaN on the way, and its best point counts" if lost else ""
@@ -118,8 +118,8 @@ def _beyond_epsilon(cell: Cell) -> str:
     return "epsilon is against who sees sums of cohorts alone, and this server reads single updates: add SecureAggregation()"
 
 
-def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
-    """What noise on the latent certifies for the releases of these cells, or why nothing; fields of a row, and words for its note.
+def _certificate(run: Run, group: list[Cell], *, releases: int) -> tuple[dict[str, Any], str]:
+    """What noise on the latent certifies for so many releases of these cells, or why nothing; fields of a row, and words for its note.
 
     Nothing is said of noise without a certificate by its nature; under a share policy other than `head` only of a defence that asks for one.
     """
@@ -135,9 +135,9 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
             stds.append(functional_call(noise, own, (zeros,))[1].detach().expand(zeros.shape)[0])
     frozen, front_frozen = bool(getattr(settings, "frozen", False)), bool(getattr(settings, "front_frozen", False))
     once, strength = frozen and front_frozen, group[0].trained.strength
-    images, releases = max(int(run.setting.counts.sum()), 2), getattr(group[0].attack, "rounds", 1)
+    classes = [int(count) for count in run.setting.counts.sum(0) if count]
     try:
-        found = certify(stds, level=noise.mode, law=noise.law, policy=policy, frozen_noise=once, front_frozen=once, draws=releases, candidates=images)
+        found = certify(stds, level=noise.mode, law=noise.law, policy=policy, frozen_noise=once, front_frozen=once, draws=releases, candidates=classes)
         if defence.model.statistics["encoder"]:
             raise InputError("BatchNorm in train mode before the noise (model.norm=keep) carries an image into the latents of its batch. Set model.norm=frozen or group.")
         if reason := _clipped_together(run, defence, still=front_frozen and (noise.mode == "fixed" or settings.level_still)):
@@ -162,7 +162,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
         return {"certified_bits": None, "uncertified": str(error)}, f"no certificate: {error}"
     told = {"certified_bits": found.bits, "releases": found.releases, "fano": found.fano, "lifetime_bits": None}
     what = "in all rounds together" if once else "a release" if releases == 1 else f"in {releases} releases together"
-    said = f"certified: at most {found.lifetime_bits:.1f} bits of an image {what}, to name it among {images} at most {100 * found.fano:.0f} %"
+    said = f"certified: at most {found.lifetime_bits:.1f} bits of an image beyond its label {what}, to name it among the {sum(classes)} of all classes at most {100 * found.fano:.0f} %"
     try:
         if strength != 1:
             raise InputError(f"the training released at another strength than this one, {strength:g} times its own.")
@@ -172,7 +172,7 @@ def _certificate(run: Run, group: list[Cell]) -> tuple[dict[str, Any], str]:
         )  # fmt: skip
     except InputError as error:
         return told | {"uncertified_lifetime": str(error)}, f"{said}; no lifetime bound: {error}"
-    told |= {"lifetime_bits": count * found.bits, "lifetime_releases": count, "lifetime_fano": fano_bound(count * found.bits, images)}
+    told |= {"lifetime_bits": count * found.bits, "lifetime_releases": count, "lifetime_fano": fano_bound(count * found.bits, classes)}
     if not once:
         said += f"; {count * found.bits:.1f} bits in the {count} releases of the whole training ({100 * told['lifetime_fano']:.0f} %)"
     return told, said
@@ -243,13 +243,13 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
         winners += [here[number].name.removeprefix(f"{ensemble} - ") for number in best[~failed.all(0)].tolist()]
         per_seed.append({key: torch.stack([scored[id(cell)][key] for cell in here]).gather(0, best[None])[0] for key in _keys(scored)})
     group = [next(cell for cell in members if cell.seed == seed) for seed in seeds]
-    row = _row(run, group, _by_seed(per_seed, _keys(scored))) | {"threat": threat(run, group[0], members)}
+    several = max((getattr(cell.attack, "rounds", 1) for cell in members), default=1)
+    row = _row(run, group, _by_seed(per_seed, _keys(scored)), releases=several) | {"threat": threat(run, group[0], members)}
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
     for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
         row.pop(key, None)
     told = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])] + ([f"none {lost}, where all failed"] if lost else [])
-    several = max((getattr(cell.attack, "rounds", 1) for cell in members), default=1)
     told_of = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})
     return row | {
         "attack": ensemble, "attack_id": "standard", "version": version, "failed": lost, "threat": told_of,

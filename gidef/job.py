@@ -264,7 +264,7 @@ def _introduce(run: Run, name: str, said: list[str]) -> None:
         console.notice(note)
     if dataset.synthetic and not any("synthetic" in note.lower() for note in dataset.notes):
         console.notice("these are SYNTHETIC images from a generator: they show how gidef works, not what leaks about patients.")
-    cohort = recipe.rounds.cohort_size or recipe.data.num_clients
+    cohort = recipe.cohort
     console.say(
         f"clients   {recipe.data.num_clients} ({'streamed' if recipe.data.stream else type(recipe.data.partition).__name__}), {cohort} per round, {run.setting.rounds} rounds"
         f"{'' if recipe.rounds.count else f' (what {recipe.rounds.local_steps} local steps allow; --rounds.count for more)'}; share policy {recipe.share_policy}"

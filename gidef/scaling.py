@@ -49,7 +49,7 @@ def _scale(recipe: Recipe, small: Recipe | None, ranks: tuple[int, ...], script:
     most, parsed = max(own.ranks), parse(recipe, rest, name)
     if min(own.ranks) < 1:
         fail(f"--ranks {' '.join(map(str, own.ranks))}: every number must be at least 1.")
-    cohort = parsed.rounds.cohort_size or parsed.data.num_clients
+    cohort = parsed.cohort
     if cohort % most or parsed.evaluation.num_victims % most:
         fail(f"a cohort of {cohort} and {parsed.evaluation.num_victims} victims do not divide by {most} ranks: change them, or --ranks.")
     if own.dry_run is not None:
@@ -104,11 +104,11 @@ def _torchrun(script: str, count: int, args: list[str]) -> None:
 
 def _sized_for(recipe: Recipe, mode: str, ranks: int, most: int) -> Recipe:
     """Work for so many ranks; one worker each, so that ranks alone share it."""
-    cohort, victims = recipe.rounds.cohort_size or recipe.data.num_clients, recipe.evaluation.num_victims
+    cohort, victims = recipe.cohort, recipe.evaluation.num_victims
     if mode == "weak":
         cohort, victims = cohort * ranks // most, victims * ranks // most
     return dataclasses.replace(
-        recipe, rounds=dataclasses.replace(recipe.rounds, cohort_size=cohort), evaluation=dataclasses.replace(recipe.evaluation, num_victims=victims),
+        recipe, rounds=dataclasses.replace(recipe.rounds, cohort_size=cohort, cohort_share=None), evaluation=dataclasses.replace(recipe.evaluation, num_victims=victims),
         speed=dataclasses.replace(recipe.speed, workers=1),
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ def _for_plan(
     rows, classes = len(run.setting.dataset.val), run.setting.dataset.num_classes
     names = model_names(training)
     template = training.participation.template()
-    models = 1 if training.sharded or all(name in template for name in names) else run.recipe.rounds.cohort_size or run.recipe.data.num_clients
+    models = 1 if training.sharded or all(name in template for name in names) else run.recipe.cohort
     found: dict[str, Any] = {"client_seconds": _client_seconds(turns), "traffic": dataclasses.asdict(build.traffic(run.recipe, server, template))}
     overlapped = beside is not None and bool(beside.seconds)
     if overlapped or evaluating:

@@ -60,7 +60,7 @@ def dropping(recipe: Recipe) -> Recipe:
 def rows(recipe: Recipe) -> dict[str, Recipe]:
     rounds, adam = recipe.rounds, recipe.clients
     return {
-        **{f"fraction {share:g}": replace(recipe, rounds=replace(rounds, cohort_size=max(1, round(20 * share)))) for share in (0.05, 0.1, 0.3, 1.0)},
+        **{f"fraction {share:g}": replace(recipe, rounds=replace(rounds, cohort_size=None, cohort_share=share)) for share in (0.05, 0.1, 0.3, 1.0)},
         **{f"{epochs} epochs": replace(recipe, clients=replace(adam, epochs=epochs)) for epochs in (2, 5)},
         "FedSGD": replace(recipe, clients=SingleGradient(batch_size=64, lr=0.1)),
         "FedProx": replace(recipe, clients=replace(adam, proximal=0.1)),

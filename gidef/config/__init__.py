@@ -287,6 +287,8 @@ class Rounds:
     """With count None: optimiser steps of all clients together."""
     cohort_size: int | None = None
     """Clients drawn per round without replacement; None takes all."""
+    cohort_share: float | None = None
+    """The same as a share of all clients, in (0, 1], rounded, one at least; where cohort_size is None."""
     server: FedAvg | FedAdam | FedYogi | FedAdagrad | Scaffold = FedAvg()
     aggregate: Mean | Median | TrimmedMean | Krum = Mean()
     """What becomes of the cohort's updates; all but the mean need every client's own, and count no examples."""
@@ -462,6 +464,12 @@ class Recipe:
     """Continue the run in `out`."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """What follows the record beside the tables: event files for TensorBoard, an offline run of Weights & Biases (extras of these names)."""
+
+    @property
+    def cohort(self) -> int:
+        """Clients drawn per round."""
+        size, share = self.rounds.cohort_size, self.rounds.cohort_share
+        return size or (max(1, round(share * self.data.num_clients)) if share else self.data.num_clients)
 
     @property
     def chosen(self) -> dict[str, Any]:

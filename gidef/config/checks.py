@@ -140,6 +140,10 @@ def _plain_problems(recipe: Recipe) -> list[str]:
             f"rounds.cohort_size={rounds.cohort_size} exceeds data.num_clients={data.num_clients}: a round draws clients without "
             "replacement. Lower one or raise the other."
         )
+    if rounds.cohort_share is not None and rounds.cohort_size is not None:
+        found.append(f"rounds.cohort_size={rounds.cohort_size} and rounds.cohort_share={rounds.cohort_share} both say how many clients a round draws: give one.")
+    if rounds.cohort_share is not None and not 0 < rounds.cohort_share <= 1:
+        found.append(f"rounds.cohort_share={rounds.cohort_share}: expected a share of the clients in (0, 1].")
     found.extend(_norm_problems(recipe))
     found.extend(_stream_problems(recipe))
     found.extend(_shard_problems(recipe))
@@ -403,7 +407,7 @@ def _stream_problems(recipe: Recipe) -> list[str]:
 
 def _aggregate_problems(recipe: Recipe) -> list[str]:
     """What stands in the way of an aggregation that needs single updates."""
-    rule, size, found = recipe.rounds.aggregate, recipe.rounds.cohort_size or recipe.data.num_clients, []
+    rule, size, found = recipe.rounds.aggregate, recipe.cohort, []
     if recipe.speed.sharded_server and isinstance(recipe.rounds.server, Scaffold):
         found.append("speed.sharded_server=True: every client needs the whole of Scaffold's control variate. Take another server, or leave it out.")
     if isinstance(rule, Mean):
@@ -537,14 +541,14 @@ def _update_problems(parts: tuple[Any, ...]) -> list[str]:
 
 def _sum_problems(parts: tuple[Any, ...], recipe: Recipe) -> list[str]:
     """What stands in the way of a combination's secure aggregation, without its name."""
-    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.rounds.cohort_size or recipe.data.num_clients
+    secure, size = [part for part in parts if isinstance(part, SecureAggregation)], recipe.cohort
     if not secure:
         return []
     found = [f"holds {len(secure)} SecureAggregation: keep one."] if len(secure) > 1 else []
     if recipe.speed.reduction != "fixed_point" or recipe.speed.sharded_server:
         found.append("masks cancel in whole fixed-point sums: leave speed.reduction at fixed_point and speed.sharded_server out.")
     if size < 2:
-        found.append(f"a sum hides a client among others, and rounds.cohort_size={size}: give at least 2.")
+        found.append(f"a sum hides a client among others, and a cohort has {size} clients (rounds.cohort_size, cohort_share or data.num_clients): give at least 2.")
     gone = int(secure[0].dropouts * size)
     if size - gone < min(size, 2 * size // 3 + 1):
         found.append(f"dropouts={secure[0].dropouts} leave {size - gone} of {size} clients, fewer than the {2 * size // 3 + 1} that restore a sum: lower it.")

@@ -127,7 +127,7 @@ class CVB:
 class CapacityNoise:
     """Gaussian noise on a late, small latent, its level learned by cross-entropy + bits_weight × the channel's capacity, in bits.
 
-    Under share policy `head` it carries a certificate (see gidef.defence.capacity): no attack learns more bits of an image.
+    Under share policy `head` it carries a certificate (see gidef.defence.capacity): no attack learns more bits of an image beyond its label.
     """
 
     bits_weight: float = 5e-3
@@ -335,7 +335,7 @@ class DPSGD:
     delta: float = 1e-5
     level: Literal["sample", "client"] = "sample"
     """"sample" hides an image, by every step that a client takes; "client" hides a client, by its update, from all who see only the mean of a
-    cohort. Updates then count alike, whatever the clients' sizes."""
+    cohort, and may know who is in it: no draw of cohorts amplifies. Updates then count alike, whatever the clients' sizes."""
     accountant: Literal["prv", "rdp"] = "prv"
     """Of Opacus; rdp is faster and says a little more epsilon."""
     form: Literal["per_sample", "ghost"] = "per_sample"

@@ -5,8 +5,9 @@ The latent norm fixes the power, Σ mᵢ² = d. For z̃ = m + σ ⊙ ε with Gau
     I(x; z̃) ≤ ½ Σ log₂(1 + Pᵢ / σᵢ²),  Pᵢ = E[mᵢ²]     measured power: needs the population's moments
             ≤ C(σ) = max over P ≥ 0, Σ Pᵢ = d              capacity: whatever the images are, by water-filling
 
-Under share policy `head` with a private front (or a public and frozen one), all that a server sees of an image is a function of z̃, the label
-and what it knows already, so no attack whatever learns more bits of it than that per release (data processing).
+Under share policy `head` with a private front (or a public and frozen one), all that a server sees of an image is a function of z̃, the label y
+and what it knows already, so no attack whatever learns more bits of it than that per release, beyond its label (data processing). The label is told
+exactly, by the sign of the head's bias gradient if by nothing else, and is granted: every bound here is of who knows it, I(x; z̃ | y) ≤ C(σ).
 
 Source: Shannon 1949; Cover and Thomas, Elements of Information Theory, 2nd edition, sections 9.4 (parallel Gaussian channels) and 2.10 (Fano).
 """
@@ -14,6 +15,7 @@ Source: Shannon 1949; Cover and Thomas, Elements of Information Theory, 2nd edit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,34 +53,41 @@ def measured_bits(latents: Tensor, std: Tensor) -> Tensor:
     return 0.5 * torch.log2(1 + latents.square().mean(0) / std.square()).sum()
 
 
-def fano_bound(bits: float, candidates: int) -> float:
-    """Largest probability with which anybody names an image among `candidates` ≥ 2 equally likely ones: min(1, (bits + 1) / log₂ N)."""
-    if candidates < 2:
-        raise InputError(f"candidates={candidates}: expected at least 2 images to choose from.")
-    return min(1.0, (bits + 1) / math.log2(candidates))
+def fano_bound(bits: float, candidates: Sequence[int]) -> float:
+    """Largest probability with which anybody who knows an image's class names it among N = Σ N_y equally likely ones.
+
+        Σ_y N_y / N · min(1, (bits + 1) / log₂ N_y),   1 for a class of one image
+
+    Args:   bits: of an image beyond its label.  candidates: N_y, the images of each class; classes without any are left out.
+    Raises: InputError for no image at all, or a negative count.
+    """
+    total = sum(candidates)
+    if total < 1 or min(candidates) < 0:
+        raise InputError(f"candidates={list(candidates)}: expected numbers of images of each class, one image at least.")
+    return sum(count / total * (1.0 if count == 1 else min(1.0, (bits + 1) / math.log2(count))) for count in candidates if count)
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """bits: of one image in one release.  releases: of the same image over the whole training.  lifetime_bits: of all of them.
-    fano: bound on naming an image among `candidates` after the whole training."""
+    """bits: of one image in one release, beyond its label.  releases: of the same image over the whole training.  lifetime_bits: of all of them.
+    fano: bound on naming an image among `candidates`, the images of each class, after the whole training."""
 
     bits: float
     releases: int
     lifetime_bits: float
-    candidates: int
+    candidates: tuple[int, ...]
     fano: float
 
 
 def certify(
-    stds: list[Tensor], *, level: str, law: str, policy: str, frozen_noise: bool, front_frozen: bool, draws: int | None, candidates: int
+    stds: list[Tensor], *, level: str, law: str, policy: str, frozen_noise: bool, front_frozen: bool, draws: int | None, candidates: Sequence[int]
 ) -> Certificate:
     """The certificate of a training.
 
     Args:    stds: σ per entry of the latent, one of every client (or state) whose images are released: the least noisy one counts.
              level, law: of the perturbation.  policy: of sharing.  frozen_noise: one draw per image for ever.  front_frozen: the encoder
              and, under frozen noise, the level stood still (two releases of m + σ ε at two levels would give m away).  draws: noisy releases of one image with fresh noise (epochs × rounds in
-             which its client took part, at most); None if they were not counted.  candidates: N of Fano's bound.
+             which its client took part, at most); None if they were not counted.  candidates: N_y of Fano's bound.
     Raises:  InputError, with the assumption that fails: σ depends on the image, the noise is not Gaussian or nought somewhere, the encoder is shared, the front
              trains under frozen noise, or releases were not counted.
     """
@@ -98,7 +107,7 @@ def certify(
         raise InputError("an entry of the latent has no noise (sigma is 0), so that its capacity is infinite. Raise the level.")
     bits = max(float(capacity_bits(std.double())) for std in stds)
     releases = 1 if frozen_noise else draws
-    return Certificate(bits, releases, bits * releases, candidates, fano_bound(bits * releases, candidates))
+    return Certificate(bits, releases, bits * releases, tuple(candidates), fano_bound(bits * releases, candidates))
 
 
 def lifetime_releases(*, policy: str, frozen_noise: bool, front_frozen: bool, level_still: bool, encoded: bool, draws: int | None) -> int:

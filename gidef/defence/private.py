@@ -263,8 +263,9 @@ class ClipAndNoise:
     Args:    clip: C > 0.  noise_multiplier: σ ≥ 0, None for a model that is only looked at.  cohort_size: m; the noise of m clients adds
              up to σC on the sum.
     Covers:  against who sees sums or means of cohorts only, as under secure aggregation. A server that reads single updates finds noise of
-             no more than σC/√m on each, and knows who took part: ε does not hold against it.
-    Deviates: cohorts have a fixed size and are drawn without replacement, and are accounted as Poisson samples of the same rate.
+             no more than σC/√m on each: ε does not hold against it.
+    Deviates: McMahan et al. let the draw of a cohort amplify privacy, against who does not know it. Our server draws the cohorts, so that a client's ε
+             is that of one Gaussian release in each round that it takes part in, without amplification.
     Trap:    a gradient that is released in place of an update is clipped and noised as it is, whatever the learning rate.
     """
 

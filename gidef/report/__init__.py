@@ -43,8 +43,8 @@
                   client_accuracy: test accuracy of the defence's final model, whatever the checkpoint;  attacker_accuracy: in [0, 1];  mse;  psnr_db;  ssim
                   nmse: the MSE over the variance of the public images about their mean image (gidef.metrics.nmse)
                   above_class_mean_db: PSNR less that of the victim's class mean, paired
-                  certified_bits: of an image in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
-                  all training images by these;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
+                  certified_bits: of an image beyond its label in a release, no attack learns more;  releases: that this attack sees;  fano: bound on naming the image among
+                  all training images by these and its label;  uncertified: why there is no such bound;  lifetime_bits, lifetime_releases, lifetime_fano: of the whole
                   training;  uncertified_lifetime: why there is none
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
                   label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start

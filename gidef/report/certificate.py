@@ -67,7 +67,7 @@ def _judged(held: bool) -> str:
 def _bits(rows: list[Row]) -> str:
     """Bits of the row that grants most."""
     row = max((row for row in rows if row.get("certified_bits") is not None), key=lambda row: row["certified_bits"])
-    text = f"at most {row['certified_bits']:.1f} bits of an image a release"
+    text = f"at most {row['certified_bits']:.1f} bits of an image beyond its label a release"
     if row.get("lifetime_bits") is None:
         return f"{text}, no bound on the whole training"
     return f"{text}, {row['lifetime_bits']:.1f} in the whole training"

@@ -188,7 +188,7 @@ def _table(pages: Sequence[Page]) -> Html:
     said = f'Means over victims with 95 % intervals{over}. A row "bound" is what a guess without any gradient, or with a shuffled one, scores on the same victims. '
     units = " or ".join(dict.fromkeys(row.get("privacy_unit", "image") for row in rows if row.get("delta") is not None))
     said += f"Epsilon and delta: of the presence of one {units}, over all rounds of the training. " if private else ""
-    said += "Bits: no attack learns more of an image; Fano: bound on naming it among all training images. " if certified else ""
+    said += "Bits: no attack learns more of an image beyond its label; Fano: bound on naming it among all training images. " if certified else ""
     said += "NMSE: the MSE over the variance of the public images, 1 for their mean image whatever the data set. " if normed else ""
     said += "The worst image is the most leaked one, of any seed. " + ("Oracle: the start that the truth would have chosen, which no attacker can." if oracle else "")
     box = tag("div", table, class_="scroll", tabindex=0, role="region", aria_label="Table")

@@ -367,7 +367,7 @@ def _caption(results: dict[str, Any], notes: list[str]) -> list[str]:
             f"{'; of a client, against who sees sums of cohorts alone' if 'client' in units else ''}."
         )
     if any(row.get("certified_bits") is not None for row in results["rows"]):
-        lines.append("Bits: of an image no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
+        lines.append("Bits: of an image beyond its label no attack learns more, from a release and from the whole training; Fano %: bound on naming it among all training images after each.")
     if any(row.get("uncertified") for row in results["rows"]):
         lines.append("Bits none: no certificate, for the reason in the note.")
     lines += failed(results)

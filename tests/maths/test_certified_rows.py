@@ -29,6 +29,7 @@ from gidef.config import (
     Soteria,
 )
 from gidef.defence.capacity import capacity_bits
+from gidef.job import run_recipe
 from gidef.models import make_backbone
 from gidef.training import train
 from gidef.types import Client
@@ -46,23 +47,24 @@ DEFENCES = {
 
 @pytest.fixture(scope="module")
 def row_of(tmp_path_factory):
-    """row_of(policy, defence, attack) → (fields, words, what was trained, its run)."""
+    """row_of(policy, defence, attack) → (fields, words, its cell); row_of.classes: training images of each class."""
 
-    def one(policy, name, attack=None, rounds=None, clients=None, **evaluation):
+    def row_of(policy, name, attack=None, rounds=None, clients=None, **evaluation):
         recipe = dataclasses.replace(
             RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), rounds=rounds or RECIPE.rounds,
             clients=clients or dataclasses.replace(RECIPE.clients, grad_clip=0.0), defences=DEFENCES, share_policy=policy, attacks={"a": attack or NaiveMatching()},
             evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",), **evaluation),
         )  # fmt: skip
         run = start(recipe, tmp_path_factory.mktemp(f"{policy}-{name}"))
-        one = DEFENCES[name]
-        trained = train(run, name, one.at(0.1) if isinstance(one, config.Matched) else one, 0)
+        chosen = DEFENCES[name]
+        trained = train(run, name, chosen.at(0.1) if isinstance(chosen, config.Matched) else chosen, 0)
         [cell] = make_cells(run, {(name, 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
-        return *findings._certificate(run, [cell]), cell
+        row_of.classes = run.setting.dataset.train.labels.bincount().tolist()
+        return *findings._certificate(run, [cell], releases=getattr(cell.attack, "rounds", 1)), cell
 
     with one_thread():
-        yield one
+        yield row_of
 
 
 def test_the_bits_are_the_capacity_of_the_least_noisy_client(row_of):
@@ -70,14 +72,14 @@ def test_the_bits_are_the_capacity_of_the_least_noisy_client(row_of):
     levels = [private["perturbation.level"] for private in cell.victims.private]
     bits = max(float(capacity_bits(F.softplus(level).clamp_min(0.1).double())) for level in levels)
     assert told["certified_bits"] == pytest.approx(bits, abs=1e-4) and told["lifetime_bits"] is None
-    assert f"at most {bits:.1f} bits of an image a release" in words and "among 48" in words
+    assert f"at most {bits:.1f} bits of an image beyond its label a release" in words and "among the 48 of all classes" in words
 
 
 def test_a_level_that_is_fixed_is_certified_too_and_releases_add_up(row_of):
     told, words, _ = row_of("head", "isotropic", MultiRound(rounds=3))
     expected = 4 * float(torch.log2(torch.tensor(1.25)))
     assert told["certified_bits"] == pytest.approx(expected, abs=1e-5) and told["releases"] == 3
-    assert f"{3 * expected:.1f} bits of an image in 3 releases together" in words
+    assert f"{3 * expected:.1f} bits of an image beyond its label in 3 releases together" in words
 
 
 @pytest.mark.parametrize(("name", "epochs", "certified"), [("isotropic", 1, True), ("isotropic", 2, False), ("once", 2, True)])
@@ -147,7 +149,10 @@ def test_fresh_noise_adds_up_over_the_rounds_of_a_client_and_its_epochs(row_of):
     bits = 4 * float(torch.log2(torch.tensor(1 + 1 / 16)))
     assert sum(taken) == 5 and told["releases"] == 1 and told["lifetime_releases"] == count
     assert told["certified_bits"] == pytest.approx(bits, abs=1e-6) and told["lifetime_bits"] == pytest.approx(count * bits, abs=1e-4)
-    assert told["fano"] == pytest.approx((bits + 1) / math.log2(48), abs=1e-6) and told["lifetime_fano"] == pytest.approx(min(1.0, (count * bits + 1) / math.log2(48)), abs=1e-5)
+    assert sum(row_of.classes) == 48 and len(row_of.classes) > 1
+    for fano, all_bits in (("fano", bits), ("lifetime_fano", count * bits)):
+        named = [min(1.0, (all_bits + 1) / math.log2(size)) if size > 1 else 1.0 for size in row_of.classes]
+        assert told[fano] == pytest.approx(sum(size * share for size, share in zip(row_of.classes, named, strict=True)) / 48, abs=1e-5), "of who knows the label"
     assert f"{count * bits:.1f} bits in the {count} releases of the whole training" in words
 
 
@@ -209,7 +214,7 @@ def test_a_frozen_front_of_pretrained_weights_bounds_the_whole_training(tmp_path
         trained = train(run, "front", chosen, 0)
         [cell] = make_cells(run, {("front", 0): trained}, run.folder)
         cell.releases = [observe.release(run, trained, cell.snapshot, seed=0)]
-        told, words = findings._certificate(run, [cell])
+        told, words = findings._certificate(run, [cell], releases=1)
     model, weights = trained.training.defence.model, net.state_dict()
     assert model.parts["encoder"] and not set(model.parts["encoder"]) & set(cell.snapshot.params)
     for private in cell.victims.private:
@@ -218,3 +223,15 @@ def test_a_frozen_front_of_pretrained_weights_bounds_the_whole_training(tmp_path
     bits = math.prod(model.latent_shape) / 2 * math.log2(1 + 1 / 16)
     assert told["certified_bits"] == pytest.approx(bits, rel=1e-5) and told["lifetime_releases"] == 2 and told["lifetime_bits"] == pytest.approx(2 * bits, rel=1e-5)
     assert "in the 2 releases of the whole training" in words
+
+
+def test_an_ensemble_is_certified_for_as_many_releases_as_any_of_its_attacks_sees(tmp_path):
+    recipe = dataclasses.replace(
+        RECIPE, data=Data(name=CELLS, num_clients=2, min_examples=8), model=Model(cut="neck", neck=8), clients=dataclasses.replace(RECIPE.clients, grad_clip=0.0),
+        defences={"still": DEFENCES["still"]}, share_policy="head", attacks={"standard": config.Standard(version="smoke")},
+        evaluation=Evaluation(num_victims=2, num_tuning=0, checkpoints=("final",), judge_epochs=1), out=str(tmp_path / "out"),
+    )  # fmt: skip
+    rows = {row["attack"]: row for row in run_recipe(recipe, "ensemble")["rows"]}
+    rounds = {name: row["releases"] for name, row in rows.items() if name.startswith("standard - ")}
+    assert max(rounds.values()) > 1 == min(rounds.values()) and rows["standard"]["releases"] == max(rounds.values())
+    assert rows["standard"]["fano"] == max(row["fano"] for row in rows.values()) > rows["standard - joint"]["fano"]

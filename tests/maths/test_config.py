@@ -181,6 +181,9 @@ def test_every_field_is_in_the_json():
 IMPOSSIBLE = [
     # (recipe, what was given, what to change)
     (Recipe(data=Data(num_clients=3), rounds=Rounds(cohort_size=4)), "rounds.cohort_size=4 exceeds data.num_clients=3", "Lower one"),
+    (Recipe(rounds=Rounds(cohort_size=4, cohort_share=0.5)), "rounds.cohort_size=4 and rounds.cohort_share=0.5", "give one"),
+    (Recipe(rounds=Rounds(cohort_share=1.5)), "rounds.cohort_share=1.5", "in (0, 1]"),
+    (Recipe(rounds=Rounds(cohort_share=0.0)), "rounds.cohort_share=0.0", "in (0, 1]"),
     (Recipe(seeds=()), "seeds is empty", "--seeds 0"),
     (Recipe(seeds=(1, 2, 1)), "seeds=(1, 2, 1) repeats", "Remove"),
     (Recipe(defences={}), "defences is empty", "give at least one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -89,6 +90,13 @@ def test_the_grid_of_bido_attacks_no_victim_of_the_comparison(monkeypatch):
 def test_the_search_of_bido_keeps_the_ratio_of_its_weights(monkeypatch):
     matched = declared("paper_table", monkeypatch)["full"][""].defences["BiDO"]
     assert [matched.at(value).label_weight for value in (0.005, 0.1, 5.0)] == pytest.approx([0.05, 1.0, 50.0])
+
+
+@pytest.mark.parametrize(("clients", "expected"), [(20, {"0.05": 1, "0.1": 2, "0.3": 6, "1": 20}), (100, {"0.05": 5, "0.1": 10, "0.3": 30, "1": 100}), (3, {"0.05": 1, "0.1": 1, "0.3": 1, "1": 3})])
+def test_fractions_of_clients_are_those_of_however_many_there_are(clients, expected, monkeypatch):
+    rows = declared("participation", monkeypatch)["full"]
+    found = {share: dataclasses.replace(rows[f"fraction {share}"], data=dataclasses.replace(rows[f"fraction {share}"].data, num_clients=clients)) for share in expected}
+    assert {share: recipe.cohort for share, recipe in found.items()} == expected and not any(problems(recipe) for recipe in found.values())
 
 
 def test_every_set_of_the_modalities_is_one_that_can_be_trained_on():

@@ -87,12 +87,23 @@ def test_fano_against_a_guesser_who_is_told_everything_but_some_bits():
     """Of 2^k images, b bits narrow them to 2^(k − b): the best guess is right that often, and below the bound."""
     for k in range(1, 9):
         for b in range(k + 1):
-            assert 2.0 ** (b - k) <= fano_bound(float(b), 2**k) <= 1
-    with pytest.raises(InputError, match="candidates=1"):
-        fano_bound(1.0, 1)
+            assert 2.0 ** (b - k) <= fano_bound(float(b), [2**k]) <= 1
+    for wrong in ([], [0, 0], [3, -1]):
+        with pytest.raises(InputError, match="candidates="):
+            fano_bound(1.0, wrong)
 
 
-SOUND = {"level": "global", "law": "gaussian", "policy": "head", "frozen_noise": False, "front_frozen": False, "draws": 10, "candidates": 2**20}
+def test_fano_counts_the_label_that_every_gradient_tells():
+    """Who knows the class and b bits more of 2^k images in each of 2^c classes is right that often; classes of other sizes count by their images."""
+    for c in range(4):
+        for k in range(6):
+            for b in range(k + 1):
+                assert 2.0 ** (b - k) <= fano_bound(float(b), [2**k] * 2**c) <= 1
+    assert fano_bound(0.0, [2] * 8) == 1 and fano_bound(0.018, [16]) < 0.26, "eight classes of two: the label alone names half of them"
+    assert fano_bound(1.0, [1, 0, 16, 64]) == pytest.approx((1 + 16 * 2 / 4 + 64 * 2 / 6) / 81)
+
+
+SOUND = {"level": "global", "law": "gaussian", "policy": "head", "frozen_noise": False, "front_frozen": False, "draws": 10, "candidates": [2**20]}
 
 
 def test_a_certificate_counts_releases_and_takes_the_least_noisy_client():

@@ -33,7 +33,7 @@ def judged(results):
 def test_it_is_met_by_the_strongest_of_all_attacks_and_said_in_every_form(certified):
     [text] = judged(certified)
     assert text == (
-        'The certificate of "noise" at the untrained checkpoint: at most 17.2 bits of an image a release, no bound on the whole training. The strongest '
+        'The certificate of "noise" at the untrained checkpoint: at most 17.2 bits of an image beyond its label a release, no bound on the whole training. The strongest '
         "attack, decoder (A12), is +0.5 dB [+0.2, +0.8] from the class mean (allowed +1.0: pass); accuracy -1.5 points (allowed -2.0: pass). "
         "Within 1 dB of the class mean at no more than 2 points: pass."
     )
