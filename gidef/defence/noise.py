@@ -40,6 +40,10 @@ class AddNoise:
     def random(self) -> bool:
         return self.std > 0
 
+    @property
+    def zeros(self) -> str:
+        return "noisy" if self.random else "kept"
+
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         if self.std == 0:
             return update
