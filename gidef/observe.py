@@ -468,6 +468,8 @@ def hidden_names(trained: Trained, snapshot: Snapshot, attack: Any) -> set[str]:
     or kernel would be left."""
     defence = trained.training.defence
     hidden = left_out(defence.transforms, defence.model, summed=defence.secure is not None) if adapts(attack) else set()
+    if not hidden:
+        return hidden
     matched = matched_names(trained, snapshot, attack)
     rest = any(snapshot.params[name].ndim > 1 for name in matched if name not in hidden)
     return hidden.intersection(matched) if rest else set()

@@ -30,6 +30,7 @@ class Prune:
                share 0.9, noise of std 1e-4, 0.01, 0.05 and 0.2 (0.001, 0.1, 0.7 and 2.7 times the norm of what was sent): 28.1, 27.8, 24.8 and 17.6 dB;
                by the release alone 27.3, 25.5, 22.2, 12.2, by the candidate alone 26.5, 26.0, 24.4, 17.6, without a choice 21.0, 20.9, 20.4, 16.2. At
                share 0.99: 19.9, 19.2, 18.3, 15.0, against 19.7, 19.4, 17.7, 9.8, and 15.7, 16.1, 16.5, 14.6, and 12.1, 12.1, 12.2, 11.1.
+               Behind rounding what was sent for certain is kept too: 24.4 dB at 4 bits, 23.1 by the release alone. In sums of 3: 24.9, by their union 21.4.
     """
 
     random: ClassVar[bool] = False

@@ -37,7 +37,7 @@ class PruneFeatures:
                attack, 20.8 for one that adapts; at share 1 the same.
                In a sum every client's columns are others, and behind what fills zeros they are not to be seen; which they are takes n backward passes of
                each candidate to say. Attacks that adapt leave the layer out there: behind noise of std 1e-6, 16 px and 300 iterations, 31.6 dB against
-               17.4 with it, and 31.9 without noise.
+               17.4 with it, and 31.9 without noise; in sums of 3 28.9 against 22.8.
     """
 
     needs_own: ClassVar[bool] = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from gidef import applications, build, cells, fits, methods, metrics, observe
 from gidef import attack as attacks
+from gidef.attack import latent
 from gidef.attack.imprint import Imprinted
 from gidef.config import (
     DPSGD,
@@ -205,9 +207,9 @@ def test_at_the_true_images_an_attacker_who_adapts_simulates_what_was_released(n
         assert apart[JointMatching] == apart[NaiveMatching]
 
 
-def defended(trained, *chosen):
-    """The undefended run with other changes of its updates."""
-    run, one = trained("undefended")
+def defended(trained, *chosen, name="undefended"):
+    """A run with another defence, or other changes of its updates."""
+    run, one = trained(name)
     spends = Budget(1e-11, math.inf, 1e-5, "client") if any(isinstance(part, DPSGD) for part in chosen) else None
     defence = build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0, spends=spends)
     return run, dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
@@ -241,6 +243,25 @@ def test_a_layer_that_is_left_out_still_tells_the_labels_and_the_row_says_so(tra
     said = "the layer whose columns Soteria prunes is not matched"
     assert said in cells.note_of(run, one, attack) and said not in cells.note_of(run, one, NaiveMatching())
     assert said not in cells.note_of(*trained("soteria"), attack)
+
+
+def test_a_decoded_start_reads_the_latent_off_what_is_not_matched_too(trained, monkeypatch):
+    run, one = defended(trained, LearnedPerturbation(ramp=0.0), Soteria(share=0.5), COVERED["noise"], name="learned + soteria")
+    run, seen = evaluated(run, batch_size=1), []
+    victims, attack = released(run, one), DecoderAware(iterations=1, begin="decoded")
+    case = methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0)
+
+    def read(observations, predictor, **how):
+        latent._check(observations, predictor)
+        seen.extend(observations)
+        return SimpleNamespace(latents=[torch.zeros(1, *case.latent_shape)])
+        yield
+
+    monkeypatch.setattr(methods, "read_latent", read)
+    images, _ = methods.plan(case).matching.start(0, 0)
+    assert images.isfinite().all() and case.observations[0].unmatched.keys() == {"backbone.head.weight"}
+    assert seen[0].update.keys() == seen[0].params.keys() >= {"backbone.head.weight"}
+    assert torch.equal(seen[0].update["backbone.head.weight"], victims.updates[0]["backbone.head.weight"])
 
 
 def test_nothing_is_left_out_where_no_matrix_would_be_left(trained):
