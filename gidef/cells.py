@@ -244,6 +244,8 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
     if observe.guesses_order(attack, run.recipe.evaluation.release, run.recipe.evaluation.local_steps):
         count = getattr(attack, "restarts", 1)
         said.append(f"the order of the labels over the local steps was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
+    if any(observe.hidden_names(one, snapshot, attack) for snapshot in one.snapshots.values()):
+        said.append("the layer whose columns Soteria prunes is not matched: which they are is not to be seen")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

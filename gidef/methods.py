@@ -365,9 +365,10 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
         with lock:
             if observation not in starts:
                 one = seen[observation]
+                whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
                 own = {n.removeprefix(DECODER): t.float() for n, t in {**one.known, **one.params}.items() if n.startswith(DECODER)}
                 device = next(iter(one.params.values())).device
-                matched = attacks.drain(read_latent([one], Predictor(case.model), seed=case.seed, iterations=READING, device=device))
+                matched = attacks.drain(read_latent([dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device))
                 with torch.no_grad():
                     images = functional_call(decoder(), own, (matched.latents[0].to(device, torch.float32),)).clamp(0, 1)
                 starts[observation] = from_images([images], seed=stream_seed(case.seed, "decoded", observation))

@@ -20,7 +20,7 @@ from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
 from gidef.defence.perturbation import LearnedDefence, still_parts
-from gidef.defence.share import imitated, revealed
+from gidef.defence.share import imitated, left_out, revealed
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
@@ -81,7 +81,7 @@ def observed_simulator(
     unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make(), moving=moving)
     if not adaptive:
         return unrolled
-    return lambda: imitating(imitated(unrolled(), defence.transforms), defence.encoders)
+    return lambda: imitating(imitated(unrolled(), defence.transforms, summed=defence.secure is not None), defence.encoders)
 
 
 def local_training(evaluation: config.Evaluation, gradient: Simulate, *, moving: frozenset[str] = frozenset()) -> Simulate:
@@ -386,7 +386,7 @@ def observations(
 
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
     the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack
-    without the decoder matches the predictor alone. The private front under `head` is the common initialisation for the naive attack, and the true one (a bound) for the joint one.
+    without the decoder matches the predictor alone; and those that adapt leave out what `hidden_names` says. The private front under `head` is the common initialisation for the naive attack, and the true one (a bound) for the joint one.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
     """
@@ -394,11 +394,12 @@ def observations(
     if guessed and surrogate is None and any(name.startswith(DECODER) for private in victims.private for name in private):
         raise ValueError("decoder=surrogate without the surrogate's tensors")
     training = trained.training
-    matched = matched_names(trained, snapshot, attack)
+    hidden = hidden_names(trained, snapshot, attack)
+    matched = [name for name in matched_names(trained, snapshot, attack) if name not in hidden]
     initial = training.defence.initial()
     params = {name: snapshot.params[name] for name in matched}  # one map for all, so that the engine keeps one copy
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
-    others = [name for name in ordered(trained, snapshot) if name not in params] if isinstance(attack, config.SkipLayers) else []
+    others = [name for name in ordered(trained, snapshot) if name not in params and (isinstance(attack, config.SkipLayers) or name in hidden)]
     told = isinstance(attack, config.GradInversion) and statistics_known(run, trained, snapshot, attack) == "batch"
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
@@ -417,7 +418,7 @@ def observations(
                 num_examples=len(labels),
                 kind=run.recipe.evaluation.release,
                 labels=_granted_labels(attack, labels),
-                known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update) if adapts(attack) else {})},
+                known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update, summed=training.defence.secure is not None) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
             )
         )
@@ -460,6 +461,18 @@ def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str
     layer = defence.model.perturbation
     noise = tuple("perturbation." + prefix for prefix in layer.noise_only) if layer is not None else ()
     return [name for name in names if not name.startswith((*noise, DECODER))]
+
+
+def hidden_names(trained: Trained, snapshot: Snapshot, attack: Any) -> set[str]:
+    """Of `matched_names`, those that an attack which adapts leaves out, as what was done to them can be neither seen nor simulated; none where no matrix
+    or kernel would be left."""
+    defence = trained.training.defence
+    hidden = left_out(defence.transforms, defence.model, summed=defence.secure is not None) if adapts(attack) else set()
+    if not hidden:
+        return hidden
+    matched = matched_names(trained, snapshot, attack)
+    rest = any(snapshot.params[name].ndim > 1 for name in matched if name not in hidden)
+    return hidden.intersection(matched) if rest else set()
 
 
 def ordered(trained: Trained, snapshot: Snapshot) -> list[str]:

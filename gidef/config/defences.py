@@ -167,7 +167,7 @@ class GradientNoise:
     """Standard deviation; 0 adds none."""
     law: Literal["gaussian", "laplace"] = "gaussian"
     relative: bool = True
-    """std counts in 95th percentiles of each tensor's absolute values; else in the update's units."""
+    """std counts in 95th percentiles of each tensor's absolute values, zeros left out; else in the update's units."""
 
 
 @_config

@@ -29,6 +29,7 @@ class Clip:
     """
 
     random: ClassVar[bool] = False
+    zeros: ClassVar[str] = "kept"
     bound: float = 1.0
     per_tensor: bool = False
 

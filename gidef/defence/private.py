@@ -277,6 +277,10 @@ class ClipAndNoise:
     def random(self) -> bool:
         return self.noise_multiplier != 0
 
+    @property
+    def zeros(self) -> str:
+        return "noisy" if self.random else "kept"
+
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         if self.noise_multiplier is None:
             raise ValueError("ClipAndNoise without a noise multiplier cannot release: build it with a budget")

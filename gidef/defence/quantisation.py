@@ -28,6 +28,7 @@ class Quantise:
     """
 
     random: ClassVar[bool] = True
+    zeros: ClassVar[str] = "rounded"
     bits: int = 4
     norm: Literal["max", "l2"] = "max"
 

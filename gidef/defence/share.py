@@ -7,9 +7,10 @@ defence, in the order of the tuple: `{"learned + pruning": (LearnedPerturbation(
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Generator
+from torch import Generator, nn
 
 from gidef.types import Own, Tensors
 
@@ -32,11 +33,47 @@ class Transform(Protocol):
     packed(before: Packed) → Packed says in how many bits a tensor leaves (see defence.upload). Without it all entries count as float32.
     `random` says whether apply draws anything, so that another release of the same update differs, which is what attacks over several releases (A9)
     live on. Without the attribute it counts as True: A9 then runs, if on releases that are all the same.
+    `zeros` says what apply makes of entries that are 0 and of the others, which is what is left to read off a release of an earlier transform's zeros:
+    "kept" (each stays what it is), "pruned" (others become 0, and imitate makes the same ones 0), "rounded" (others may become 0), "noisy" (any may become
+    something else, near what it was), "redrawn" (nothing of their sizes is left). Without the attribute it may be any of these: the zeros of a tensor then
+    count as kept if they are not fewer than before, else as redrawn.
+    Whose `reveals` reads zeros has reveals_blurred(update, blur: Blur) → Tensors and imitate_blurred(update, seen) → Tensors for releases that do not show
+    them as they were; or left_out(model) → names of tensors that attacks which adapt then do not match.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...
     def reveals(self, update: Tensors) -> Tensors: ...
     def imitate(self, update: Tensors, seen: Tensors) -> Tensors: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Blur:
+    """Why a transform's zeros are not those of the release.
+
+    summed:  it is a mean over clients, each of which has zeros of its own.
+    noisy:   zeros may have become others, mostly small ones.  redrawn: as any others.  unsaid: something did that does not say what it does to zeros.
+    lost:    others may have become 0.
+    """
+
+    summed: bool
+    noisy: bool
+    redrawn: bool
+    unsaid: bool
+    lost: bool
+
+    @property
+    def covers(self) -> bool:
+        """Whether zeros may have become others."""
+        return self.summed or self.noisy or self.redrawn or self.unsaid
+
+
+def blur_of(transforms: Sequence[Transform], place: int, *, summed: bool) -> Blur | None:
+    """What lies between a transform and the release; None where its zeros are read off as they are. summed: the release is a mean over clients."""
+    later = {getattr(one, "zeros", "unsaid") for one in transforms[place + 1 :]}
+    noisy, redrawn, unsaid = (what in later for what in ("noisy", "redrawn", "unsaid"))
+    lost = redrawn or unsaid or "rounded" in later or ("pruned" in later and (summed or noisy))
+    blur = Blur(summed=summed, noisy=noisy, redrawn=redrawn, unsaid=unsaid, lost=lost)
+    return blur if blur.covers or blur.lost else None
 
 
 def apply_all(transforms: Sequence[Transform], update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
@@ -51,15 +88,21 @@ def apply_all(transforms: Sequence[Transform], update: Tensors, *, generator: Ge
     return update
 
 
-def revealed(transforms: Sequence[Transform], update: Tensors) -> Tensors:
-    """All that a released update reveals, under the names that `imitated` looks for in `known`."""
-    return {f"{SEEN}{place}/{name}": tensor for place, one in enumerate(transforms) for name, tensor in one.reveals(update).items()}
+def revealed(transforms: Sequence[Transform], update: Tensors, *, summed: bool = False) -> Tensors:
+    """All that a released update, or a mean over clients (`summed`), reveals, under the names that `imitated` looks for in `known`."""
+    found = {}
+    for place, one in enumerate(transforms):
+        blur = blur_of(transforms, place, summed=summed)
+        seen = one.reveals_blurred(update, blur) if blur is not None and hasattr(one, "reveals_blurred") else one.reveals(update)
+        found |= {f"{SEEN}{place}/{name}": tensor for name, tensor in seen.items()}
+    return found
 
 
-def imitated(simulate: Simulate, transforms: Sequence[Transform]) -> Simulate:
-    """The simulator of an attacker who knows the transforms; the simulator itself where there are none."""
+def imitated(simulate: Simulate, transforms: Sequence[Transform], *, summed: bool = False) -> Simulate:
+    """The simulator of an attacker who knows the transforms; the simulator itself where there are none. summed: it is of one of the clients in a mean."""
     if not transforms:
         return simulate
+    blurred = [blur_of(transforms, place, summed=summed) is not None and hasattr(one, "imitate_blurred") for place, one in enumerate(transforms)]
 
     def simulated(params: Tensors, known: Tensors, *rest: object) -> Tensors:
         seen = {name.removeprefix(SEEN): tensor for name, tensor in known.items() if name.startswith(SEEN)}
@@ -67,7 +110,17 @@ def imitated(simulate: Simulate, transforms: Sequence[Transform]) -> Simulate:
         for place, transform in enumerate(transforms):
             prefix = f"{place}/"
             own = {name.removeprefix(prefix): tensor for name, tensor in seen.items() if name.startswith(prefix)}
-            update = transform.imitate(update, own)
+            update = transform.imitate_blurred(update, own) if blurred[place] else transform.imitate(update, own)
         return update
 
     return simulated
+
+
+def left_out(transforms: Sequence[Transform], model: nn.Module, *, summed: bool = False) -> set[str]:
+    """Names of the model's tensors that attacks which adapt do not match, as what happened to them can be neither read off a release nor simulated."""
+    found = set()
+    for place, one in enumerate(transforms):
+        blur = blur_of(transforms, place, summed=summed)
+        if blur is not None and blur.covers and hasattr(one, "left_out"):
+            found |= one.left_out(model)
+    return found

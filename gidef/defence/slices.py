@@ -49,6 +49,10 @@ class NoisySlices:
     def random(self) -> bool:
         return self.std > 0
 
+    @property
+    def zeros(self) -> str:
+        return "noisy" if self.random else "kept"
+
     def apply(self, update: Tensors, *, generator: Generator, own: Own) -> Tensors:
         if self.std == 0:
             return update

@@ -35,10 +35,14 @@ class PruneFeatures:
     Broken by: matching without the defended layer (Balunović et al. 2022, arXiv:2111.04706): A2, and all that adapt, which leave out just
                the columns that were not sent. Untrained small net, batch 1, 4 synthetic cells of 28 px, 200 iterations: 13.1 dB for the naive
                attack, 20.8 for one that adapts; at share 1 the same.
+               In a sum every client's columns are others, and behind what fills zeros they are not to be seen; which they are takes n backward passes of
+               each candidate to say. Attacks that adapt leave the layer out there: behind noise of std 1e-6, 16 px and 300 iterations, 31.6 dB against
+               17.4 with it, and 31.9 without noise; in sums of 3 28.9 against 22.8.
     """
 
     needs_own: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    zeros: ClassVar[str] = "pruned"
     share: float = 0.8
     layer: str | None = None
 
@@ -66,6 +70,11 @@ class PruneFeatures:
 
     def imitate(self, update: Tensors, seen: Tensors) -> Tensors:
         return {name: tensor * seen[name] if name in seen else tensor for name, tensor in update.items()}
+
+    def left_out(self, model: nn.Module) -> set[str]:
+        """The weight of the layer, unless no column of it is pruned."""
+        name, layer = _defended(model, self.layer)
+        return {f"{name}.weight"} if int(self.share * layer.in_features) else set()
 
 
 def _defended(model: nn.Module, wanted: str | None) -> tuple[str, nn.Linear]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import torch.nn.functional as F
 
 from gidef import applications, build, cells, fits, methods, metrics, observe
 from gidef import attack as attacks
+from gidef.attack import latent
 from gidef.attack.imprint import Imprinted
 from gidef.config import (
+    DPSGD,
     Censor,
     Clipping,
     DecoderAware,
@@ -33,6 +37,7 @@ from gidef.config import (
     Soteria,
     Undefended,
 )
+from gidef.defence.accounting import Budget
 from gidef.defence.base import Defence
 from tests.small_run import RECIPE, evaluated, trained_once
 
@@ -45,6 +50,11 @@ BEHIND = {"learned + all": (LearnedPerturbation(ramp=0.0), Clipping(bound=1.0), 
 AWARE = {
     f"learned + {name}": (*((MixUp(),) if name == "pruning" else ()), LearnedPerturbation(ramp=0.0), ALONE[name]) for name in ("pruning", "soteria", "censor")
 }  # fmt: skip
+COVERED = {
+    "noise": GradientNoise(std=1e-9, relative=False), "clients' noise": DPSGD(clip=100.0, noise_multiplier=1e-11, target_epsilon=None, level="client"),
+    "censor": Censor(draws=2), "slices": GradDefense(std=1e-9, relative=False),
+}  # fmt: skip
+"""What lies between pruning and the release, and leaves no zero, or not all of them."""
 DEFENCES = {"undefended": Undefended(), **ALONE, **BEHIND, **AWARE}
 EXACT = ("pruning", "clipping", "per tensor", "sign", "censor", "soteria")
 """Those whose imitation at the true images is what was released; the others add what nobody can know."""
@@ -195,6 +205,86 @@ def test_at_the_true_images_an_attacker_who_adapts_simulates_what_was_released(n
         assert apart[JointMatching] < 1e-5
     else:
         assert apart[JointMatching] == apart[NaiveMatching]
+
+
+def defended(trained, *chosen, name="undefended"):
+    """A run with another defence, or other changes of its updates."""
+    run, one = trained(name)
+    spends = Budget(1e-11, math.inf, 1e-5, "client") if any(isinstance(part, DPSGD) for part in chosen) else None
+    defence = build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0, spends=spends)
+    return run, dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
+
+
+@pytest.mark.parametrize("behind", COVERED)
+@pytest.mark.parametrize("first", [Pruning(share=0.9), Soteria(share=0.5)], ids=["pruning", "soteria"])
+def test_zeros_that_something_else_covers_are_simulated_or_left_out(first, behind, trained):
+    run, one = defended(trained, first, COVERED[behind])
+    for changes in ({}, {"release": "delta", "local_steps": 2}):
+        run = evaluated(run, **changes)
+        victims, snapshot, apart = released(run, one), one.snapshots["final"], {}
+        for attack in (NaiveMatching(), JointMatching()):
+            observation = observe.observations(run, one, snapshot, attack, victims)[0]
+            simulate = observe.observed_simulator(run, one, snapshot, terms="client", adaptive=observe.adapts(attack))()
+            found = simulate(observation.params, observation.known, victims.images[0], F.one_hot(victims.labels[0], 8).float(), None)
+            distance = sum(float((found[key] - tensor).square().sum()) for key, tensor in observation.update.items())
+            apart[type(attack)] = (distance / sum(float(tensor.square().sum()) for tensor in observation.update.values())) ** 0.5
+            hidden = {"backbone.head.weight"} if isinstance(first, Soteria) and isinstance(attack, JointMatching) else set()
+            assert observation.unmatched.keys() == hidden and observation.params.keys() == observation.update.keys() == snapshot.params.keys() - hidden
+        assert apart[JointMatching] < 1e-3 < 0.1 < apart[NaiveMatching]
+
+
+def test_a_layer_that_is_left_out_still_tells_the_labels_and_the_row_says_so(trained):
+    run, one = defended(trained, Soteria(share=0.5), COVERED["noise"])
+    run = evaluated(run, batch_size=1)
+    victims, attack = released(run, one), JointMatching(iterations=2, labels="recovered")
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
+    found = attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0)
+    assert all(torch.equal(result.labels, labels) for result, labels in zip(found, victims.labels, strict=True))
+    said = "the layer whose columns Soteria prunes is not matched"
+    assert said in cells.note_of(run, one, attack) and said not in cells.note_of(run, one, NaiveMatching())
+    assert said not in cells.note_of(*trained("soteria"), attack)
+
+
+def test_a_decoded_start_reads_the_latent_off_what_is_not_matched_too(trained, monkeypatch):
+    run, one = defended(trained, LearnedPerturbation(ramp=0.0), Soteria(share=0.5), COVERED["noise"], name="learned + soteria")
+    run, seen = evaluated(run, batch_size=1), []
+    victims, attack = released(run, one), DecoderAware(iterations=1, begin="decoded")
+    case = methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0)
+
+    def read(observations, predictor, **how):
+        latent._check(observations, predictor)
+        seen.extend(observations)
+        return SimpleNamespace(latents=[torch.zeros(1, *case.latent_shape)])
+        yield
+
+    monkeypatch.setattr(methods, "read_latent", read)
+    images, _ = methods.plan(case).matching.start(0, 0)
+    assert images.isfinite().all() and case.observations[0].unmatched.keys() == {"backbone.head.weight"}
+    assert seen[0].update.keys() == seen[0].params.keys() >= {"backbone.head.weight"}
+    assert torch.equal(seen[0].update["backbone.head.weight"], victims.updates[0]["backbone.head.weight"])
+
+
+def test_nothing_is_left_out_where_no_matrix_would_be_left(trained):
+    run, one = defended(trained, Soteria(share=0.5), COVERED["noise"])
+    only = dataclasses.replace(one.snapshots["final"], params={name: t for name, t in one.snapshots["final"].params.items() if name.startswith("backbone.head")})
+    assert observe.hidden_names(one, one.snapshots["final"], JointMatching()) == {"backbone.head.weight"}
+    assert observe.hidden_names(one, only, JointMatching()) == set()
+
+
+@pytest.mark.parametrize("chosen", [(Pruning(share=0.9), COVERED["noise"]), (Pruning(share=0.9), Quantisation(bits=2))], ids=["noise", "rounding"])
+def test_guessed_entries_are_the_same_in_every_execution(chosen, trained):
+    run, one = defended(trained, *chosen)
+    victims, programs = released(run, one), attacks.Programs()
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], JointMatching(iterations=2), [victims], seed=0))
+    found = {
+        mode: attacks.run(plan.observations[:1], plan.make_simulate, plan.matching, seed=0, mode=mode, programs=programs, dtype=torch.float64)
+        for mode in ("loop", "vmap", "traced")
+    }  # fmt: skip
+    assert programs.notices == []
+    for mode in ("vmap", "traced"):
+        for one, other in zip(found["loop"], found[mode], strict=True):
+            torch.testing.assert_close(one.images, other.images)
+            assert one.status == "ok" and one.fit != one.first_fit
 
 
 def test_victims_and_clients_of_orthogonal_updates_send_nothing_along_the_true_one(trained):

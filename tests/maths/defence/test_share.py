@@ -6,11 +6,20 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from torch.func import grad, vmap
 
 from gidef import build
 from gidef.config import Data, LearnedPerturbation, Model, Pruning, Recipe, Undefended, problems
+from gidef.defence.censor import Orthogonal
+from gidef.defence.clipping import Clip
+from gidef.defence.noise import AddNoise
+from gidef.defence.private import ClipAndNoise
 from gidef.defence.pruning import Prune
-from gidef.defence.share import apply_all, imitated, revealed
+from gidef.defence.quantisation import Quantise
+from gidef.defence.share import apply_all, blur_of, imitated, left_out, revealed
+from gidef.defence.sign import SignOnly
+from gidef.defence.slices import NoisySlices
+from gidef.defence.soteria import PruneFeatures
 from gidef.errors import InputError
 from gidef.rng import generator
 
@@ -58,6 +67,166 @@ def test_an_imitation_at_the_truth_is_the_released_update():
     found = imitated(simulate, transforms)({}, {"front": torch.ones(1), **revealed(transforms, released)}, None, None, None)
     assert all(torch.equal(tensor, released[name]) for name, tensor in found.items())
     assert imitated(simulate, ()) is simulate
+
+
+# --- pruning whose zeros do not leave as they are --------------------------------------------------------------------------
+
+SHAPES = {"weight": (20, 10), "bias": (7,), "level": (1,)}
+
+
+def some_update(seed):
+    g = generator(seed, "blurred")
+    return {name: torch.randn(shape, generator=g) for name, shape in SHAPES.items()}
+
+
+def largest(values, share):
+    """Where the entries stand that pruning keeps, plainly: bool, of the same shape."""
+    flat = np.abs(values).flatten()
+    chosen = np.zeros(len(flat), dtype=bool)
+    chosen[np.argsort(-flat, kind="stable")[: len(flat) - int(share * len(flat))]] = True
+    return chosen.reshape(values.shape)
+
+
+def simulated(transforms, update, released, **summed):
+    """What an attacker who adapts simulates of a candidate's update."""
+    known = revealed(transforms, released, **summed)
+    return imitated(lambda params, known, *rest: update, transforms, **summed)({}, known, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("behind", "exact"),
+    [
+        ((AddNoise(std=1e-4, relative=False),), True), ((ClipAndNoise(clip=1e3, noise_multiplier=1e-7, cohort_size=1),), True), ((Quantise(bits=2),), True),
+        ((Quantise(bits=8), AddNoise(std=1e-4, relative=False)), True), ((Clip(bound=1e3),), True), ((SignOnly(),), False), ((Prune(share=0.9),), False),
+    ],
+)  # fmt: skip
+def test_pruning_is_simulated_at_the_truth_whatever_became_of_its_zeros(behind, exact):
+    transforms, update = (Prune(share=0.7), *behind), some_update(0)
+    released = apply_all(transforms, update, generator=generator(1))
+    found = simulated(transforms, update, released)
+    pruned = apply_all(transforms[:1], update, generator=generator(1))
+    for name, tensor in found.items():
+        expected = pruned[name] if exact else released[name]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=0)
+        assert tensor.numel() < 2 or int((tensor == 0).sum()) >= int(0.7 * tensor.numel())
+
+
+def test_behind_noise_a_candidate_keeps_what_is_largest_of_it_and_of_the_release_together():
+    transforms, other = (Prune(share=0.7), AddNoise(std=0.3, relative=False)), some_update(1)
+    released = apply_all(transforms, some_update(0), generator=generator(1))
+    found = simulated(transforms, other, released)
+    for name, tensor in other.items():
+        mine, theirs = tensor.numpy(), released[name].numpy()
+        order = np.abs(mine) / np.linalg.norm(mine) + np.abs(theirs) / np.linalg.norm(theirs)
+        np.testing.assert_array_equal(found[name].numpy(), np.where(largest(order, 0.7), mine, 0))
+
+
+def test_behind_rounding_what_was_sent_is_surely_kept_and_the_rest_is_the_candidates_largest():
+    transforms, other = (Prune(share=0.5), Quantise(bits=2)), some_update(1)
+    released = apply_all(transforms, some_update(0), generator=generator(1))
+    found = simulated(transforms, other, released)["weight"]
+    sent = released["weight"] != 0
+    assert 0 < int(sent.sum()) < 100
+    order = np.where(sent, 1e3, np.abs(other["weight"].numpy()))
+    np.testing.assert_array_equal(found.numpy(), np.where(largest(order, 0.5), other["weight"].numpy(), 0))
+
+
+def test_nothing_of_a_redrawn_update_is_a_hint():
+    class Redrawn(Clip):
+        zeros = "redrawn"
+
+    transforms, other = (Prune(share=0.5), Redrawn(bound=1.0)), some_update(1)
+    found = simulated(transforms, other, some_update(0))["weight"]
+    mine = other["weight"].numpy()
+    np.testing.assert_array_equal(found.numpy() != 0, largest(mine, 0.5))
+
+
+def test_every_member_of_a_sum_prunes_its_own_update_within_what_anybody_sent():
+    transforms, updates = (Prune(share=0.7),), [some_update(seed) for seed in range(3)]
+    sent = [apply_all(transforms, update, generator=generator(0)) for update in updates]
+    mean = {name: torch.stack([one[name] for one in sent]).mean(0) for name in SHAPES}
+    for update, one in zip(updates, sent, strict=True):
+        assert all(torch.equal(tensor, one[name]) for name, tensor in simulated(transforms, update, mean, summed=True).items())
+    assert not torch.equal(simulated(transforms, updates[0], mean)["weight"], sent[0]["weight"])  # the union of all
+    other = some_update(7)
+    mine, anybody = other["weight"].numpy(), mean["weight"].numpy() != 0
+    found = simulated(transforms, other, mean, summed=True)["weight"].numpy()
+    np.testing.assert_array_equal(found, np.where(largest(np.where(anybody, mine, 0), 0.7), mine, 0))
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_guessed_choice_has_no_slope_and_is_fit_for_vmap(summed):
+    transforms = (Prune(share=0.7), AddNoise(std=0.3, relative=False))
+    released = apply_all(transforms, some_update(0), generator=generator(1))
+    known = revealed(transforms, released, summed=summed)
+
+    def simulate(update):
+        return imitated(lambda params, known, *rest: update, transforms, summed=summed)({}, known, None, None, None)
+
+    one, two = some_update(1), some_update(2)
+    both = vmap(simulate)({name: torch.stack([one[name], two[name]]) for name in one})
+    for name in one:
+        assert torch.equal(both[name][0], simulate(one)[name]) and torch.equal(both[name][1], simulate(two)[name])
+    slopes = grad(lambda update: sum(tensor.sum() for tensor in simulate(update).values()))(one)
+    assert all(torch.equal(slopes[name], (simulate(one)[name] != 0).float()) for name in one)
+
+
+def test_bare_or_last_pruning_is_read_off_the_release_as_ever():
+    for transforms in ((Prune(share=0.7),), (Clip(bound=0.1), Prune(share=0.7)), (AddNoise(std=0.1), Prune(share=0.7)), (Prune(share=0.7), SignOnly())):
+        assert all(blur_of(transforms, place, summed=False) is None for place, one in enumerate(transforms) if isinstance(one, Prune))
+        released, other = apply_all(transforms, some_update(0), generator=generator(1)), some_update(1)
+        place = next(place for place, one in enumerate(transforms) if isinstance(one, Prune))
+        seen = {name.removeprefix(f"share/{place}/"): tensor for name, tensor in revealed(transforms, released).items()}
+        assert all(torch.equal(seen[name], (tensor != 0).float()) for name, tensor in released.items())
+        assert all(torch.equal(tensor, other[name] * seen[name]) for name, tensor in transforms[place].imitate(other, seen).items())
+
+
+def test_a_change_of_ones_own_may_say_what_it_leaves_of_zeros():
+    """Without a word, zeros that are still there tell as much as before, and where they are not, nothing does."""
+
+    class Filled(Halved):
+        def apply(self, update, *, generator):
+            return {name: 0.5 * tensor + 1.0 for name, tensor in update.items()}
+
+    class Said(Halved):
+        zeros = "kept"
+
+    other = some_update(1)
+    for behind, open in ((Halved(), False), (Said(), False), (Filled(), True)):
+        transforms = (Prune(share=0.7), behind)
+        released = apply_all(transforms, some_update(0), generator=generator(1))
+        found = simulated(transforms, other, released)["weight"].numpy()
+        mine, sent = other["weight"].numpy(), released["weight"].numpy() != 0
+        np.testing.assert_array_equal(found, 0.5 * np.where(largest(mine, 0.7) if open else sent, mine, 0))
+        assert (blur_of(transforms, 0, summed=False) is None) is isinstance(behind, Said)
+
+
+@pytest.mark.parametrize(
+    ("transform", "zeros"),
+    [
+        (AddNoise(std=0.0), "kept"), (AddNoise(), "noisy"), (NoisySlices(), "noisy"), (NoisySlices(std=0.0), "kept"), (Quantise(bits=2), "rounded"), (Clip(), "kept"),
+        (SignOnly(), "kept"), (Prune(), "pruned"), (PruneFeatures(), "pruned"), (Orthogonal(), "redrawn"),
+        (ClipAndNoise(clip=1.0, noise_multiplier=0.0, cohort_size=2), "kept"), (ClipAndNoise(clip=1.0, noise_multiplier=1.0, cohort_size=2), "noisy"),
+    ],
+)  # fmt: skip
+def test_what_a_change_says_of_zeros_is_what_it_does(transform, zeros):
+    assert transform.zeros == zeros
+    if getattr(transform, "needs_own", False):
+        return
+    update = Prune(share=0.5).apply(some_update(0), generator=generator(0))
+    found = transform.apply(update, generator=generator(1))
+    filled = any(bool(((found[name] != 0) & (tensor == 0)).any()) for name, tensor in update.items())
+    lost = any(bool(((found[name] == 0) & (tensor != 0)).any()) for name, tensor in update.items())
+    assert filled == (zeros == "noisy") and lost == (zeros in ("rounded", "pruned"))
+
+
+def test_the_layer_of_pruned_features_is_left_out_where_its_columns_are_not_to_be_read():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    last, first = PruneFeatures(share=0.5), PruneFeatures(share=0.5, layer="1")
+    assert left_out((last, AddNoise()), model) == left_out((last,), model, summed=True) == {"3.weight"}
+    assert left_out((first, Orthogonal()), model) == {"1.weight"}
+    for transforms in ((last,), (last, Clip()), (AddNoise(), last), (last, Quantise()), (last, Prune()), (PruneFeatures(share=0.1), AddNoise()), (Prune(), AddNoise())):
+        assert left_out(transforms, model) == set()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from torch.func import grad, vmap
 
 from gidef.defence.clipping import Clip
 from gidef.defence.noise import AddNoise, draw, percentile
+from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
 from gidef.defence.sign import WIDTH, SignOnly
 from gidef.errors import InputError
@@ -30,6 +31,18 @@ def test_a_percentile_is_numpys():
     for count in (1, 2, 19, 20, 21, 1000):
         values = torch.randn(count, generator=generator(count))
         assert float(percentile(values)) == np.percentile(np.abs(values.numpy()), 95, method="inverted_cdf")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 0.99, 0.999])
+def test_a_percentile_is_of_the_entries_that_are_not_0(share):
+    """So that noise behind pruning is noise, also where 95 of 100 entries are 0."""
+    values = Prune(share=share).apply({"a": torch.randn(30, 100, generator=generator(1))}, generator=generator(0))["a"]
+    others = np.abs(values.numpy()[values.numpy() != 0])
+    level = np.percentile(others, 95, method="inverted_cdf")
+    assert len(others) == 3000 - int(share * 3000) and float(percentile(values)) == level > 0
+    noise = AddNoise(std=0.1).apply({"a": values}, generator=generator(2))["a"] - values
+    assert float(noise.std()) == pytest.approx(0.1 * level, rel=0.05)
+    assert float(percentile(torch.zeros(20))) == 0
 
 
 @pytest.mark.parametrize("law", ["gaussian", "laplace"])
