@@ -37,6 +37,7 @@ class Orthogonal:
 
     needs_own: ClassVar[bool] = True
     random: ClassVar[bool] = True
+    keeps_scale: ClassVar[bool] = True
     draws: int = 20
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ class Prune:
     """
 
     random: ClassVar[bool] = False
+    keeps_scale: ClassVar[bool] = True
     share: float = 0.9
 
     def __post_init__(self) -> None:

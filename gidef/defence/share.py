@@ -32,6 +32,8 @@ class Transform(Protocol):
     packed(before: Packed) → Packed says in how many bits a tensor leaves (see defence.upload). Without it all entries count as float32.
     `random` says whether apply draws anything, so that another release of the same update differs, which is what attacks over several releases (A9)
     live on. Without the attribute it counts as True: A9 then runs, if on releases that are all the same.
+    `keeps_scale` says whether what leaves has the scale of what was given, up to noise and to what is missing: True, False, or a function of the released
+    tensors that reads it off them. Label recovery believes the scale then, and searches it otherwise, as it does without the attribute.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...
@@ -54,6 +56,20 @@ def apply_all(transforms: Sequence[Transform], update: Tensors, *, generator: Ge
 def revealed(transforms: Sequence[Transform], update: Tensors) -> Tensors:
     """All that a released update reveals, under the names that `imitated` looks for in `known`."""
     return {f"{SEEN}{place}/{name}": tensor for place, one in enumerate(transforms) for name, tensor in one.reveals(update).items()}
+
+
+def scale_kept(transforms: Sequence[Transform], released: Tensors | None) -> bool:
+    """Whether a released update has the scale of the one that the client computed.
+
+    released: all that left; None where only a mean over several clients is seen. A transform is asked about it if it is the last.
+    """
+    for place, transform in enumerate(transforms, start=1):
+        kept = getattr(transform, "keeps_scale", False)
+        if callable(kept):
+            kept = released is not None and place == len(transforms) and kept(released)
+        if not kept:
+            return False
+    return True
 
 
 def imitated(simulate: Simulate, transforms: Sequence[Transform]) -> Simulate:

@@ -29,6 +29,7 @@ class SignOnly:
     """
 
     random: ClassVar[bool] = False
+    keeps_scale: ClassVar[bool] = False  # of an entry
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         return {name: tensor.sign() * tensor.abs().mean() for name, tensor in update.items()}

@@ -39,6 +39,7 @@ class PruneFeatures:
 
     needs_own: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    keeps_scale: ClassVar[bool] = True
     share: float = 0.8
     layer: str | None = None
 
