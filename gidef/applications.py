@@ -179,7 +179,7 @@ def _analytic(run: Run, cell: Cell) -> fits.Invert:
         labels = cell.victims.all_labels(victim)
         seen = observe.as_gradient(run.recipe.evaluation, {n: t.cpu() for n, t in cell.victims.updates[victim].items() if n in names})
         granted = labels.cpu() if cell.attack.labels == "known" else None
-        observation = Observation(params, seen, len(labels), labels=granted)
+        observation = Observation(params, seen, len(labels), labels=granted, scaled=observe.scale_told(cell.trained, cell.victims, victim))
         return analytic(observation, model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
 
     return _one_by_one(one)
@@ -236,7 +236,8 @@ def _imprinted(run: Run, cell: Cell) -> fits.Invert:
             everybody = zip(beside.owners, beside.images, beside.labels, beside.noise, beside.private, strict=True)
             others = [leaves(*each, f"{victim} beside {each[0]}") for each in everybody]
             update = {name: torch.stack([tensor, *(other[name] for other in others)]).mean(0) for name, tensor in update.items()}
-        observation = Observation(weights, update, len(victims.all_labels(victim)), kind=evaluation.release)
+        told = defence.keeps_scale(None if victims.company else update)
+        observation = Observation(weights, update, len(victims.all_labels(victim)), kind=evaluation.release, scaled=told)
         return invert_imprint(observation, image_shape=dataset.image_shape, num_classes=dataset.num_classes, sparse=delta)
 
     return _one_by_one(one)

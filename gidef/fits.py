@@ -292,7 +292,8 @@ def learned(run: Run, cell: Cell) -> Invert:
             update, labels = cell.victims.updates[victim], cell.victims.all_labels(victim)
             granted = labels if cell.attack.labels == "known" else None
             seen = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in params})
-            found += invert_learned([Observation(params, seen, len(labels), labels=granted, known=known)], inverter)
+            told = observe.scale_told(cell.trained, cell.victims, victim)
+            found += invert_learned([Observation(params, seen, len(labels), labels=granted, known=known, scaled=told)], inverter)
         return [dataclasses.replace(one, iterations=cell.attack.steps) for one in found]
 
     return invert
@@ -353,7 +354,7 @@ def latent(run: Run, cell: Cell) -> Invert:
             update, labels = cell.victims.updates[victim], cell.victims.all_labels(victim)
             granted = labels if cell.attack.labels == "known" else None
             update = observe.as_gradient(run.recipe.evaluation, {name: update[name] for name in predictor.names})
-            seen.append(Observation(params, update, len(labels), labels=granted))
+            seen.append(Observation(params, update, len(labels), labels=granted, scaled=observe.scale_told(cell.trained, cell.victims, victim)))
         running = invert_latent(
             seen, predictor, decoder, seed=cell.seed, iterations=cell.attack.iterations, restarts=cell.attack.restarts, at_once=at_once,
             device=run.world.device, numbers=victims,

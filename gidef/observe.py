@@ -420,9 +420,15 @@ def observations(
                 labels=_granted_labels(attack, labels),
                 known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update, summed=training.defence.secure is not None) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
+                scaled=scale_told(trained, victims, batch),
             )
         )
     return found
+
+
+def scale_told(trained: Trained, victims: Victims, batch: int) -> bool:
+    """Whether a batch's update has the scale that its clients' gradient or delta had, as far as the defence and all that left tell."""
+    return trained.training.defence.keeps_scale(None if victims.company else victims.updates[batch])
 
 
 def adapts(attack: Any) -> bool:

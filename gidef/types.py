@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -90,6 +90,7 @@ class Observation:
     labels:       int64 (B,) when the threat model grants them, else None.
     known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
     unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
+    scaled:       whether `update` and `unmatched` have the scale that the client's gradient or delta had, up to noise; False after clipping and the like.
 
     The private images are not a field: nothing that attacks can reach them.
     """
@@ -101,6 +102,22 @@ class Observation:
     labels: Tensor | None = None
     known: Tensors = field(default_factory=dict)
     unmatched: Tensors = field(default_factory=dict)
+    scaled: bool = True
+
+    def rounds(self) -> list[Observation]:
+        """The observations of which `attack.merge_rounds` made this one, without what is known; itself if it is of one round."""
+        numbers = sorted({int(head) for head, slash, _ in (name.partition("/") for name in self.update) if slash and head.isdigit()})
+        if not numbers:
+            return [self]
+        places = ("params", "update", "unmatched")
+        each = ({place: of_round(getattr(self, place), number) for place in places} for number in numbers)
+        return [replace(self, **one, known={}) for one in each]
+
+
+def of_round(tensors: Tensors, number: int) -> Tensors:
+    """Of several rounds' tensors, named "ROUND/name", those of one round, by name."""
+    prefix = f"{number}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ WHOLE_SCANNED = 0.05  # the same, where a length was chosen to bring them there:
 SCANNED_ERROR = (0.01, 0.1)  # in the same units, what counts are taken to miss whole numbers by: what the nearest do, between these
 SIGN = 10.0  # nats against features of negative mean, where all have one sign; less where their signs differ
 DISTRUST = (0.3, 1.0)  # else: error of the class probabilities, over the spread of the counts around a balanced batch,
+EXPLAINED = 1e-5  # misfit of a multiple of a gradient in float32; above it counts that a scan brings this near to whole numbers are believed:
+WHOLE_UNLIKE = 0.2
 UNEXPLAINED = 0.2  # the second one where more than this share of the bias's squared gradient stays unexplained
 
 
@@ -70,6 +72,7 @@ class _Layer(NamedTuple):
     biases: Tensor | None  # (steps, K)
     parts: Tensor  # (steps,), each step's share in the mean gradient
     scaled: bool  # whether the gradients' scale is known
+    single: bool  # whether they are one gradient, of whatever scale
 
     @property
     def classes(self) -> int:
@@ -169,6 +172,12 @@ def recover_labels(
         auto   one image: idlg.  mean_probabilities given: bias.  The head known from params: ilrg, or fit where ilrg's counts are not near
                whole numbers, B < K ≤ 128, B ≤ 8, and it is a gradient or one declared step.  Else bias for a gradient, llg for a delta
 
+    Of rounds merged by `merge_rounds` g is the mean over them, and predictions are averaged over the models that the server sent, if they differ; weight
+    and bias are named as in one round. Of an update that is not `scaled` the gradient's length is searched as for a delta of undeclared steps, by "fit" along
+    with the features; where none then explain the update, as one of images clipped one by one, ilrg's counts stay if they are near whole numbers.
+
+    Of several images a bias with entries that pruning set to zero is left out (but for "bias"), as the weights' rows tell more.
+
     With `local`, g is the mean gradient −Δ / (η Σ c_t), and predictions are averaged over models interpolated from the first to the last one.
 
     Args:    observation: of num_examples = B images.  weight, bias: names of the layer's tensors; found if both are None.
@@ -198,6 +207,8 @@ def recover_labels(
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing={smoothing}: expected a number in [0, 1).")
     layer, size = _last_layer(observation, num_classes, weight, bias, local), observation.num_examples
+    if size > 1 and method != "bias":
+        layer = _without_masked_bias(layer)
     if method == "auto":
         method = _choice(layer, size, mean_probabilities, smoothing)
     _check_applies(method, layer, size)
@@ -228,6 +239,8 @@ def recover_soft_labels(
         one image   h = (∂L/∂W)ᵀ g / ‖g‖²,  y = softmax(W h + b) − g: exact
         B images    the batch's class proportions ȳ from P_c and g, as "ilrg" of `recover_labels` without rounding; every row is ȳ
 
+    Of an update that is not `scaled` g is as long as it can be with no probability below 0, which is right where some class has none.
+
     Args:    as `recover_labels`; a delta needs `local`, and is exact for one image after one step.
     Returns: float64 (B, K), rows that add up to 1. A batch's gradient fixes the mean of the labels only, as long as features are alike.
     Raises:  InputError if weight, bias or the server's own copy of the layer is missing, a delta's steps are not declared, or the update is
@@ -235,14 +248,19 @@ def recover_soft_labels(
     Source:  Ma et al. 2023, ICLR (iLRG), for hard labels.
     """
     layer, size = _last_layer(observation, num_classes, weight, bias, local), observation.num_examples
-    if layer.scores is None or not (layer.known and layer.scaled):
+    if layer.scores is None or not layer.known or (observation.kind == "delta" and local is None):
         raise InputError(
             "soft labels need the last layer's weight and bias, in params and in the update, and a gradient or the declared local steps of a delta."
         )
     if size == 1:
-        soft = layer.probabilities(_common_features(layer.rows, layer.scores)) - layer.scores
+        predicted = layer.probabilities(_common_features(layer.rows, layer.scores))
+        soft = predicted - layer.scores
     else:
-        soft = _balance(layer.probabilities(_class_features(layer)), layer.scores, size, 0.0, 1e-3) / size
+        probabilities = layer.probabilities(_class_features(layer))
+        predicted, soft = (_balance(probabilities, scores, size, 0.0, 1e-3) / size for scores in (torch.zeros_like(layer.scores), layer.scores))
+    if not layer.scaled:  # both are affine in the gradient's length
+        falling = (soft < predicted) & (predicted > 0)
+        soft = predicted + (soft - predicted) * (predicted / (predicted - soft))[falling].min() if falling.any() else soft
     soft = soft.clamp_min(0)
     return (soft / soft.sum()).expand(size, num_classes).clone()
 
@@ -276,7 +294,7 @@ def recover_features(
     labels = labels.detach().cpu().long()
     if labels.shape != (size,) or not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise InputError(f"labels {tuple(labels.shape)} do not fit {size} images of {num_classes} classes: give one class index per image.")
-    fits = layer.known and layer.scaled and len(layer.parts) == 1 and size < num_classes
+    fits = layer.known and layer.single and (layer.scaled or layer.scores is not None) and size < num_classes
     if layer.rows is None or (layer.scores is None and not fits):
         raise InputError("features cannot be recovered: they need the last layer's weight update, and its bias update or fewer images than classes.")
     if size == 1 and layer.scores is not None:
@@ -289,7 +307,8 @@ def recover_features(
 
 def _last_layer(observation: Observation, num_classes: int, weight: str | None, bias: str | None, local: LocalSteps | None) -> _Layer:
     """What an observation tells of the layer; raises InputError if that is nothing."""
-    update, params = observation.update, observation.params
+    rounds = observation.rounds()
+    update, params = rounds[0].update, rounds[0].params
     if weight is None and bias is None:
         weight, bias = classifier_names(update, num_classes)
     for name in (weight, bias):
@@ -299,7 +318,7 @@ def _last_layer(observation: Observation, num_classes: int, weight: str | None, 
         raise InputError("local steps were declared for a gradient: they belong to an observation of kind delta.")
     shares, counts = local.path() if local is not None else (torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
     factor = 1.0 if observation.kind == "gradient" else -1.0 / float(counts.sum())
-    change = {name: update[name].detach().double().cpu() for name in (weight, bias) if name is not None}
+    change = {name: sum(one.update[name].detach().double().cpu() for one in rounds) / len(rounds) for name in (weight, bias) if name is not None}
     if not all(tensor.isfinite().all() for tensor in change.values()):
         raise LabelsHidden("labels cannot be recovered: the last layer's update is not finite.")
     change = {name: tensor for name, tensor in change.items() if (tensor != 0).any()}  # a pruned bias tells less than the weights do
@@ -309,14 +328,31 @@ def _last_layer(observation: Observation, num_classes: int, weight: str | None, 
     weights = biases = None
     own_bias = bias if bias is not None else (weight.rpartition(".")[0] + ".bias" if "." in weight else "bias")
     stand_in = weight is None or params.get(weight) is update[weight]  # an observation without the model may hold the update in its place
+    parts = counts / counts.sum()
     if rows is not None and not stand_in and weight in params and params[weight].shape == rows.shape:
-        weights = params[weight].detach().double().cpu()[None]
-        biases = params[own_bias].detach().double().cpu()[None] if own_bias in params else torch.zeros(1, num_classes, dtype=torch.float64)
-        if local is not None:
-            weights = weights + shares.view(-1, 1, 1) * change[weight]
-            biases = biases + (shares.view(-1, 1) * change[bias] if bias in change else 0.0)
-    scaled = observation.kind == "gradient" or local is not None
-    return _Layer(rows, scores, weights, biases.expand(len(shares), -1) if biases is not None else None, counts / counts.sum(), scaled)
+        weights, biases = (torch.stack([one.params[name].detach().double().cpu() for one in rounds]) if name in params else None for name in (weight, own_bias))
+        biases = torch.zeros(len(rounds), num_classes, dtype=torch.float64) if biases is None else biases
+        if bool((weights == weights[0]).all()) and bool((biases == biases[0]).all()):
+            weights, biases = weights[:1], biases[:1]
+        parts = parts.repeat(len(weights)) / len(weights)
+        weights, biases = (_along(sent, change.get(name), shares) for sent, name in ((weights, weight), (biases, bias)))
+    told = observation.kind == "gradient" or local is not None
+    return _Layer(rows, scores, weights, biases, parts, scaled=told and observation.scaled, single=told and len(parts) == 1)
+
+
+def _along(sent: Tensor, change: Tensor | None, shares: Tensor) -> Tensor:
+    """(rounds · steps, …): a tensor that the server sent in every round, (rounds, …), as each local step found it."""
+    steps = torch.zeros_like(sent[:1]) if change is None else change
+    return (sent[:, None] + shares.view(-1, *[1] * (sent.ndim - 1)) * steps).flatten(0, 1)
+
+
+def _without_masked_bias(layer: _Layer) -> _Layer:
+    """The layer without its bias's gradient where pruning took entries of it: zeros of classes whose rows are none. Saturated predictions leave both zero;
+    rounding leaves few different sizes."""
+    if layer.rows is None or layer.scores is None or not ((layer.scores == 0) & (layer.rows != 0).any(1)).any():
+        return layer
+    sizes = layer.rows[layer.rows != 0].abs()
+    return layer if len(sizes.unique()) <= len(sizes) / 2 else layer._replace(scores=None)
 
 
 def _choice(layer: _Layer, size: int, mean_probabilities: Tensor | None, smoothing: float) -> str:
@@ -326,11 +362,12 @@ def _choice(layer: _Layer, size: int, mean_probabilities: Tensor | None, smoothi
     if mean_probabilities is not None and layer.scores is not None and layer.scaled:
         return "bias"
     if layer.known and (layer.scaled or layer.scores is not None):
-        if not (layer.scaled and len(layer.parts) == 1 and size < layer.classes <= FIT_CLASSES and size <= FIT_BATCH):
+        if not (layer.single and size < layer.classes <= FIT_CLASSES and size <= FIT_BATCH):
             return "ilrg"
+        if not layer.scaled:
+            return "fit"
         if layer.scores is None:
-            counts, wanted, features = _scanned_counts(layer, size, smoothing)
-            certain = (wanted - counts).norm() <= WHOLE_SCANNED * (size * layer.probabilities(features) - wanted).norm()
+            certain = _missed(layer, size, *_scanned_counts(layer, size, smoothing)) <= WHOLE_SCANNED
         else:
             counts, wanted = _class_counts(layer, size, smoothing)
             certain = (wanted - counts).abs().max() <= WHOLE
@@ -350,7 +387,7 @@ def _check_applies(method: str, layer: _Layer, size: int) -> None:
         raise InputError(
             f"{method} needs the last layer's weights, in params and in the update, and for a delta its bias or declared local steps: choose llg."
         )
-    if method == "fit" and not (layer.scaled and size < layer.classes and len(layer.parts) == 1):
+    if method == "fit" and not (layer.single and size < layer.classes):
         raise InputError(
             f"fit needs fewer images ({size}) than classes ({layer.classes}), and a gradient or a delta of one declared step: choose ilrg."
         )
@@ -471,6 +508,11 @@ def _scanned_counts(layer: _Layer, size: int, smoothing: float) -> tuple[Tensor,
     return counts[best].long(), wanted[best], features[best]
 
 
+def _missed(layer: _Layer, size: int, counts: Tensor, wanted: Tensor, features: Tensor) -> float:
+    """How far scanned counts are from whole numbers, relative to B times the mean residual."""
+    return float((wanted - counts).norm() / (size * layer.probabilities(features) - wanted).norm())
+
+
 def _centre(layer: _Layer, size: int, smoothing: float) -> Tensor:
     """Common features (d,) from which fits begin."""
     return _common_features(layer.rows, layer.scores) if layer.scores is not None else _scanned_counts(layer, size, smoothing)[2]
@@ -489,7 +531,7 @@ def _searched_counts(layer: _Layer, size: int, smoothing: float) -> Tensor:
     def misfits(hypotheses: list[Tensor]) -> Tensor:
         return _fit(layer, torch.stack([labels_from_counts(one) for one in hypotheses]), basis, centre, smoothing)[0]
 
-    lowest, tried = misfits([counts])[0], {tuple(counts.tolist())}
+    first, lowest, tried = counts, misfits([counts])[0], {tuple(counts.tolist())}
     for _ in range(FIT_SWEEPS):
         if lowest < FITTED:
             break
@@ -511,7 +553,8 @@ def _searched_counts(layer: _Layer, size: int, smoothing: float) -> Tensor:
         if not found.min() < lowest:
             break
         lowest, counts = found.min(), near[int(found.argmin())]
-    return counts
+    unlike = not layer.scaled and not lowest < EXPLAINED  # no multiple of a gradient, as where each image was clipped by itself
+    return first if unlike and _missed(layer, size, *_scanned_counts(layer, size, smoothing)) <= WHOLE_UNLIKE else counts
 
 
 def _fit(layer: _Layer, labels: Tensor, basis: Tensor, centre: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -542,7 +585,7 @@ def _fit(layer: _Layer, labels: Tensor, basis: Tensor, centre: Tensor, smoothing
 
 def _levenberg_marquardt(layer: _Layer, targets: Tensor, basis: Tensor, centre: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """The least squares of `_fit`, every row on its own: misfit (N,), features (N, B, k)."""
-    (count, size, dims), classes = features.shape, layer.classes
+    (count, size, dims), classes, searched = features.shape, layer.classes, not layer.scaled
     goal, weights, biases = layer.rows @ basis, layer.weights[0] @ basis, layer.biases[0]
     per_goal = 1 / goal.norm()
     per_score = 1 / layer.scores.norm() if layer.scores is not None else 0.0
@@ -550,31 +593,40 @@ def _levenberg_marquardt(layer: _Layer, targets: Tensor, basis: Tensor, centre: 
     identity = torch.eye(dims, dtype=torch.float64)
     pull = (NEARNESS / size) ** 0.5 / centre.norm().clamp_min(torch.finfo(torch.float64).tiny)
     of_pull = (pull * torch.eye(size * dims, dtype=torch.float64)).expand(count, -1, -1)
+    factor = torch.ones(count, 1, 1, dtype=torch.float64)
+    if searched:
+        middle = ((centre @ weights.T + biases).softmax(0) - targets).mean(1)
+        factor = (scores.norm() / middle.norm(dim=1)).view(-1, 1, 1)
 
-    def residuals(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def residuals(features: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         predictions = (features @ weights.T + biases).softmax(2)
-        apart = (predictions - targets) / size
+        apart = factor * (predictions - targets) / size
         parts = [(apart.mT @ features - goal) * per_goal, (apart.sum(1) - scores) * per_score, pull * (features - centre)]
         return torch.cat([part.flatten(1) for part in parts], 1), predictions, apart
 
-    residual, predictions, apart = residuals(features)
+    residual, predictions, apart = residuals(features, factor)
     misfit, damping = residual.square().sum(1), torch.full((count, 1, 1), 1e-2, dtype=torch.float64)
     for _ in range(FIT_STEPS):
-        slopes = predictions[..., None] * (weights - (predictions @ weights)[:, :, None]) / size  # (N, B, K, k)
+        slopes = factor[..., None] * predictions[..., None] * (weights - (predictions @ weights)[:, :, None]) / size  # (N, B, K, k)
         of_rows = torch.einsum("nbcm,nbk->nckbm", slopes, features) + torch.einsum("nbc,km->nckbm", apart, identity)
         of_rows = of_rows.reshape(count, classes * dims, size * dims) * per_goal
         of_scores = slopes.transpose(1, 2).reshape(count, classes, size * dims) * per_score
         jacobian = torch.cat([of_rows, of_scores, of_pull], 1)
+        if searched:  # of the factor's logarithm
+            parts = [(apart.mT @ features * per_goal).flatten(1), apart.sum(1) * per_score, torch.zeros(count, size * dims, dtype=torch.float64)]
+            jacobian = torch.cat([jacobian, torch.cat(parts, 1)[..., None]], 2)
         normal = jacobian.mT @ jacobian
         damped = normal + damping * torch.diag_embed(normal.diagonal(dim1=1, dim2=2))
-        step = torch.linalg.solve_ex(damped, jacobian.mT @ residual[..., None])[0].view_as(features)
-        tried = features - step
-        new, new_predictions, new_apart = residuals(tried)
+        step = torch.linalg.solve_ex(damped, jacobian.mT @ residual[..., None])[0][..., 0]
+        tried = features - step[:, : size * dims].view_as(features)
+        new_factor = factor * torch.exp(-step[:, -1:, None]) if searched else factor
+        new, new_predictions, new_apart = residuals(tried, new_factor)
         better = new.square().sum(1) < misfit  # false for NaN
         wide = better[:, None, None]
         features, predictions, apart = (
             torch.where(wide, one, other) for one, other in ((tried, features), (new_predictions, predictions), (new_apart, apart))
         )
+        factor = torch.where(wide, new_factor, factor)
         residual = torch.where(better[:, None], new, residual)
         misfit = residual.square().sum(1)
         damping = torch.where(wide, damping / 5, damping * 4).clamp(1e-9, 1e9)

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
-from gidef.types import Observation, Tensors
+from gidef.types import Observation, Tensors, of_round
 
 DRAWS = "draws"
 """Under this name in `known`, `averaged` finds the noise of an iteration: (samples, *noise_shape)."""
@@ -176,16 +176,11 @@ def multi_round(simulate: Simulate, rounds: int, *, keeps_noise: bool = False) -
         found = {}
         for number in range(rounds):
             own = noise if noise is None or keeps_noise else noise[number]
-            update = simulate(_of_round(params, number), common | _of_round(known, number), images, labels, own)
+            update = simulate(of_round(params, number), common | of_round(known, number), images, labels, own)
             found |= {f"{number}/{name}": tensor for name, tensor in update.items()}
         return found
 
     return every
-
-
-def _of_round(tensors: Tensors, number: int) -> Tensors:
-    prefix = f"{number}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def merge_rounds(observations: Sequence[Observation]) -> Observation:
@@ -201,9 +196,9 @@ def merge_rounds(observations: Sequence[Observation]) -> Observation:
             raise InputError("the rounds to be merged are of different batches: give updates of the same images and labels, of one kind.")
     merged = {
         place: {f"{number}/{name}": tensor for number, one in enumerate(observations) for name, tensor in getattr(one, place).items()}
-        for place in ("params", "update", "known")
+        for place in ("params", "update", "known", "unmatched")
     }
-    return dataclasses.replace(first, **merged)
+    return dataclasses.replace(first, **merged, scaled=all(one.scaled for one in observations))
 
 
 def rounds_apart(update: Tensors, target: Tensors, scale: Tensor) -> Tensor:

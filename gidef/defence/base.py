@@ -14,7 +14,7 @@ from gidef.defence.accounting import Budget
 from gidef.defence.compiled import Compiled
 from gidef.defence.encode import EncodedPlayer, Encoder, encode_all
 from gidef.defence.secure_sum import SecureCohorts
-from gidef.defence.share import Transform, apply_all
+from gidef.defence.share import Transform, apply_all, scale_kept
 from gidef.defence.stacked import StackedPlain
 from gidef.defence.upload import FLOAT, MASKED, Packed
 from gidef.models import SplitModel, moving_statistics
@@ -104,6 +104,12 @@ class Defence:
     def share(self, update: Tensors, *, generator: Generator, own: Own | None = None) -> Tensors:
         """What leaves the client of its update, a gradient or a delta of the shared tensors. own: what the client has at hand."""
         return apply_all(self.transforms, update, generator=generator, own=own)
+
+    def keeps_scale(self, released: Tensors | None) -> bool:
+        """Whether what left has the scale of the client's gradient or delta (see defence.share.scale_kept). A `share` or `stepped` of one's own counts as
+        changing it: DP-SGD's clips every image's gradient by itself."""
+        own = any(getattr(type(self), name) is not getattr(Defence, name) for name in ("share", "stepped"))
+        return not own and scale_kept(self.transforms, released)
 
     def upload_bits(self, changed: Mapping[str, int], others: Mapping[str, int] | None = None) -> int:
         """Bits that a client of a cohort sends of its update, see defence.upload.

@@ -38,6 +38,7 @@ class Orthogonal:
     needs_own: ClassVar[bool] = True
     random: ClassVar[bool] = True
     zeros: ClassVar[str] = "redrawn"
+    keeps_scale: ClassVar[bool] = True
     draws: int = 20
 
     def __post_init__(self) -> None:

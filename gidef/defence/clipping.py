@@ -13,6 +13,10 @@ from torch import Tensor
 from gidef.defence.upload import Packed
 from gidef.errors import InputError
 from gidef.types import Tensors
+from gidef.updates import norm
+
+UNCLIPPED = 0.9999
+"""Of the bound: below it a norm is no clipped one that was rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,11 @@ class Clip:
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}
+
+    def keeps_scale(self, released: Tensors) -> bool:
+        """Whether nothing was clipped, which a norm below the bound tells."""
+        short = UNCLIPPED * self.bound
+        return all(tensor.norm() < short for tensor in released.values()) if self.per_tensor else float(norm(released)) < short
 
     def imitate(self, update: Tensors, seen: Tensors) -> Tensors:
         if self.per_tensor:

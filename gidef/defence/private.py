@@ -26,6 +26,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from gidef.defence.accounting import Budget, needs_opacus
 from gidef.defence.base import Defence, Plain, Simulate
+from gidef.defence.clipping import UNCLIPPED
 from gidef.defence.ghost import Ghost
 from gidef.defence.perturbation import LearnedDefence, MinimaxSettings, client_loss, hold_still
 from gidef.defence.upload import Packed
@@ -33,6 +34,7 @@ from gidef.errors import InputError
 from gidef.models import SplitModel, has_batch_statistics
 from gidef.rng import generator
 from gidef.types import Client, Tensors
+from gidef.updates import norm
 
 AT_ONCE = 2**28
 """Entries of the images' own gradients that are held at the same time, 1 GiB: a batch is clipped and summed in parts of as many images."""
@@ -290,6 +292,13 @@ class ClipAndNoise:
 
     def packed(self, before: Packed) -> Packed:
         return Packed.plain(before.entries) if self.random else before
+
+    def keeps_scale(self, released: Tensors) -> bool:
+        """Whether nothing was clipped: the norm, less that of the noise, is below C by more than its spread allows for."""
+        entries = sum(tensor.numel() for tensor in released.values())
+        noise = 0.0 if not self.random else (self.noise_multiplier * self.clip) ** 2 / self.cohort_size
+        power = float(norm(released)) ** 2 - noise * entries
+        return power + 3 * math.sqrt(noise * (2 * noise * entries + 4 * max(power, 0.0))) < (UNCLIPPED * self.clip) ** 2
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

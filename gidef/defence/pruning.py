@@ -35,6 +35,7 @@ class Prune:
 
     random: ClassVar[bool] = False
     zeros: ClassVar[str] = "pruned"
+    keeps_scale: ClassVar[bool] = True
     share: float = 0.9
 
     def __post_init__(self) -> None:

@@ -39,6 +39,8 @@ class Transform(Protocol):
     count as kept if they are not fewer than before, else as redrawn.
     Whose `reveals` reads zeros has reveals_blurred(update, blur: Blur) → Tensors and imitate_blurred(update, seen) → Tensors for releases that do not show
     them as they were; or left_out(model) → names of tensors that attacks which adapt then do not match.
+    `keeps_scale` says whether what leaves has the scale of what was given, up to noise and to what is missing: True, False, or a function of the released
+    tensors that reads it off them. Label recovery believes the scale then, and searches it otherwise, as it does without the attribute.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...
@@ -96,6 +98,20 @@ def revealed(transforms: Sequence[Transform], update: Tensors, *, summed: bool =
         seen = one.reveals_blurred(update, blur) if blur is not None and hasattr(one, "reveals_blurred") else one.reveals(update)
         found |= {f"{SEEN}{place}/{name}": tensor for name, tensor in seen.items()}
     return found
+
+
+def scale_kept(transforms: Sequence[Transform], released: Tensors | None) -> bool:
+    """Whether a released update has the scale of the one that the client computed.
+
+    released: all that left; None where only a mean over several clients is seen. A transform is asked about it if it is the last.
+    """
+    for place, transform in enumerate(transforms, start=1):
+        kept = getattr(transform, "keeps_scale", False)
+        if callable(kept):
+            kept = released is not None and place == len(transforms) and kept(released)
+        if not kept:
+            return False
+    return True
 
 
 def imitated(simulate: Simulate, transforms: Sequence[Transform], *, summed: bool = False) -> Simulate:

@@ -30,6 +30,7 @@ class SignOnly:
 
     random: ClassVar[bool] = False
     zeros: ClassVar[str] = "kept"
+    keeps_scale: ClassVar[bool] = False  # of an entry
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors:
         return {name: tensor.sign() * tensor.abs().mean() for name, tensor in update.items()}

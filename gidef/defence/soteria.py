@@ -43,6 +43,7 @@ class PruneFeatures:
     needs_own: ClassVar[bool] = True
     random: ClassVar[bool] = False
     zeros: ClassVar[str] = "pruned"
+    keeps_scale: ClassVar[bool] = True
     share: float = 0.8
     layer: str | None = None
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from gidef import applications, build, cells, fits, methods, metrics, observe
 from gidef import attack as attacks
 from gidef.attack import latent
+from gidef.attack.batch import targets_of
 from gidef.attack.imprint import Imprinted
 from gidef.config import (
     DPSGD,
@@ -32,6 +33,7 @@ from gidef.config import (
     NaiveMatching,
     Pruning,
     Quantisation,
+    SecureAggregation,
     Sign,
     SkipLayers,
     Soteria,
@@ -153,6 +155,42 @@ def test_several_releases_average_the_noise_on_updates_out(trained):
         [got] = attacks.run(plan.observations[:1], plan.make_simulate, plan.matching, seed=0)
         found[type(attack)] = float(metrics.psnr_db(got.images.clamp(0, 1), releases[0].images[0]))
     assert found[MultiRound] > found[JointMatching] + 2, found
+
+
+def recovered(run, one, attack):
+    """Share of the labels that an attack recovers of all victims, and whether each update's scale is known."""
+    releases = [observe.release(run, one, one.snapshots["untrained"], seed=0, repeat=repeat) for repeat in range(getattr(attack, "rounds", 1))]
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["untrained"], attack, releases, seed=0))
+    labels, _, untold = targets_of(plan.observations, plan.matching, {"device": "cpu", "dtype": torch.float32})
+    assert not untold.any()
+    right = [metrics.label_recovery(found, releases[0].all_labels(batch)) for batch, found in enumerate(labels)]
+    return sum(right) / len(right), {seen.scaled for seen in plan.observations}
+
+
+def with_defence(chosen, trained, size):
+    """The undefended run, at its first weights, with what another defence would release of batches of this size."""
+    run, one = trained("undefended")
+    defence = build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0)
+    first = dataclasses.replace(one.snapshots["final"], params=one.training.defence.initial(), name="untrained")
+    one = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence), snapshots={"untrained": first})
+    return evaluated(run, batch_size=size), one
+
+
+@pytest.mark.parametrize("kind", ["gradient", "delta"])
+@pytest.mark.parametrize("chosen", [Clipping(bound=0.01), Clipping(bound=1e-3, per_tensor=True), (Clipping(bound=0.01), SecureAggregation())], ids=["clip", "tensors", "sum"])
+def test_clipping_hides_no_label_that_the_undefended_update_tells(chosen, kind, trained):
+    bare = (Undefended(), SecureAggregation()) if isinstance(chosen, tuple) else Undefended()
+    for defence, known in ((bare, True), (chosen, False)):
+        run, one = with_defence(defence, trained, 2)
+        found, scaled = recovered(evaluated(run, release=kind), one, NaiveMatching(labels="recovered"))
+        assert scaled == {known} and found == 1.0
+
+
+def test_several_rounds_tell_the_labels_that_the_mean_of_their_updates_tells(trained):
+    """Of the noise of one round a seventh of the labels is chance, and twice as much is right."""
+    run, one = with_defence(GradientNoise(std=1.0), trained, 1)
+    several, alone = recovered(run, one, MultiRound(rounds=8, labels="recovered"))[0], recovered(run, one, NaiveMatching(labels="recovered"))[0]
+    assert several == 1.0 > alone, (several, alone)
 
 
 @pytest.mark.parametrize("policy", ["full", "all"])

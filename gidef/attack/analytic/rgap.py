@@ -183,7 +183,7 @@ def _attack(
         return fail(f"the update of {head!r} is zero: the recursion begins there")
     eps = torch.finfo(observation.update[head].dtype).eps
     granted = None if observation.labels is None else int(labels[0])
-    beginnings = _beginnings(found.layers[-1], weights, update, observation.kind, granted, eps)
+    beginnings = _beginnings(found.layers[-1], weights, update, observation, granted, eps)
     if isinstance(beginnings, str):
         return fail(beginnings)
     tried = []
@@ -252,27 +252,32 @@ def _target(label: int, outputs: int) -> Tensor:
     return torch.eye(outputs, dtype=torch.float64)[label] if outputs > 1 else torch.tensor([float(label)], dtype=torch.float64)
 
 
-def _beginnings(layer: Layer, weights: Tensors, update: Tensors, kind: str, granted: int | None, eps: float) -> list[_Beginning] | str:
+def _beginnings(layer: Layer, weights: Tensors, update: Tensors, seen: Observation, granted: int | None, eps: float) -> list[_Beginning] | str:
     """The last layer's solutions, or why there is none."""
     weight, gradient = weights[f"{layer.name}.weight"], update[f"{layer.name}.weight"]
     outputs = len(weight)
     if f"{layer.name}.bias" not in update:
-        return _unbiased_beginnings(weight, gradient, kind, granted, eps, weights.get(f"{layer.name}.bias"))
+        return _unbiased_beginnings(weight, gradient, seen, granted, eps, weights.get(f"{layer.name}.bias"))
     error = update[f"{layer.name}.bias"]
     if not error.any():
         return f"the update of {layer.name + '.bias'!r} is zero: no row of the weight can be divided by it"
     features = gradient.T @ error / error.square().sum()
-    if kind == "gradient":
-        label = granted if granted is not None else int(error.argmin()) if outputs > 1 else int(error[0] < 0)
+    uphill = error if seen.kind == "gradient" else -error
+    label = granted if granted is not None else int(uphill.argmin()) if outputs > 1 else int(uphill[0] < 0)
+    if seen.kind == "gradient" and seen.scaled:
         return [_Beginning(features, error, 1.0, label)]
-    label = granted if granted is not None else int(error.argmax()) if outputs > 1 else int(error[0] > 0)
     predicted = _probabilities(weight @ features + weights[f"{layer.name}.bias"]) - _target(label, outputs)
     return [_Beginning(features, predicted, float(error @ predicted / predicted.square().sum()), label)]
 
 
-def _unbiased_beginnings(weight: Tensor, gradient: Tensor, kind: str, granted: int | None, eps: float, bias: Tensor | None) -> list[_Beginning] | str:
-    """x = s v and k = a / s with ∂L/∂W = a vᵀ: all s for which p(s W v + b) − y = a / s, a root in one number."""
-    if kind != "gradient":
+def _unbiased_beginnings(
+    weight: Tensor, gradient: Tensor, seen: Observation, granted: int | None, eps: float, bias: Tensor | None
+) -> list[_Beginning] | str:
+    """x = s v and k = a / s with ∂L/∂W = a vᵀ: all s for which p(s W v + b) − y = a / s, a root in one number; of a multiple of ∂L/∂W all for which both
+    sides have one direction, which more than two outputs tell."""
+    if not seen.scaled and len(weight) <= 2:
+        return f"an update of unknown scale, and no bias in the last layer, whose {len(weight)} output(s) do not tell it"
+    if seen.kind != "gradient":
         return "a delta of unknown scale, and no bias in the last layer that would tell it"
     left, values, right = torch.linalg.svd(gradient, full_matrices=False)
     direction, amounts = right[0], values[0] * left[:, 0]
@@ -288,6 +293,9 @@ def _unbiased_beginnings(weight: Tensor, gradient: Tensor, kind: str, granted: i
             """(points, K): zero where s solves all rows."""
             return s[:, None] * (_probabilities(s[:, None] * slope + offset) - target) - amounts
 
+        if not seen.scaled:
+            found += _parallel(gap, amounts, reach, label)
+            continue
         for sign in (-1.0, 1.0):
             grid = sign * reach
             values_at = gap(grid)[:, row]
@@ -299,10 +307,34 @@ def _unbiased_beginnings(weight: Tensor, gradient: Tensor, kind: str, granted: i
                 low, high = torch.where(same, middle, low), torch.where(same, high, middle)
             roots = (low + high) / 2
             fits = gap(roots).norm(dim=1) / amounts.norm()
-            found += [(float(fit), float(root), label) for fit, root in zip(fits, roots, strict=True) if fit < 1e4 * eps + 1e-9]
+            found += [(float(fit), float(root), 1.0, label) for fit, root in zip(fits, roots, strict=True)]
+    found = [one for one in found if one[0] < 1e4 * eps + 1e-9]
     if not found:
         return "no input of the last layer explains its gradient: another loss than cross-entropy, or a noisy update"
-    return [_Beginning(root * direction, amounts / root, 1.0, label) for _, root, label in sorted(found)[:4]]
+    return [_Beginning(root * direction, amounts / (root * scale), scale, label) for _, root, scale, label in sorted(found)[:4]]
+
+
+def _parallel(gap: Callable[[Tensor], Tensor], amounts: Tensor, reach: Tensor, label: int) -> list[tuple[float, float, float, int]]:
+    """(sine of the angle between s k and a, s, ‖a‖ / ‖s k‖, label) at the minima of the first over s; gap(s) = s k − a."""
+
+    def apart(s: Tensor) -> tuple[Tensor, Tensor]:
+        ours, theirs = gap(s) + amounts, amounts / amounts.norm()
+        length, along = ours.norm(dim=1), ours @ theirs
+        sine = (ours - along[:, None] * theirs).norm(dim=1) / length
+        return torch.where(along > 0, sine, 2 - sine), length
+
+    found = []
+    for sign in (-1.0, 1.0):
+        values = apart(sign * reach)[0]
+        lowest = (values[1:-1] <= values[:-2]) & (values[1:-1] < values[2:])
+        low, high = reach[:-2][lowest], reach[2:][lowest]
+        for _ in range(120):
+            first, second = low + (high - low) / 3, high - (high - low) / 3
+            left = apart(sign * first)[0] < apart(sign * second)[0]
+            low, high = torch.where(left, low, first), torch.where(left, second, high)
+        roots = sign * (low + high) / 2
+        found += [(float(sine), float(root), float(amounts.norm() / length), label) for root, sine, length in zip(roots, *apart(roots), strict=True)]
+    return found
 
 
 def _descend(chain: Chain, weights: Tensors, update: Tensors, beginning: _Beginning) -> tuple[Tensor, list[Rank]]:

@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad
 
-from gidef.attack import classifier_names, recover_labels
+from gidef.attack import classifier_names, merge_rounds, recover_labels
 from gidef.attack.labels import (
     METHODS,
     LocalSteps,
+    _last_layer,
+    _without_masked_bias,
     attacker_labels,
     labels_from_counts,
     recover_features,
@@ -287,6 +289,108 @@ def test_declared_label_smoothing_is_taken_off(method):
     case = Case(labels, soft=soft, confidence=0.5)
     mean = (case.residuals() + soft).mean(0)
     assert recover_labels(case.observed(), CLASSES, method=method, smoothing=0.3, mean_probabilities=mean).tolist() == case.hard
+
+
+# --- a scale that is not known, rounds, masks ------------------------------------------------------------------------
+
+
+def scaled_by(factor, observation):
+    """The update of an observation that was made shorter or longer, which it says."""
+    return dataclasses.replace(observation, update={name: factor * tensor for name, tensor in observation.update.items()}, scaled=False)
+
+
+@pytest.mark.parametrize("labels", BATCHES)
+def test_an_update_of_unknown_length_tells_the_labels_that_the_gradient_tells(labels):
+    case = Case(labels, confidence=0.5)
+    for factor in (0.01, 0.3, 1.0, 20.0):
+        assert recover_labels(scaled_by(factor, case.observed()), CLASSES).tolist() == case.hard
+    observation, local = case.trained(0.05, case.size)
+    assert recover_labels(scaled_by(0.01, observation), CLASSES, local=local).tolist() == case.hard
+    believed = dataclasses.replace(scaled_by(0.01, case.observed()), scaled=True)
+    assert case.size > 11 or recover_labels(believed, CLASSES).tolist() != case.hard
+
+
+def test_the_fit_finds_the_length_of_a_confident_net_s_update_along_with_its_labels_and_features():
+    for seed in range(3):
+        case = Case([6, 2, 4, 0], confidence=3.0, seed=seed)
+        seen = scaled_by(0.03, case.observed())
+        assert recover_labels(seen, CLASSES).tolist() == case.hard
+        torch.testing.assert_close(recover_features(seen, CLASSES, torch.tensor([6, 2, 4, 0])), case.features(), rtol=0, atol=1e-4)
+
+
+def test_images_clipped_one_by_one_are_counted_where_no_multiple_of_a_gradient_explains_them():
+    for seed in range(4):
+        case = Case([6, 2, 4, 2], seed=seed, confidence=0.5)
+        each = [case.gradient(rows=slice(i, i + 1)) for i in range(case.size)]
+        factors = [0.1 / torch.cat([t.flatten() for t in one.values()]).norm() for one in each]
+        update = {name: sum(f * one[name] for f, one in zip(factors, each, strict=True)) / case.size for name in each[0]}
+        assert recover_labels(Observation(case.params, update, case.size, scaled=False), CLASSES).tolist() == case.hard
+
+
+@pytest.mark.parametrize("factor", [0.02, 1.0, 7.0])
+def test_a_soft_label_without_a_class_is_exact_whatever_the_update_s_length(factor):
+    soft = (0.3 * F.one_hot(torch.tensor([2]), CLASSES) + 0.7 * F.one_hot(torch.tensor([5]), CLASSES)).double()
+    case = Case([0], soft=soft, confidence=4.0)
+    torch.testing.assert_close(recover_soft_labels(scaled_by(factor, case.observed()), CLASSES), soft, rtol=0, atol=1e-9)
+    several = Case([0] * 6, soft=soft.expand(6, -1), confidence=0.5)
+    torch.testing.assert_close(recover_soft_labels(scaled_by(factor, several.observed()), CLASSES)[0], soft[0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("labels", [[3], [6, 2, 4, 2]])
+def test_rounds_tell_by_their_mean_what_none_of_them_tells(labels):
+    case, right = Case(labels, confidence=0.5), []
+    level = 2.0 * case.gradient()["head.bias"].square().mean().sqrt()
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        rounds = [case.observed(**{n: t + level * torch.randn(t.shape, generator=draw, dtype=t.dtype) for n, t in case.gradient().items()}) for _ in range(16)]
+        mean = {name: sum(one.update[name] for one in rounds) / 16 for name in rounds[0].update}
+        found = recover_labels(merge_rounds(rounds), CLASSES).tolist()
+        assert found == recover_labels(case.observed(**mean), CLASSES).tolist()
+        right.append((found == case.hard, recover_labels(rounds[-1], CLASSES).tolist() == case.hard))
+    together, alone = (sum(column) for column in zip(*right, strict=True))
+    assert together > alone, right
+
+
+def test_rounds_with_weights_of_their_own_are_read_under_the_mean_of_their_predictions():
+    cases = [Case(BATCHES[5], confidence=0.5) for _ in range(3)]
+    for number, case in enumerate(cases):
+        case.params["head.bias"] = case.params["head.bias"] + 2.0 * F.one_hot(torch.tensor(number), CLASSES)  # each expects another class
+    merged = merge_rounds([case.observed() for case in cases])
+    assert recover_labels(merged, CLASSES).tolist() == cases[0].hard
+    one = {name: tensor for name, tensor in merged.params.items() if name.startswith("2/")}
+    as_if_alike = dataclasses.replace(merged, params={f"{number}/{name[2:]}": tensor for number in range(3) for name, tensor in one.items()})
+    assert recover_labels(as_if_alike, CLASSES).tolist() != cases[0].hard
+
+
+def test_rounds_of_local_steps_are_read_along_every_path():
+    case = Case(BATCHES[5], confidence=0.5)
+    delta, local = case.trained(0.05, case.size)
+    other = Case(BATCHES[5], confidence=0.5)
+    other.params["head.bias"] = other.params["head.bias"] + 0.5
+    merged = merge_rounds([delta, other.trained(0.05, case.size)[0]])
+    assert recover_labels(merged, CLASSES, local=local).tolist() == case.hard
+    torch.testing.assert_close(recover_soft_labels(merge_rounds([delta, delta]), CLASSES, local=local), recover_soft_labels(delta, CLASSES, local=local))
+
+
+@pytest.mark.parametrize("labels", BATCHES[:2] + BATCHES[4:5])
+def test_a_bias_with_entries_that_pruning_took_is_left_out(labels):
+    case = Case(labels, confidence=0.5)
+    scores = case.gradient()["head.bias"]
+    pruned = torch.where(scores.abs() >= scores.abs().topk(4).values[-1], scores, 0.0)
+    assert recover_labels(case.observed(**{"head.bias": pruned}), CLASSES).tolist() == case.hard
+
+
+def test_zeros_of_saturated_or_rounded_updates_leave_the_bias_in():
+    case = Case([6, 2, 4, 2], confidence=0.5)
+    rows = case.gradient()["head.weight"].clone()
+    scores = case.gradient()["head.bias"].clone()
+    rows[0], scores[0] = 0.0, 0.0  # as where no prediction is above the smallest number
+    level = rows.abs().max() / 3
+    for update in ({"head.weight": rows, "head.bias": scores}, {"head.weight": (rows / level).round() * level, "head.bias": scores}):
+        layer = _last_layer(case.observed(**update), CLASSES, None, None, None)
+        assert _without_masked_bias(layer) is layer
+    masked = _last_layer(case.observed(**{"head.bias": scores}), CLASSES, None, None, None)
+    assert _without_masked_bias(masked).scores is None
 
 
 # --- deltas ----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,18 @@ def test_the_last_layer_alone_may_have_the_bias_and_a_delta_needs_it():
     assert found.status == "failed" and "delta of unknown scale" in found.error and (found.images == 0.5).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("outputs", [1, 2, 5])
+def test_an_update_of_unknown_length_gives_the_image_too_where_anything_tells_its_length(outputs, bias):
+    model, image = chain(outputs, bias=bias), image_of()
+    for factor in (0.01, 1.0, 3.0):
+        result = invert(observe(model, image, factor=factor, scaled=False), model, outputs)
+        if bias or outputs > 2:
+            assert result.status == "ok" and psnr_db(result.images, image) > 100 and result.labels.tolist() == [1], (factor, result.error)
+        else:
+            assert result.status == "failed" and f"{outputs} output" in result.error
+
+
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.Identity])
 def test_other_activations_are_undone_too_and_relu_where_it_is_on(act):
     model, image = chain(act=act, bias=True, layers=((24, 3, 1, 1), (24, 3, 2, 1))), image_of()

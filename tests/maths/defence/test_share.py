@@ -16,7 +16,7 @@ from gidef.defence.noise import AddNoise
 from gidef.defence.private import ClipAndNoise
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
-from gidef.defence.share import apply_all, blur_of, imitated, left_out, revealed
+from gidef.defence.share import apply_all, blur_of, imitated, left_out, revealed, scale_kept
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
@@ -27,6 +27,13 @@ from gidef.rng import generator
 def an_update():
     g = generator(0, "share")
     return {"weight": torch.randn(4, 3, 2, generator=g), "bias": torch.randn(5, generator=g), "level": torch.randn(1, generator=g)}
+
+
+class Halved:
+    """A transform of one's own that says nothing of its scale."""
+
+    def apply(self, update, *, generator):
+        return {name: tensor / 2 for name, tensor in update.items()}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99, 1.0])
@@ -53,6 +60,33 @@ def test_pruning_nothing_changes_no_bit_and_a_sign_passes_through():
 def test_a_share_outside_its_range_is_refused():
     with pytest.raises(InputError, match=r"share=1\.2"):
         Prune(share=1.2)
+
+
+def long(update, length):
+    whole = torch.cat([tensor.flatten() for tensor in update.values()]).norm()
+    return {name: tensor * length / whole for name, tensor in update.items()}
+
+
+@pytest.mark.parametrize(("transforms", "length", "kept"), [
+    ((), 5.0, True),
+    ((Prune(share=0.9), AddNoise(std=1.0), Quantise(bits=3), PruneFeatures(), NoisySlices(), Orthogonal()), 5.0, True),
+    ((Clip(bound=1.0),), 0.9, True), ((Clip(bound=1.0),), 5.0, False),
+    ((Clip(bound=1.0, per_tensor=True),), 0.9, True), ((Clip(bound=1.0, per_tensor=True),), 5.0, False),
+    ((Prune(share=0.5), Clip(bound=1.0)), 0.9, True), ((Clip(bound=1.0), Prune(share=0.5)), 0.9, False),
+    ((SignOnly(),), 0.9, False), ((AddNoise(std=1.0), SignOnly()), 0.9, False),
+    ((ClipAndNoise(1.0, 0.0, 4),), 0.9, True), ((ClipAndNoise(1.0, 0.0, 4),), 5.0, False),
+    ((ClipAndNoise(1.0, 0.05, 4),), 0.5, True), ((ClipAndNoise(1.0, 0.05, 4),), 5.0, False), ((ClipAndNoise(1.0, 1.0, 4),), 0.5, False),
+    ((Halved(),), 0.9, False),
+])  # fmt: skip
+def test_a_released_update_says_whether_its_scale_is_the_gradient_s(transforms, length, kept):
+    """A clip tells by the norm of what left, if it is the last, and never in a mean over clients."""
+    released = long(an_update(), length)
+    for one in transforms:
+        if not getattr(one, "needs_own", False):
+            released = one.apply(released, generator=generator(0))
+    assert scale_kept(transforms, released) is kept
+    clips = any(isinstance(one, (Clip, ClipAndNoise)) for one in transforms)
+    assert scale_kept(transforms, None) is (kept and not clips)
 
 
 def test_an_imitation_at_the_truth_is_the_released_update():
