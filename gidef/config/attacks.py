@@ -133,7 +133,8 @@ class GradInversion(NaiveMatching):
 
 @_config
 class EotMatching(NaiveMatching):
-    """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation)."""
+    """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation): that of the released loss, or where a
+    decoder is in it that stays with the client, of its cross-entropy alone."""
 
     samples: int = 8
 

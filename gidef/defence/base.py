@@ -132,6 +132,10 @@ class Defence:
         """Whether what a client releases then is the gradient of the cross-entropy of one pass, model(images, noise). A simulator of the user's own may be more."""
         return not self.own_terms and type(self).simulator is Defence.simulator and type(self).stepped is Defence.stepped
 
+    def needs_decoder(self, progress: float) -> bool:
+        """Whether a decoder is in the loss of what a client releases then."""
+        return self.decoder is not None
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).
 

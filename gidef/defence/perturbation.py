@@ -338,6 +338,9 @@ class LearnedDefence(Defence):
         settings = self.settings
         return type(self).simulator is LearnedDefence.simulator and not (settings.weight(progress) or settings.kl_weight or settings.bits_weight)
 
+    def needs_decoder(self, progress: float) -> bool:
+        return self.decoder is not None and (type(self).simulator is not LearnedDefence.simulator or self.settings.weight(progress) > 0)
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         weight = self.settings.weight(progress) if terms == "client" else 0.0
         settings = self.settings if terms == "client" else MinimaxSettings(dependence_weight=0.0)
