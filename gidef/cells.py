@@ -127,7 +127,7 @@ def make_cells(
                 attack = attack.at(found["setting"]) if sought else attack
                 place = folder / run_key(defence, seed) / checkpoint / name
                 cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control, tuned=found)
-                cell.note = BLIND if control else note_of(run, one, attack)
+                cell.note = BLIND if control else note_of(run, one, attack, progress=one.snapshots[checkpoint].progress)
                 if not control:
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
@@ -214,8 +214,8 @@ def _trained_otherwise(recipe: config.Recipe) -> str:
     return "; ".join(said)
 
 
-def note_of(run: Run, one: Trained, attack: Any) -> str:
-    """What sets an attack apart, above all what it is granted beyond the threat model."""
+def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> str:
+    """What sets an attack apart, above all what it is granted beyond the threat model. progress: share of the rounds that were over at the release."""
     said = []
     if isinstance(attack, config.JointMatching) and not observe.own(attack) and one.training.defence.noise_shape is None:
         said.append("no noise to search")
@@ -236,9 +236,10 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
-    if observe.guesses_order(attack, run.recipe.evaluation.release, run.recipe.evaluation.local_steps):
+    batches, clients = observe.dealt(run, one, attack, progress=progress)
+    if over := " and ".join(["clients"] * (clients > 1) + ["local steps"] * (batches > 1)):
         count = getattr(attack, "restarts", 1)
-        said.append(f"the order of the labels over the local steps was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
+        said.append(f"the order of the labels over the {over} was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
     if isinstance(attack, config.MultiRound):
         said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":

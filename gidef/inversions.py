@@ -205,7 +205,7 @@ def on_itself(run: Run, cell: Cell, plan: methods.Plan) -> bool:
         return False
     if joint and observe.terms(run, cell.trained, attack, progress=cell.snapshot.progress) != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
         return False
-    return plan.matching.coupling is None and not plan.matching.searched and run.recipe.evaluation.release == "gradient"
+    return plan.matching.coupling is None and plan.matching.unordered is None and not plan.matching.searched and run.recipe.evaluation.release == "gradient"
 
 
 def _large(run: Run, cell: Cell, plan: methods.Plan) -> Callable[[attacks.Chunk], Generator[attacks.Progress, None, Tensors]] | None:

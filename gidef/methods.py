@@ -102,6 +102,8 @@ class Case:
     """Local epochs behind it, over the same batches."""
     members: int = 1
     """M, clients in an observed update, whose images stand one client after another."""
+    dealt: tuple[int, int] = (1, 1)
+    """Local batches and clients to which labels are dealt by guess, see `observe.dealt`."""
     local: LocalSteps | None = None
     """What is told of all of them where the release is a delta of SGD."""
     keeps_noise: bool = False
@@ -133,10 +135,9 @@ class Case:
         return {**common, **own, **changes}
 
     def unordered(self) -> Unordered | None:
-        """How the labels lie over the local batches, where nobody granted it and there are several."""
-        if not observe.guesses_order(self.attack, self.observations[0].kind, self.steps):
-            return None
-        return Unordered(batches=self.steps, clients=self.members, latent_dims=len(self.latent_shape or ()))
+        """How the labels lie over the local batches and clients, where nobody granted it and it makes a difference."""
+        batches, clients = self.dealt
+        return Unordered(batches=batches, clients=clients, latent_dims=len(self.latent_shape or ())) if batches * clients > 1 else None
 
     def matching(self, **changes: Any) -> Matching:
         return Matching(**self.fields(**changes))
@@ -155,7 +156,7 @@ def make_case(
             run, trained, snapshot, terms=observe.terms(run, trained, attack, progress=snapshot.progress), adaptive=observe.adapts(attack)
         )),
         gradient=observe.cohort_simulator(run, trained, _without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), stepped=False),
-        members=observe.members(run, trained), image_shape=run.setting.dataset.image_shape,
+        members=observe.members(run, trained), dealt=observe.dealt(run, trained, attack, progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},

@@ -450,16 +450,35 @@ def decoder_of(attack: Any) -> Literal["known", "surrogate", "unused"]:
     return asked if asked in ("surrogate", "unused") else "known"
 
 
-def guesses_order(attack: Any, release: str, steps: int) -> bool:
-    """Whether an attack matches a delta of several local batches by labels of which it does not know in which batch they were."""
-    simulates = isinstance(attack, config.NaiveMatching) or callable(getattr(attack, "plan", None))
-    known = getattr(attack, "labels", "known") not in ("counts", "recovered", "soft")
-    return simulates and not isinstance(attack, config.SurrogateModel) and release == "delta" and steps > 1 and not known
+def places(run: Run, trained: Trained, attack: Any, *, progress: float) -> tuple[int, int]:
+    """(local batches, clients) among which it makes a difference to an attack that simulates the update where a label lies; 1 where it makes none.
+
+    Of one gradient of each client it makes none where the simulated one is the mean of those of the client's images, by the same weights for all clients.
+    """
+    evaluation, defence, count = run.recipe.evaluation, trained.training.defence, members(run, trained)
+    if not (isinstance(attack, config.NaiveMatching) or own(attack)):
+        return 1, 1
+    local = evaluation.release == "delta" and not isinstance(attack, config.SurrogateModel)
+    batches = evaluation.local_steps if local else 1
+    told = terms(run, trained, attack, progress=progress)
+    apart = trained.training.participation.moves_statistics or (local and config.is_more_than_a_step(evaluation))
+    if adapts(attack):
+        apart |= defence.couples_images(told, progress) or not all(getattr(one, "linear", False) for one in defence.transforms)
+    if granted_as_joint(attack) and progress > 0:  # before training, what clients keep is the same for all
+        decoders = keeps_decoder(run, trained) and told == "client" and decoder_of(attack) == "known" and defence.needs_decoder(progress)
+        apart |= decoders or not trained_names(trained) <= set(trained.training.shared)
+    return batches, count if apart else 1
+
+
+def dealt(run: Run, trained: Trained, attack: Any, *, progress: float) -> tuple[int, int]:
+    """The `places` to which an attack deals labels of which it does not know where they lie; 1 where it knows, or searches them with the images."""
+    guessed = getattr(attack, "labels", "known") in ("counts", "recovered", "soft")
+    return places(run, trained, attack, progress=progress) if guessed else (1, 1)
 
 
 def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:
-    """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch
-    and over the local steps stays unknown (`guesses_order`)."""
+    """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch,
+    over the local steps and over the clients of a sum stays unknown (`dealt`)."""
     if attack.labels == "counts":
         return labels.sort().values
     return labels if attack.labels == "known" else None

@@ -93,6 +93,7 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
         "public images": lambda attack: isinstance(attack, FROM_PUBLIC) or (getattr(attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, trained)),
         "the local steps": lambda attack: simulates(attack) or told_steps(attack),
         "the order of the local batches": lambda attack: simulates(attack) and evaluation.local_steps > 1 and labels(attack) == "known",
+        "who of the cohort has which label": lambda attack: labels(attack) == "known" and observe.places(run, trained, attack, progress=progress)[1] > 1,
     }
     return [what for what, holds in facts.items() if any(holds(cell.attack) for cell in cells)]
 

@@ -50,8 +50,8 @@ class NaiveMatching:
     """How the attacker differentiates the client's gradient; the first-order forms need no second derivatives of the model's operators."""
     labels: Literal["known", "counts", "recovered", "searched", "soft"] = "known"
     """What the threat model grants: each image's label, how often each occurs, or nothing: then they are recovered from the last layer, as classes or,
-    for clients that train on mixed labels, as probabilities ("soft"), or searched with the images. Over several local steps the order of labels that are
-    counted or recovered is guessed, anew for each restart: take several."""
+    for clients that train on mixed labels, as probabilities ("soft"), or searched with the images. Over several local steps, and over the clients of a sum
+    where it matters whose they are, the order of labels that are counted or recovered is guessed, anew for each restart: take several."""
 
 
 @_config

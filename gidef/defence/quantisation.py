@@ -28,6 +28,7 @@ class Quantise:
     """
 
     random: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     bits: int = 4
     norm: Literal["max", "l2"] = "max"
 

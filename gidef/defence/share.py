@@ -32,6 +32,8 @@ class Transform(Protocol):
     packed(before: Packed) → Packed says in how many bits a tensor leaves (see defence.upload). Without it all entries count as float32.
     `random` says whether apply draws anything, so that another release of the same update differs, which is what attacks over several releases (A9)
     live on. Without the attribute it counts as True: A9 then runs, if on releases that are all the same.
+    `linear` says whether imitate is linear, the same map for all clients, so that to an attack on a sum of clients it does not matter which images are of
+    one client. Without the attribute it counts as False: the attack then guesses that where it is not told.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...
