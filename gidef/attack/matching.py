@@ -84,6 +84,8 @@ class Unordered:
     Trap: images soon adapt to a wrong order, and an exchange then rarely pays, so a single start is mostly the sorted guess: take restarts. In deltas of 4
     steps of one image (synthetic cells of 16 pixels, small net, lr 0.05, 200 iterations, 6 of them) counts gave 11.0 dB on average in sorted order and
     with exchanges from one start, 12.4 dB with 4 starts; known labels gave 13.2 dB.
+    Of sums over three clients of 4 images each, counts in sorted order, with exchanges from one start, from 4, and known labels gave 13.8, 15.6, 15.7 and 16.0 dB
+    against signs, and 17.2, 18.4, 18.7 and 18.9 dB against BiDO (the same cells, an untrained net, 250 iterations, 8 victims).
 
     batches: local batches of one epoch, at least 2 of a single client.  clients: in the observed update, whose images stand one client after another.  Unknowns in `Matching.searched` stay where they are.  latent_dims: the
     trailing dims of `Matching.noise_shape` that are of one image; before them stand those of (steps, clients · batch), in each step client after client.
