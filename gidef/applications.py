@@ -135,7 +135,7 @@ def collect(run: Run, cell: Cell) -> None:
         ]
         cell.attempts += [{**attempt, "seconds": meta["seconds"] / len(meta["attempts"]), "mark": own[:16]} for attempt in meta["attempts"]]
     if isinstance(cell.attack, config.LatentDecoding):
-        cell.note = "; ".join(filter(None, (note_of(run, cell.trained, cell.attack), _residual(cell))))
+        cell.note = "; ".join(filter(None, (note_of(run, cell.trained, cell.attack, progress=cell.snapshot.progress), _residual(cell))))
 
 
 def _residual(cell: Cell) -> str:

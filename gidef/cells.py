@@ -127,7 +127,7 @@ def make_cells(
                 attack = attack.at(found["setting"]) if sought else attack
                 place = folder / run_key(defence, seed) / checkpoint / name
                 cell = Cell(defence, seed, checkpoint, name, attack, one, one.snapshots[checkpoint], place, ensemble, control, tuned=found)
-                cell.note = BLIND if control else note_of(run, one, attack)
+                cell.note = BLIND if control else note_of(run, one, attack, progress=one.snapshots[checkpoint].progress)
                 if not control:
                     cell.twin = next((other for other in here if _same_work(run, one, other, attack)), None)
                 here.append(cell)
@@ -156,11 +156,6 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
     return found
 
 
-def keeps_decoder(run: Run, one: Trained) -> bool:
-    """Whether clients have a decoder that the server does not see."""
-    return one.training.defence.decoder is not None and run.recipe.share_policy != "all"
-
-
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
@@ -168,7 +163,7 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
         return "it needs a defence that draws something in every release"
-    guessed = getattr(attack, "decoder", "known") in ("surrogate", "unused")  # a field of this name may be anything in an attack of one's own
+    guessed = observe.decoder_of(attack) != "known"
     if (isinstance(attack, config.DecoderAware) or guessed) and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"
     if isinstance(attack, config.DecoderAware) and isinstance(one.training.defence.decoder, SeeingDecoder):
@@ -188,10 +183,10 @@ def beyond(run: Run, one: Trained, attack: Any) -> list[str]:
     """What an attack is handed that the run's adversary does not have, in words; an attack with any is a bound on attackers."""
     if isinstance(attack, config.PostHocDecoder):
         return ["is given the latent"]
-    said, joint = [], isinstance(attack, config.JointMatching)
+    said, joint = [], observe.granted_as_joint(attack)
     if run.recipe.share_policy == "head" and (joint or getattr(attack, "front", "") == "known"):
         said.append("knows the private front")
-    if joint and keeps_decoder(run, one) and attack.decoder == "known":
+    if joint and observe.keeps_decoder(run, one) and observe.decoder_of(attack) == "known":
         said.append("knows the private decoder")
     return said
 
@@ -219,17 +214,17 @@ def _trained_otherwise(recipe: config.Recipe) -> str:
     return "; ".join(said)
 
 
-def note_of(run: Run, one: Trained, attack: Any) -> str:
-    """What sets an attack apart, above all what it is granted beyond the threat model."""
+def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> str:
+    """What sets an attack apart, above all what it is granted beyond the threat model. progress: share of the rounds that were over at the release."""
     said = []
-    if isinstance(attack, config.JointMatching):
-        if one.training.defence.noise_shape is None:
-            said.append("no noise to search")
+    if isinstance(attack, config.JointMatching) and not observe.own(attack) and one.training.defence.noise_shape is None:
+        said.append("no noise to search")
+    if observe.granted_as_joint(attack):
         if run.recipe.share_policy == "head":
             said.append("private front known: a bound")
-        if keeps_decoder(run, one):
+        if observe.keeps_decoder(run, one):
             words = {"known": "private decoder known: a bound", "surrogate": "decoder guessed from public data", "unused": "predictor only"}
-            said.append(words[attack.decoder])
+            said.append(words[observe.decoder_of(attack)])
     if isinstance(one.training.defence.decoder, SeeingDecoder) and (isinstance(attack, config.LatentDecoding) or getattr(attack, "decoder", "") == "unused"):
         said.append("matches the gradient of cross-entropy alone, and the decoder's term is in the released one")
     if isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size // run.recipe.evaluation.local_steps == 1:
@@ -241,9 +236,10 @@ def note_of(run: Run, one: Trained, attack: Any) -> str:
         said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
-    if observe.guesses_order(attack, run.recipe.evaluation.release, run.recipe.evaluation.local_steps):
+    batches, clients = observe.dealt(run, one, attack, progress=progress)
+    if over := " and ".join(["clients"] * (clients > 1) + ["local steps"] * (batches > 1)):
         count = getattr(attack, "restarts", 1)
-        said.append(f"the order of the labels over the local steps was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
+        said.append(f"the order of the labels over the {over} was guessed ({count} assignment{'s' if count > 1 else ''} to begin with, exchanges tried on the way)")
     if any(observe.hidden_names(one, snapshot, attack) for snapshot in one.snapshots.values()):
         said.append("the layer whose columns Soteria prunes is not matched: which they are is not to be seen")
     if isinstance(attack, config.MultiRound):

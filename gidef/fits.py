@@ -21,7 +21,7 @@ from gidef.attack.learned import fit_inverter, invert_learned, seen_length
 from gidef.attack.predictor import Predictor
 from gidef.attack.shadow import fit_shadow, front_latents
 from gidef.attack.unmix import UNMIXED, most_steps
-from gidef.cells import Cell, Task, keeps_decoder, mark
+from gidef.cells import Cell, Task, mark
 from gidef.checkpoint import load_file, save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
@@ -210,18 +210,23 @@ def _decodings(cell: Cell, *, seconds: float, iterations: int, own: str) -> list
 
 def surrogate_path(run: Run, cell: Cell) -> Path:
     """Shared by all attacks on one defence, seed and checkpoint whose guess is trained as long."""
-    return cell.folder.parent / f"surrogate-{cell.attack.surrogate_steps}.safetensors"
+    return cell.folder.parent / f"surrogate-{_surrogate_steps(cell)}.safetensors"
+
+
+def _surrogate_steps(cell: Cell) -> int:
+    """Of the guessed decoder's training; A3's for an attack of one's own that says nothing of it."""
+    return getattr(cell.attack, "surrogate_steps", config.JointMatching().surrogate_steps)
 
 
 def _surrogate_mark(run: Run, cell: Cell) -> str:
-    named = f"{run.fingerprint}|{cell.defence}|{cell.seed}|{cell.checkpoint}|{cell.attack.surrogate_steps}"
+    named = f"{run.fingerprint}|{cell.defence}|{cell.seed}|{cell.checkpoint}|{_surrogate_steps(cell)}"
     return hashlib.sha256(named.encode()).hexdigest()
 
 
 def surrogate_task(run: Run, cell: Cell) -> Task:
     """The attacker's own decoder of the in-loop kind, fitted on public images, at the level that clients train by, whatever a malicious server sends once."""
     honest = dataclasses.replace(cell, snapshot=cell.trained.snapshots[cell.checkpoint])
-    latents, path, steps = _public_latents(run, honest, game=True), surrogate_path(run, cell), cell.attack.surrogate_steps
+    latents, path, steps = _public_latents(run, honest, game=True), surrogate_path(run, cell), _surrogate_steps(cell)
 
     def fit(report: Callable[[float], None]) -> Tensors:
         decoder = copy.deepcopy(cell.trained.training.defence.decoder)
@@ -245,7 +250,7 @@ def _seen_by_network(run: Run, cell: Cell) -> tuple[Tensors, Tensors]:
     known = {name: tensor for name, tensor in cell.snapshot.params.items() if name.startswith(DECODER)}
     initial = cell.trained.training.defence.initial()
     known |= {name: tensor.to(run.world.device) for name, tensor in initial.items() if name not in params and not name.startswith(DECODER)}
-    if keeps_decoder(run, cell.trained):
+    if observe.keeps_decoder(run, cell.trained):
         known |= surrogate(run, cell)
     return params, known
 
@@ -414,7 +419,7 @@ def tasks(run: Run, cells: list[Cell], folder: Path) -> list[Task]:
 def _tasks_of(run: Run, cell: Cell, folder: Path) -> list[Task]:
     needed = []
     if getattr(cell.attack, "decoder", "") == "surrogate" or isinstance(cell.attack, config.LearnedInversion):
-        needed += [surrogate_task(run, cell)] if keeps_decoder(run, cell.trained) else []
+        needed += [surrogate_task(run, cell)] if observe.keeps_decoder(run, cell.trained) else []
     match cell.attack:
         case config.PostHocDecoder():
             needed.append(decoder_task(run, cell))
@@ -433,7 +438,7 @@ def later_tasks(run: Run, cells: list[Cell]) -> list[Task]:
 def fitted(run: Run, cell: Cell, folder: Path) -> dict[str, Any]:
     """What was trained for a matching attack, read from its file."""
     found: dict[str, Any] = {}
-    if getattr(cell.attack, "decoder", "") == "surrogate" and keeps_decoder(run, cell.trained):
+    if getattr(cell.attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, cell.trained):
         found["surrogate"] = surrogate(run, cell)
     if isinstance(cell.attack, config.GenerativePrior):
         made = _generator(run, cell)[1]

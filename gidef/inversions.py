@@ -203,9 +203,9 @@ def on_itself(run: Run, cell: Cell, plan: methods.Plan) -> bool:
         return False
     if joint and (defence.transforms or defence.encoders or defence.secure is not None or any(name.startswith(DECODER) for name in plan.observations[0].params)):
         return False
-    if joint and observe.terms(attack, run.recipe.evaluation.released_loss) != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
+    if joint and observe.terms(run, cell.trained, attack, progress=cell.snapshot.progress) != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
         return False
-    return plan.matching.coupling is None and not plan.matching.searched and run.recipe.evaluation.release == "gradient"
+    return plan.matching.coupling is None and plan.matching.unordered is None and not plan.matching.searched and run.recipe.evaluation.release == "gradient"
 
 
 def _large(run: Run, cell: Cell, plan: methods.Plan) -> Callable[[attacks.Chunk], Generator[attacks.Progress, None, Tensors]] | None:
@@ -387,7 +387,7 @@ def _simulated(run: Run, cell: Cell) -> list[Any]:
     """What of a client an attack may simulate beside its pass: the terms of its loss, its local steps, what it does to images and updates."""
     attack, defence, evaluation = cell.attack, cell.trained.training.defence, run.recipe.evaluation
     found = [str(type(defence)), evaluation.release, evaluation.local_steps, evaluation.local_epochs, evaluation.local_optimiser]
-    terms = observe.terms(attack, evaluation.released_loss)
+    terms = observe.terms(run, cell.trained, attack, progress=cell.snapshot.progress)
     if terms != "utility" and not defence.cross_entropy_alone(cell.snapshot.progress):
         settings = getattr(defence, "settings", None)  # a term costs the same at any weight but nought
         own = {spec.name: getattr(settings, spec.name) for spec in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else {}

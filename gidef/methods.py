@@ -1,6 +1,7 @@
 """From an attack's dataclass to what the engine runs: observations, a simulator, settings. One `match` over the attacks that match gradients.
 
-An attack of one's own is a dataclass with a method `plan(case) -> Plan`; see the README.
+An attack of one's own is a dataclass with a method `plan(case) -> Plan`; see the README. It is granted what A3 is, private parts of the client included,
+which make it a bound; a field `decoder` says otherwise of the decoder, as A3's.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Case:
     """All that an attack is given. The private images are in none of it, nor can they be reached from it.
 
     attack: its dataclass.  rounds: observations of every batch, one list per release of the same batches; most attacks see one.
-    simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates, and of one gradient
-    of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
+    simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates (`observe.terms`), and of
+    one gradient of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
     (count, *latent_shape).  model, decoder: architectures, with the weights that training began with.
     fitted: what was trained on public images for this attack: "surrogate" (the decoder's tensors), "generator" (a module).
     """
@@ -101,6 +102,8 @@ class Case:
     """Local epochs behind it, over the same batches."""
     members: int = 1
     """M, clients in an observed update, whose images stand one client after another."""
+    dealt: tuple[int, int] = (1, 1)
+    """Local batches and clients to which labels are dealt by guess, see `observe.dealt`."""
     local: LocalSteps | None = None
     """What is told of all of them where the release is a delta of SGD."""
     keeps_noise: bool = False
@@ -132,10 +135,9 @@ class Case:
         return {**common, **own, **changes}
 
     def unordered(self) -> Unordered | None:
-        """How the labels lie over the local batches, where nobody granted it and there are several."""
-        if not observe.guesses_order(self.attack, self.observations[0].kind, self.steps):
-            return None
-        return Unordered(batches=self.steps, clients=self.members, latent_dims=len(self.latent_shape or ()))
+        """How the labels lie over the local batches and clients, where nobody granted it and it makes a difference."""
+        batches, clients = self.dealt
+        return Unordered(batches=batches, clients=clients, latent_dims=len(self.latent_shape or ())) if batches * clients > 1 else None
 
     def matching(self, **changes: Any) -> Matching:
         return Matching(**self.fields(**changes))
@@ -151,10 +153,10 @@ def make_case(
     unknowns = searched_of(defence.encoders, run.setting.dataset.image_shape, recipe.evaluation.batch_size) if observe.adapts(attack) else {}
     return Case(
         attack=attack, rounds=seen, simulator=observe.cohort_simulator(run, trained, observe.observed_simulator(
-            run, trained, snapshot, terms=observe.terms(attack, recipe.evaluation.released_loss), adaptive=observe.adapts(attack)
+            run, trained, snapshot, terms=observe.terms(run, trained, attack, progress=snapshot.progress), adaptive=observe.adapts(attack)
         )),
         gradient=observe.cohort_simulator(run, trained, _without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), stepped=False),
-        members=observe.members(run, trained), image_shape=run.setting.dataset.image_shape,
+        members=observe.members(run, trained), dealt=observe.dealt(run, trained, attack, progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
         draw_noise=defence.draw_noise, model=model, decoder=decoder, seed=seed, fitted=fitted,
         searched={name: Searched(**dataclasses.asdict(one)) for name, one in unknowns.items()},

@@ -387,10 +387,12 @@ def observations(
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
     the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack
     without the decoder matches the predictor alone; and those that adapt leave out what `hidden_names` says. The private front under `head` is the common initialisation for the naive attack, and the true one (a bound) for the joint one.
+    An attack of one's own is given what the joint one is.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
     """
-    guessed = isinstance(attack, config.JointMatching) and attack.decoder == "surrogate"
+    joint, asked = granted_as_joint(attack), decoder_of(attack)
+    guessed = joint and asked == "surrogate"
     if guessed and surrogate is None and any(name.startswith(DECODER) for private in victims.private for name in private):
         raise ValueError("decoder=surrogate without the surrogate's tensors")
     training = trained.training
@@ -404,12 +406,14 @@ def observations(
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
         labels = victims.all_labels(batch)
-        if not isinstance(attack, config.JointMatching):
+        if not joint:
             granted = {name: initial[name].to(run.world.device) for name in private if not name.startswith(DECODER)}
         else:
             everybody = [private, *(victims.company[batch].private if victims.company else ())]
+            if own(attack) and asked == "unused":
+                everybody = [{name: tensor for name, tensor in one.items() if not name.startswith(DECODER)} for one in everybody]
             granted = [{name: surrogate[name].to(t) if guessed and name.startswith(DECODER) else t for name, t in one.items()} for one in everybody]
-            granted = {MEMBERS + name: torch.stack([one[name] for one in granted]) for name in private} if victims.company else granted[0]
+            granted = {MEMBERS + name: torch.stack([one[name] for one in granted]) for name in granted[0]} if victims.company else granted[0]
         matched_update = {name: update[name] for name in matched}
         found.append(
             Observation(
@@ -433,20 +437,55 @@ def scale_told(trained: Trained, victims: Victims, batch: int) -> bool:
 
 def adapts(attack: Any) -> bool:
     """Whether an attack simulates the changes of an update: the naive one overlooks them, like the noise."""
-    kinds = (config.JointMatching, config.EotMatching, config.SkipLayers)
-    return isinstance(attack, kinds) or callable(getattr(attack, "plan", None))
+    return isinstance(attack, (config.EotMatching, config.SkipLayers)) or granted_as_joint(attack)
 
 
-def guesses_order(attack: Any, release: str, steps: int) -> bool:
-    """Whether an attack matches a delta of several local batches by labels of which it does not know in which batch they were."""
-    simulates = isinstance(attack, config.NaiveMatching) or callable(getattr(attack, "plan", None))
-    known = getattr(attack, "labels", "known") not in ("counts", "recovered", "soft")
-    return simulates and not isinstance(attack, config.SurrogateModel) and release == "delta" and steps > 1 and not known
+def own(attack: Any) -> bool:
+    """Whether it is an attack of one's own."""
+    return callable(getattr(attack, "plan", None))
+
+
+def granted_as_joint(attack: Any) -> bool:
+    """Whether an attack matches what A3 does, by the same terms of the loss and with the same private parts: A3's kind, and one's own."""
+    return isinstance(attack, config.JointMatching) or own(attack)
+
+
+def decoder_of(attack: Any) -> Literal["known", "surrogate", "unused"]:
+    """What an attack that is granted as A3 is does about a private decoder, see `config.JointMatching.decoder`; in one of one's own a field of this name may
+    be anything else, and is then none of this."""
+    asked = getattr(attack, "decoder", "known")
+    return asked if asked in ("surrogate", "unused") else "known"
+
+
+def places(run: Run, trained: Trained, attack: Any, *, progress: float) -> tuple[int, int]:
+    """(local batches, clients) among which it makes a difference to an attack that simulates the update where a label lies; 1 where it makes none.
+
+    Of one gradient of each client it makes none where the simulated one is the mean of those of the client's images, by the same weights for all clients.
+    """
+    evaluation, defence, count = run.recipe.evaluation, trained.training.defence, members(run, trained)
+    if not (isinstance(attack, config.NaiveMatching) or own(attack)):
+        return 1, 1
+    local = evaluation.release == "delta" and not isinstance(attack, config.SurrogateModel)
+    batches = evaluation.local_steps if local else 1
+    told = terms(run, trained, attack, progress=progress)
+    apart = trained.training.participation.moves_statistics or (local and config.is_more_than_a_step(evaluation))
+    if adapts(attack):
+        apart |= defence.couples_images(told, progress) or not all(getattr(one, "linear", False) for one in defence.transforms)
+    if granted_as_joint(attack) and progress > 0:  # before training, what clients keep is the same for all
+        decoders = keeps_decoder(run, trained) and told == "client" and decoder_of(attack) == "known" and defence.needs_decoder(progress)
+        apart |= decoders or not trained_names(trained) <= set(trained.training.shared)
+    return batches, count if apart else 1
+
+
+def dealt(run: Run, trained: Trained, attack: Any, *, progress: float) -> tuple[int, int]:
+    """The `places` to which an attack deals labels of which it does not know where they lie; 1 where it knows, or searches them with the images."""
+    guessed = getattr(attack, "labels", "known") in ("counts", "recovered", "soft")
+    return places(run, trained, attack, progress=progress) if guessed else (1, 1)
 
 
 def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | None:
-    """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch
-    and over the local steps stays unknown (`guesses_order`)."""
+    """What the threat model grants: the private images' classes, also where soft labels are trained on; of counts, the order within the batch,
+    over the local steps and over the clients of a sum stays unknown (`dealt`)."""
     if attack.labels == "counts":
         return labels.sort().values
     return labels if attack.labels == "known" else None
@@ -455,11 +494,9 @@ def _granted_labels(attack: config.NaiveMatching, labels: Tensor) -> Tensor | No
 def matched_names(trained: Trained, snapshot: Snapshot, attack: Any) -> list[str]:
     """Released tensors that an attack matches, the classifier's last, where label recovery looks for them."""
     defence, names = trained.training.defence, ordered(trained, snapshot)
+    if granted_as_joint(attack):
+        return [name for name in names if name in set(defence.model.parts["predictor"])] if decoder_of(attack) == "unused" else names
     match attack:
-        case config.JointMatching(decoder="unused"):
-            return [name for name in names if name in set(defence.model.parts["predictor"])]
-        case config.JointMatching():
-            return names
         case config.SkipLayers():
             return [name for name in names if name in set(defence.model.parts["encoder"])]
         case config.EotMatching():
@@ -487,8 +524,16 @@ def ordered(trained: Trained, snapshot: Snapshot) -> list[str]:
     return sorted(snapshot.params, key=lambda name: (name.startswith("backbone."), order[name]))
 
 
-def terms(attack: config.NaiveMatching, released: str) -> str:
-    """Which of the client's loss terms the attack simulates: the naive one cross-entropy only, the joint one what was released."""
-    if not isinstance(attack, config.JointMatching) or attack.decoder == "unused":
-        return "utility"
-    return released
+def keeps_decoder(run: Run, trained: Trained) -> bool:
+    """Whether clients have a decoder that the server does not see."""
+    return trained.training.defence.decoder is not None and run.recipe.share_policy != "all"
+
+
+def terms(run: Run, trained: Trained, attack: Any, *, progress: float) -> str:
+    """Which of the client's loss terms an attack simulates: the naive one cross-entropy only, the joint one and one's own what was released; A1 that too, but
+    where a decoder is in it that stays with the client. progress: share of the rounds that were over at the release."""
+    released = run.recipe.evaluation.released_loss
+    if granted_as_joint(attack):
+        return "utility" if decoder_of(attack) == "unused" else released
+    hidden = keeps_decoder(run, trained) and trained.training.defence.needs_decoder(progress)
+    return released if isinstance(attack, config.EotMatching) and not hidden else "utility"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gidef import config, observe
-from gidef.cells import Cell, beyond, keeps_decoder, optimiser
+from gidef.cells import Cell, beyond, optimiser
 from gidef.defence.encode import searched_of
 from gidef.runs import Run
 from gidef.strengths import levelled
@@ -66,9 +66,6 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
     encoded = bool(searched_of(defence.encoders, run.setting.dataset.image_shape, evaluation.batch_size))
     more_than_cross_entropy = defence.own_terms or (defence.noise_shape is not None and not defence.cross_entropy_alone(progress))
 
-    def own(attack: Any) -> bool:
-        return callable(getattr(attack, "plan", None))
-
     def labels(attack: Any) -> str:
         return getattr(attack, "labels", "none")
 
@@ -76,11 +73,11 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
         return observe.adapts(attack) or isinstance(attack, config.LearnedInversion)
 
     def terms(attack: Any) -> str:
-        matches = isinstance(attack, config.NaiveMatching) or own(attack)
-        return observe.terms(attack, evaluation.released_loss) if matches else evaluation.released_loss if isinstance(attack, config.LearnedInversion) else "utility"
+        matches = isinstance(attack, config.NaiveMatching) or observe.own(attack)
+        return observe.terms(run, trained, attack, progress=progress) if matches else evaluation.released_loss if isinstance(attack, config.LearnedInversion) else "utility"
 
     def simulates(attack: Any) -> bool:
-        return delta and (own(attack) or (isinstance(attack, config.NaiveMatching) and not isinstance(attack, config.SurrogateModel)))
+        return delta and (observe.own(attack) or (isinstance(attack, config.NaiveMatching) and not isinstance(attack, config.SurrogateModel)))
 
     def told_steps(attack: Any) -> bool:  # a surrogate model has no use for them but to recover labels, others for the rate of the one step that they read
         reads = isinstance(attack, (config.Analytic, config.LatentDecoding, config.LearnedInversion))
@@ -89,13 +86,14 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
     facts = {
         "the labels": lambda attack: labels(attack) == "known",
         "the label counts": lambda attack: labels(attack) == "counts",
-        "the noise law": lambda attack: defence.noise_shape is not None and (isinstance(attack, DRAW_NOISE) or own(attack)),
+        "the noise law": lambda attack: defence.noise_shape is not None and (isinstance(attack, DRAW_NOISE) or observe.own(attack)),
         "the client's loss": lambda attack: more_than_cross_entropy and terms(attack) == "client",
         "the change of updates": lambda attack: (bool(defence.transforms) or defence.budget is not None) and adapts(attack),
         "the encoding of images": lambda attack: encoded and adapts(attack),
-        "public images": lambda attack: isinstance(attack, FROM_PUBLIC) or (getattr(attack, "decoder", "") == "surrogate" and keeps_decoder(run, trained)),
+        "public images": lambda attack: isinstance(attack, FROM_PUBLIC) or (getattr(attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, trained)),
         "the local steps": lambda attack: simulates(attack) or told_steps(attack),
         "the order of the local batches": lambda attack: simulates(attack) and evaluation.local_steps > 1 and labels(attack) == "known",
+        "who of the cohort has which label": lambda attack: labels(attack) == "known" and observe.places(run, trained, attack, progress=progress)[1] > 1,
     }
     return [what for what, holds in facts.items() if any(holds(cell.attack) for cell in cells)]
 

@@ -74,7 +74,8 @@ class Searched:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unordered:
-    """Of a delta of several local batches whose labels are known without their order: what an attack needs to guess which images were in which batch.
+    """Of a delta of several local batches, or a sum of several clients, whose labels are known without their order: what an attack needs to guess which images
+    were in which batch.
 
     Images, labels and noise keep their rows, and an order (B,) says whose row stands in each place of the simulator's. Restart 0 begins with the order as
     it is, each other restart with a draw of its own; then two rows of different labels are exchanged whenever the objective is lower with them exchanged.
@@ -83,8 +84,10 @@ class Unordered:
     Trap: images soon adapt to a wrong order, and an exchange then rarely pays, so a single start is mostly the sorted guess: take restarts. In deltas of 4
     steps of one image (synthetic cells of 16 pixels, small net, lr 0.05, 200 iterations, 6 of them) counts gave 11.0 dB on average in sorted order and
     with exchanges from one start, 12.4 dB with 4 starts; known labels gave 13.2 dB.
+    Of sums over three clients of 4 images each, counts in sorted order, with exchanges from one start, from 4, and known labels gave 13.8, 15.6, 15.7 and 16.0 dB
+    against signs, and 17.2, 18.4, 18.7 and 18.9 dB against BiDO (the same cells, an untrained net, 250 iterations, 8 victims).
 
-    batches: local batches of one epoch, at least 2.  clients: in the observed update, whose images stand one client after another.  Unknowns in `Matching.searched` stay where they are.  latent_dims: the
+    batches: local batches of one epoch, at least 2 of a single client.  clients: in the observed update, whose images stand one client after another.  Unknowns in `Matching.searched` stay where they are.  latent_dims: the
     trailing dims of `Matching.noise_shape` that are of one image; before them stand those of (steps, clients · batch), in each step client after client.
     first: first(observation, start) → order int64 (B,), in place of the draws; None for them.
     """
@@ -95,7 +98,7 @@ class Unordered:
     first: Callable[[int, int], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("batches", 2), ("clients", 1), ("latent_dims", 0)):
+        for name, least in (("batches", 1 if self.clients > 1 else 2), ("clients", 1), ("latent_dims", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)!r} of unordered labels: expected at least {least}.")
 
@@ -154,8 +157,8 @@ class Matching:
     search_labels: the labels are unknowns too (DLG): logits that start at N(0, 1).  soft_labels: those that are not granted are recovered as
                   probabilities (`recover_soft_labels`), for clients that train on mixed or smoothed ones.  local: the SGD behind deltas, as far
                   as it was declared, for both recoveries.
-    unordered:    the labels that are granted or recovered stand in an order that is not that of the local batches, and is searched; None where it is, or
-                  where there is one batch.
+    unordered:    the labels that are granted or recovered stand in an order that is not that of the clients and local batches, and is searched; None where
+                  it is, or where there is one batch.
     searched:     further unknowns by name.  drawn: further tensors by name, drawn afresh in every iteration by draw(generator of the attack
                   and iteration); both are handed to the simulator in `known`.
     render, code_shape: search a code (B, *code_shape) ~ N(0, 1) instead of pixels; render(code) → images (B, C, H, W) in [0, 1].

@@ -50,8 +50,8 @@ class NaiveMatching:
     """How the attacker differentiates the client's gradient; the first-order forms need no second derivatives of the model's operators."""
     labels: Literal["known", "counts", "recovered", "searched", "soft"] = "known"
     """What the threat model grants: each image's label, how often each occurs, or nothing: then they are recovered from the last layer, as classes or,
-    for clients that train on mixed labels, as probabilities ("soft"), or searched with the images. Over several local steps the order of labels that are
-    counted or recovered is guessed, anew for each restart: take several."""
+    for clients that train on mixed labels, as probabilities ("soft"), or searched with the images. Over several local steps, and over the clients of a sum
+    where it matters whose they are, the order of labels that are counted or recovered is guessed, anew for each restart: take several."""
 
 
 @_config
@@ -133,7 +133,8 @@ class GradInversion(NaiveMatching):
 
 @_config
 class EotMatching(NaiveMatching):
-    """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation)."""
+    """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation): that of the released loss, or where a
+    decoder is in it that stays with the client, of its cross-entropy alone."""
 
     samples: int = 8
 

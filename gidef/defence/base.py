@@ -138,6 +138,15 @@ class Defence:
         """Whether what a client releases then is the gradient of the cross-entropy of one pass, model(images, noise). A simulator of the user's own may be more."""
         return not self.own_terms and type(self).simulator is Defence.simulator and type(self).stepped is Defence.stepped
 
+    def couples_images(self, terms: Literal["client", "utility"], progress: float) -> bool:
+        """Whether what a client makes of a batch, by these terms of its loss, is more than the mean of what it makes of each image, before updates are
+        changed. A `simulator` or `stepped` of one's own counts as more."""
+        return type(self).stepped is not Defence.stepped or (terms == "client" and not self.cross_entropy_alone(progress))
+
+    def needs_decoder(self, progress: float) -> bool:
+        """Whether a decoder is in the loss of what a client releases then."""
+        return self.decoder is not None
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         """A factory of gradient simulators, each with module copies of its own (threads must not share a module).
 

@@ -30,6 +30,7 @@ class AddNoise:
     """
 
     keeps_scale: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     std: float = 0.1
     law: str = "gaussian"
     relative: bool = True

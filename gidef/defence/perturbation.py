@@ -338,6 +338,14 @@ class LearnedDefence(Defence):
         settings = self.settings
         return type(self).simulator is LearnedDefence.simulator and not (settings.weight(progress) or settings.kl_weight or settings.bits_weight)
 
+    def couples_images(self, terms: Literal["client", "utility"], progress: float) -> bool:
+        if type(self).simulator is not LearnedDefence.simulator or type(self).stepped is not Defence.stepped:
+            return super().couples_images(terms, progress)
+        return terms == "client" and self.settings.weight(progress) > 0 and self.settings.dependence in COUPLES_BATCH
+
+    def needs_decoder(self, progress: float) -> bool:
+        return self.decoder is not None and (type(self).simulator is not LearnedDefence.simulator or self.settings.weight(progress) > 0)
+
     def simulator(self, *, terms: Literal["client", "utility"] = "client", progress: float = 0.0) -> Callable[[], Simulate]:
         weight = self.settings.weight(progress) if terms == "client" else 0.0
         settings = self.settings if terms == "client" else MinimaxSettings(dependence_weight=0.0)

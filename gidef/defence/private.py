@@ -201,6 +201,10 @@ class _ImageByImage(Defence):
 
         return made
 
+    def couples_images(self, terms: Literal["client", "utility"], progress: float) -> bool:
+        """Not, as each image's part is clipped by itself, whatever its loss is."""
+        return type(self).stepped is not _ImageByImage.stepped
+
     def _sigma(self) -> float:
         if self.noise_multiplier is None:
             raise ValueError(f"{type(self).__name__} without a noise multiplier cannot train or release: build it with a budget")

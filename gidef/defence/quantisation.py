@@ -30,6 +30,7 @@ class Quantise:
     random: ClassVar[bool] = True
     zeros: ClassVar[str] = "rounded"
     keeps_scale: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     bits: int = 4
     norm: Literal["max", "l2"] = "max"
 

@@ -41,6 +41,8 @@ class Transform(Protocol):
     them as they were; or left_out(model) → names of tensors that attacks which adapt then do not match.
     `keeps_scale` says whether what leaves has the scale of what was given, up to noise and to what is missing: True, False, or a function of the released
     tensors that reads it off them. Label recovery believes the scale then, and searches it otherwise, as it does without the attribute.
+    `linear` says whether imitate is linear, the same map for all clients, so that to an attack on a sum of clients it does not matter which images are of
+    one client. Without the attribute it counts as False: the attack then guesses that where it is not told.
     """
 
     def apply(self, update: Tensors, *, generator: Generator) -> Tensors: ...

@@ -36,6 +36,7 @@ class NoisySlices:
 
     needs_own: ClassVar[bool] = True
     keeps_scale: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     std: float = 0.1
     relative: bool = True
     slices: int = 10

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gidef import attack as attacks
-from gidef import build, cells, config, fits, inversions, methods, metrics, observe
+from gidef import build, cells, config, fits, inversions, methods, metrics, observe, threats
 from gidef.config import CVB, BiDO, IsotropicNoise, LearnedPerturbation, Model, Precode, Speed, Undefended
 from gidef.evaluation import logits
 from gidef.releases import Releases
@@ -29,6 +29,8 @@ DEFENCES = {
 }  # fmt: skip
 FLOOR = {"learned": LearnedPerturbation(ramp=0.0, std_floor=0.3, cut="blocks.0")}
 """Whose floor is worth a search."""
+HEAVY = {"precode heavy": Precode(width=24, kl_weight=1.0), "ramped": LearnedPerturbation(ramp=1.0, kl_weight=1.0, cut="blocks.2")}
+"""Whose terms beside cross-entropy are much of the gradient; of the second, the decoder's only after the first round."""
 NOISY = {"naive", "joint", "eot", "skip", "rounds", "latent", "decoder"}
 APPLY = {
     "undefended": {"naive", "joint"}, "isotropic": NOISY, "late": NOISY, "bido": {"naive", "joint"}, "precode": NOISY | {"zeroed"},
@@ -43,8 +45,21 @@ FAST = {name: (attacks if name in ("late", "precode") else attacks - {"latent"})
 def trained(tmp_path_factory):
     """trained(policy, defence): (run, what one round of it left); each is trained once."""
     speed = Speed(device="cpu", workers=1, attacks_at_once=2, attack_mode="vmap")
-    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES | FLOOR, attacks=ATTACKS, model=Model(), speed=speed)) as one:
+    with trained_once(tmp_path_factory.mktemp, dataclasses.replace(RECIPE, defences=DEFENCES | FLOOR | HEAVY, attacks=ATTACKS, model=Model(), speed=speed)) as one:
         yield lambda policy, defence: one(defence, policy)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own:
+    """The joint attack, written by somebody else."""
+
+    iterations: int = 3
+    restarts: int = 1
+    labels: str = "known"
+    decoder: str = "known"
+
+    def plan(self, case):
+        return methods.Plan(case.observations, case.simulator, case.matching(noise_shape=case.noise_shape))
 
 
 def cells_of(run, one, defence, folder):
@@ -123,7 +138,7 @@ def test_the_joint_attack_matches_exactly_at_the_truth_and_the_naive_one_does_no
     apart = {}
     for name in ("naive", "joint"):
         observation = observe.observations(run, one, snapshot, ATTACKS[name], victims)[0]
-        simulate = observe.observed_simulator(run, one, snapshot, terms=observe.terms(ATTACKS[name], "client"))()
+        simulate = observe.observed_simulator(run, one, snapshot, terms=observe.terms(run, one, ATTACKS[name], progress=snapshot.progress))()
         noise = victims.noise[0] if name == "joint" else None
         targets = F.one_hot(victims.labels[0], 8).float()
         update = simulate(observation.params, observation.known, victims.images[0], targets, noise)
@@ -231,3 +246,82 @@ def test_a_decoder_guessed_for_a_zeroed_level_is_trained_at_the_level_that_clien
         made[name] = fits.surrogate(run, cell)
         assert cells.beyond(run, one, config.ZeroedLevel()) == ["knows the private decoder"] and "decoder guessed" in cell.note
     assert all(torch.equal(tensor, made["joint"][name]) for name, tensor in made["zeroed"].items())
+
+
+def fit_at_the_truth(plan, victims, **known):
+    """Of the first observation's images and noise, with more that is known."""
+    one, targets = plan.observations[0], F.one_hot(victims.labels[0], 8).float()
+    update = plan.make_simulate()(one.params, {**one.known, **known}, victims.images[0], targets, victims.noise[0])
+    assert set(update) == set(one.update)
+    mine, theirs = (torch.cat([side[key].flatten().double() for key in sorted(update)]) for side in (update, one.update))
+    return float(1 - F.cosine_similarity(mine, theirs, dim=0))
+
+
+@pytest.mark.parametrize("policy", ["full", "head", "all"])
+@pytest.mark.parametrize("defence", ["bido", "precode heavy", "cvb", "isotropic", "learned late"])
+def test_an_attack_of_one_s_own_is_granted_what_the_joint_one_is(defence, policy, trained):
+    """The loss's terms, the tensors, the private parts; and its row says what of them makes it a bound."""
+    run, one = trained(policy, defence)
+    snapshot = one.snapshots["final"]
+    victims = observe.release(run, one, snapshot, seed=0)
+    own, joint = (methods.plan(methods.make_case(run, one, snapshot, attack, [victims], seed=0)) for attack in (Own(), ATTACKS["joint"]))
+    for mine, theirs in zip(own.observations, joint.observations, strict=True):
+        for place in ("params", "update", "known"):
+            ours, beside = getattr(mine, place), getattr(theirs, place)
+            assert list(ours) == list(beside) and all(torch.equal(ours[name], beside[name]) for name in ours), place
+    assert fit_at_the_truth(own, victims) < 1e-6
+    bounds = cells.beyond(run, one, Own())
+    assert bounds == cells.beyond(run, one, ATTACKS["joint"])
+    assert bounds == ["knows the private front"] * (policy == "head") + ["knows the private decoder"] * (defence == "learned late" and policy != "all")
+    note = cells.note_of(run, one, Own())
+    assert ("private front known: a bound" in note) == (policy == "head") and ("private decoder known: a bound" in note) == ("knows the private decoder" in bounds)
+
+
+def test_an_attack_of_one_s_own_says_otherwise_by_a_field_decoder(trained, tmp_path):
+    run, one = trained("full", "learned late")
+    snapshot, names = one.snapshots["final"], {"decoder." + name for name, _ in one.training.defence.decoder.named_parameters()}
+    victims, guess = observe.release(run, one, snapshot, seed=0), {name: tensor + 1 for name, tensor in one.training.defence.initial().items() if name in {*names}}
+    seen = {}
+    for asked in ("known", "surrogate", "unused", "a net of mine"):
+        case = methods.make_case(run, one, snapshot, Own(decoder=asked), [victims], seed=0, fitted={"surrogate": guess})
+        seen[asked] = methods.plan(case)
+        expected = {"surrogate": guess, "unused": {}}.get(asked, victims.private[0])
+        found = {name: tensor for name, tensor in case.observations[0].known.items() if name.startswith("decoder.")}
+        assert found.keys() == {*expected} and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+        assert cells.beyond(run, one, Own(decoder=asked)) == (["knows the private decoder"] if asked in ("known", "a net of mine") else [])
+    assert set(seen["unused"].observations[0].update) == set(one.training.defence.model.parts["predictor"])
+    assert "predictor only" in cells.note_of(run, one, Own(decoder="unused")) and "guessed" in cells.note_of(run, one, Own(decoder="surrogate"))
+    assert fit_at_the_truth(seen["known"], victims) < 1e-6 and fit_at_the_truth(seen["unused"], victims) < 1e-6 < fit_at_the_truth(seen["surrogate"], victims)
+    with pytest.raises(ValueError, match="without the surrogate"):
+        methods.make_case(run, one, snapshot, Own(decoder="surrogate"), [victims], seed=0)
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, attacks={"mine": Own(decoder="surrogate")})))
+    cell = cells_of(run, one, "learned late", tmp_path)["mine"]
+    cell.releases = Releases(run).of(cell)
+    assert [task.path.name for task in fits.tasks(run, [cell], tmp_path)] == [f"surrogate-{config.JointMatching().surrogate_steps}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("defence", "policy", "checkpoint", "told"),
+    [
+        ("precode heavy", "full", "final", True), ("cvb", "full", "final", True), ("precode heavy", "head", "final", True), ("learned late", "full", "final", False),
+        ("learned late", "all", "final", True), ("ramped", "full", "final", False), ("ramped", "full", "untrained", True),
+    ],
+)  # fmt: skip
+def test_averaging_knows_the_loss_s_terms_but_where_a_decoder_that_stays_is_in_them(defence, policy, checkpoint, told, trained, tmp_path):
+    """At the true images and noise it matches what was released just where it does. Under `head` its front is the first one, and its row no bound."""
+    run, one = trained(policy, defence)
+    run, start = evaluated(run, checkpoints=("untrained", "final")), one.training.defence.initial()
+    final = one.snapshots["final"]
+    first = dataclasses.replace(final, name="untrained", round=0, progress=0.0, params={name: start[name] for name in final.params})
+    one = dataclasses.replace(one, snapshots={"untrained": first, "final": final})
+    snapshot = one.snapshots[checkpoint]
+    victims = observe.release(run, one, snapshot, seed=0)
+    plan = methods.plan(methods.make_case(run, one, snapshot, ATTACKS["eot"], [victims], seed=0))
+    assert observe.terms(run, one, ATTACKS["eot"], progress=snapshot.progress) == ("client" if told else "utility")
+    if policy != "head":
+        apart = fit_at_the_truth(plan, victims, draws=victims.noise[0][None])
+        assert apart < 1e-6 if told else apart > 1e-5
+    assert cells.beyond(run, one, ATTACKS["eot"]) == []
+    knows = {cell.checkpoint: threats.threat(run, cell)["knows"] for cell in cells.make_cells(run, {(defence, 0): one}, tmp_path, tell=False) if cell.name == "eot"}
+    assert ("the client's loss" in knows[checkpoint]) == told
+    assert observe.terms(evaluated(run, released_loss="utility"), one, ATTACKS["eot"], progress=snapshot.progress) == "utility"

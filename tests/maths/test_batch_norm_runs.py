@@ -15,8 +15,8 @@ from safetensors.torch import load_file as safetensors_load
 from safetensors.torch import save_file
 
 from gidef import attack as attacks
-from gidef import build, cli, config, findings, importing, job, methods, observe
-from gidef.cells import make_cells
+from gidef import build, cli, config, findings, importing, inversions, job, methods, observe
+from gidef.cells import Cell, make_cells
 from gidef.checkpoint import load_file
 from gidef.clients.local import batches
 from gidef.config import DPSGD, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Rounds, Speed, Undefended
@@ -479,6 +479,7 @@ def test_every_attack_runs_on_a_kept_net(attacked, tmp_path):
 
 
 def test_a_cohort_is_seen_as_the_mean_of_gradients_each_by_its_own_batch(tmp_path):
+    """So it matters whose images have which label, and where that is guessed nothing is attacked on the module, which knows no order."""
     run = start(recipe("keep", tmp_path, rounds=Rounds(count=1), share_policy="head"), tmp_path / "run")
     one = train(run, "sum", config.SecureAggregation(), 0)
     snapshot, bare = one.snapshots["final"], one.training
@@ -490,6 +491,12 @@ def test_a_cohort_is_seen_as_the_mean_of_gradients_each_by_its_own_batch(tmp_pat
     assert len(company.owners) == 2 and found.keys() == seen.update.keys() == set(bare.defence.model.parts["predictor"])
     torch.testing.assert_close(found, dict(seen.update), rtol=1e-4, atol=1e-6)
     assert victims.statistics[0].keys() == set(bare.defence.model.statistics["predictor"])
+    assert observe.dealt(run, one, config.SurrogateModel(labels="counts"), progress=1.0) == (1, 3)
+    for labels, clients in (("known", 1), ("counts", 3)):
+        attack = NaiveMatching(labels=labels)
+        plan = methods.plan(methods.make_case(run, one, snapshot, attack, [victims], seed=0))
+        assert observe.dealt(run, one, attack, progress=1.0) == (1, clients)
+        assert inversions.on_itself(run, Cell("sum", 0, "final", "one", attack, one, snapshot, tmp_path), plan) == (clients == 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"release": "delta", "batch_size": 4, "local_steps": 2, "local_lr": 1e-4}], ids=["gradient", "delta"])

@@ -169,8 +169,11 @@ def test_without_the_decoder_only_the_predictor_is_matched(trained):
         assert set(one.training.defence.model.parts["encoder"]) <= set(observation.known)
     for observation in seen(run, one, ATTACKS["naive"])[1]:
         assert set(observation.update) == {name for name in one.snapshots["final"].params if name.startswith("backbone.")}
-    assert observe.terms(ATTACKS["unused"], "client") == observe.terms(ATTACKS["naive"], "client") == "utility"
-    assert observe.terms(ATTACKS["known"], "client") == "client"
+
+    def told(name):
+        return observe.terms(run, one, ATTACKS[name], progress=1.0)
+
+    assert told("unused") == told("naive") == "utility" and told("known") == "client"
 
 
 def test_a_surrogate_stands_for_the_private_decoder_and_never_the_other_way_round(trained):
@@ -217,7 +220,7 @@ def test_the_true_image_and_noise_match_exactly_and_the_wrong_noise_does_not(nam
     run, one = trained("full", "learned")
     run, snapshot = evaluated(run, **changes), one.snapshots["final"]
     victims, observations = seen(run, one, ATTACKS[name])
-    simulate = observe.observed_simulator(run, one, snapshot, terms=observe.terms(ATTACKS[name], run.recipe.evaluation.released_loss))()
+    simulate = observe.observed_simulator(run, one, snapshot, terms=observe.terms(run, one, ATTACKS[name], progress=snapshot.progress))()
     for batch, observation in enumerate(observations):
         labels = F.one_hot(victims.labels[batch], 8).float()
 

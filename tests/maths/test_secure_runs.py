@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
-from gidef import applications, build, cells, findings, fits, methods, metrics, observe
+from gidef import applications, build, cells, findings, fits, methods, metrics, observe, threats
 from gidef import attack as attacks
 from gidef.attack.imprint import Imprinted
+from gidef.attack.matching import Unordered
 from gidef.attack.predictor import Predictor
 from gidef.attack.simulate import cohort_mean
 from gidef.config import (
     DPSGD,
     Analytic,
+    BiDO,
     Data,
     DecoderAware,
     DeepLeakage,
     EotMatching,
     GenerativePrior,
+    GradientNoise,
     GradInversion,
     ImprintServer,
     JointMatching,
@@ -34,10 +37,12 @@ from gidef.config import (
     MultiRound,
     NaiveMatching,
     PostHocDecoder,
+    Precode,
     Pruning,
     Recipe,
     Rounds,
     SecureAggregation,
+    Sign,
     SkipLayers,
     Soteria,
     SurrogateModel,
@@ -61,6 +66,8 @@ DEFENCES = {
     "plain": Undefended(), "sum": SecureAggregation(), "gone": SecureAggregation(dropouts=0.3),
     "learned": LEARNED, "learned sum": (LEARNED, SecureAggregation()), "pruned sum": (Pruning(share=0.5), SecureAggregation()),
     "soteria sum": (Soteria(share=0.5), SecureAggregation()),
+    "signed sum": (Sign(), SecureAggregation()), "noisy sum": (GradientNoise(), SecureAggregation()), "bido sum": (BiDO(measure="coco", x_weight=1.0, y_weight=50.0), SecureAggregation()),
+    "clipped images": (DPSGD(target_epsilon=None, noise_multiplier=0.1, accountant="rdp"), SecureAggregation()), "bottleneck sum": (Precode(width=24, kl_weight=1.0), SecureAggregation()),
 }  # fmt: skip
 ATTACKS = {"naive": NaiveMatching(), "joint": JointMatching(), "learned": LearnedInversion(), "decoder": PostHocDecoder()}
 
@@ -510,3 +517,67 @@ def test_two_rounds_with_a_part_of_the_clients_keep_their_bits(tmp_path):
     recipe = dataclasses.replace(RECIPE, data=Data(name=CELLS, num_clients=4, min_examples=8), rounds=Rounds(count=2, cohort_size=3), defences=DEFENCES)
     found = [train(start(recipe, tmp_path / name), name, DEFENCES[name], 0).sha256 for name in ("plain", "sum")]
     assert found[0] == found[1]
+
+
+# --- whose images have which label -----------------------------------------------------------------------------------------
+
+EPOCHS = {"release": "delta", "local_epochs": 2, "local_lr": 0.5}
+TOGETHER = [  # by hand: whether it matters to what an attack simulates which images are of one client
+    ("sum", "full", JointMatching(), {}, False), ("sum", "full", JointMatching(), {"release": "delta"}, False), ("sum", "full", NaiveMatching(), EPOCHS, True),
+    ("sum", "full", SurrogateModel(), EPOCHS, False), ("sum", "full", NaiveMatching(), {"release": "delta", "local_optimiser": "adam"}, True),
+    ("sum", "head", JointMatching(), {}, True), ("sum", "head", NaiveMatching(), {}, False),
+    ("learned sum", "full", JointMatching(), {}, True), ("learned sum", "full", JointMatching(decoder="surrogate"), {}, False), ("learned sum", "all", JointMatching(), {}, False),
+    ("learned sum", "full", EotMatching(), {}, False), ("bottleneck sum", "full", JointMatching(), {}, False), ("noisy sum", "full", JointMatching(), {}, False),
+    ("clipped images", "full", JointMatching(), {}, False), ("signed sum", "full", JointMatching(), {}, True), ("signed sum", "full", NaiveMatching(), {}, False),
+    ("bido sum", "full", JointMatching(), {}, True), ("bido sum", "full", NaiveMatching(), {}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "policy", "attack", "changes", "together"), TOGETHER)
+def test_labels_are_dealt_to_the_clients_by_guess_just_where_it_matters_and_nobody_tells(name, policy, attack, changes, together, trained):
+    """It matters where images that change places with their labels and noise change the simulated sum."""
+    if name == "clipped images":
+        pytest.importorskip("opacus")
+    run, one = trained(name, policy)
+    run, snapshot = evaluated(run, **changes), one.snapshots["final"]
+    victims, guess = released(run, one), {n: t + 1 for n, t in one.training.defence.initial().items() if n.startswith("decoder.")}
+
+    def made(labels):
+        return methods.make_case(run, one, snapshot, dataclasses.replace(attack, labels=labels), [victims], seed=0, fitted={"surrogate": guess})
+
+    case = made("known")
+    images, noise = whole(victims, 0)
+    seen, labels, simulate = case.observations[0], F.one_hot(victims.all_labels(0), 8).float(), case.gradient if isinstance(attack, SurrogateModel) else case.simulator
+    plain, moved = (
+        simulate()(seen.params, seen.known, images.roll(by, 0), labels.roll(by, 0), None if noise is None else noise.roll(by, 0)) for by in (0, 1)
+    )
+    assert apart(moved, plain) > 1e-3 if together else apart(moved, plain) < 1e-5, apart(moved, plain)
+    assert case.unordered() is None and made("searched").unordered() is None
+    expected = Unordered(batches=1, clients=4, latent_dims=len(one.training.defence.noise_shape or ())) if together else None
+    assert made("counts").unordered() == made("recovered").unordered() == expected
+    said = "the order of the labels over the clients was guessed (1 assignment to begin with, exchanges tried on the way)"
+    counted = dataclasses.replace(attack, labels="counts")
+    assert (said in cells.note_of(run, one, counted, progress=snapshot.progress)) == together
+    assert "guessed (" not in cells.note_of(run, one, attack, progress=snapshot.progress)
+    told = [threats.known(run, [cells.Cell(name, 0, "final", "one", each, one, snapshot, run.folder)]) for each in (attack, counted)]
+    assert ["who of the cohort has which label" in facts for facts in told] == [together, False]
+
+
+def test_before_training_what_clients_keep_is_the_same_and_over_local_steps_all_is_guessed(trained):
+    run, one = trained("learned sum")
+    joint = JointMatching(labels="counts")
+    assert observe.dealt(run, one, joint, progress=0.0) == (1, 1) and observe.dealt(run, one, joint, progress=1.0) == (1, 4)
+    assert observe.dealt(evaluated(run, **STEPS), one, joint, progress=0.0) == (2, 4)
+    assert "the order of the labels over the clients and local steps was guessed" in cells.note_of(evaluated(run, **STEPS), one, joint)
+    open_one = trained("learned")[1]
+    assert observe.dealt(run, open_one, joint, progress=1.0) == (1, 1) and observe.dealt(evaluated(run, **STEPS), open_one, joint, progress=1.0) == (2, 1)
+
+
+def test_a_sum_of_coupled_gradients_is_attacked_from_guessed_deals(trained):
+    """Every start has an order of its own, and images come back as rows of the sorted labels."""
+    run, one = trained("signed sum")
+    victims, attack = released(run, one), JointMatching(labels="counts", iterations=9, restarts=2)
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
+    rows = attacks.drain(attacks.run_chunk(((0, 0), (0, 1)), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert rows["failure"].tolist() == [0, 0] and (rows["order"].sort(1).values == torch.arange(8)).all() and not torch.equal(*rows["order"])
+    assert torch.equal(rows["labels"], victims.all_labels(0).sort().values.expand(2, -1))

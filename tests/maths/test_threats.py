@@ -47,7 +47,7 @@ TOLD = {  # of the learned defence: server, releases, what the attack knows, in 
     "decoder": ("honest but curious", 1, "is given the latent, knows the noise law and public images"),
     "imprint": ("malicious", 1, "knows public images but no labels"),
     "zeroed": ("malicious", 1, "knows the labels, the noise law, the client's loss and the private decoder"),
-    "own": ("honest but curious", 1, "knows the noise law but no labels"),
+    "own": ("honest but curious", 1, "knows the noise law, the client's loss and the private decoder but no labels"),
 }
 
 
