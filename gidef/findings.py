@@ -118,7 +118,7 @@ def _beyond_epsilon(cell: Cell) -> str:
     return "epsilon is against who sees sums of cohorts alone, and this server reads single updates: add SecureAggregation()"
 
 
-def _certificate(run: Run, group: list[Cell], *, releases: int) -> tuple[dict[str, Any], str]:
+def _certificate(run: Run, group: list[Cell], *, releases: int = 1) -> tuple[dict[str, Any], str]:
     """What noise on the latent certifies for so many releases of these cells, or why nothing; fields of a row, and words for its note.
 
     Nothing is said of noise without a certificate by its nature; under a share policy other than `head` only of a defence that asks for one.
