@@ -75,4 +75,4 @@ def percentile(tensor: Tensor) -> Tensor:
     """The ⌈0.95 n⌉-th smallest absolute value of the n entries that are not 0, a scalar; 0 where there are none."""
     sizes = tensor.flatten().abs().sort().values
     zeros = (sizes == 0).sum()
-    return sizes[zeros + (95 * (len(sizes) - zeros) + 99) // 100 - 1]
+    return sizes.take(zeros + (95 * (len(sizes) - zeros) + 99) // 100 - 1)
