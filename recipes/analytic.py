@@ -3,7 +3,9 @@
 Shows:  one image per gradient, by the closed form and by matching, undefended, with noise on a later latent, and with changes of the update itself.
 Expect: the image to rounding (60 dB and more) undefended and under noise on the latent, which leaves the first layer's two equations as they are; what changes
         the update breaks the closed form, pruning and noise alike. A biased first layer is read off as well: --model.name analytic:mlp --model.cut 3
-Costs:  an hour of one CPU core; --small, the closed form alone on four synthetic cells: half a minute, 93 dB undefended and 100 (the cap) under noise on the latent,
+        In full on Blood, 16 victims, one seed: the closed form has 94 dB undefended, 100 (the cap) under noise on the latent, 17 under gradient noise and 10 pruned; matching
+        with 300 iterations has 12 dB in every row, less than a mean image (17): it is no measure of what this net's gradient holds.
+Costs:  36 minutes of one CPU core beside another job; --small, the closed form alone on four synthetic cells: half a minute, 93 dB undefended and 100 (the cap) under noise on the latent,
         17 under gradient noise, 11 pruned. With --small --data.num-clients 40 and --data.name bloodmnist, pneumoniamnist or cifar10, four real images: 93, 98 and 94 dB
         undefended, 100 on each under noise on the latent, 17, 21 and 15 under gradient noise, 10, 13 and 11 pruned, a minute and a half each.
 """

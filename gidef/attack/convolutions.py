@@ -20,7 +20,7 @@ that gives the s² positions of a stride as channels (Shi et al. 2016, arXiv 160
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,21 +91,28 @@ def _in_products(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def _by_image(parts: int, places: int) -> bool:
+    """Whether each image has a product of its own: its weights, copied for each, are then less than its outputs, rearranged."""
+    return parts <= places
+
+
 def _windows(images: Tensor, kernel: tuple[int, int], geometry: Geometry) -> Tensor:
-    """(K, N, I, H, W) → (K, I, R, S, N, P, Q): what every output sees, a view of the padded images."""
+    """(K, N, I, H, W) → (K, N, I, R, S, P, Q): what every output sees, a view of the padded images."""
     (top, left), (down, right), (apart, beside) = geometry.padding, geometry.stride, geometry.dilation
     padded = F.pad(images, (left, left, top, top)) if top or left else images
     tall, wide = apart * (kernel[0] - 1) + 1, beside * (kernel[1] - 1) + 1
     seen = padded.unfold(3, tall, down).unfold(4, wide, right)[..., ::apart, ::beside]  # (K, N, I, P, Q, R, S)
-    return seen.permute(0, 2, 5, 6, 1, 3, 4)
+    return seen.permute(0, 1, 2, 5, 6, 3, 4)
 
 
 def _forward_by_products(images: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """(K, N, I, H, W), (K, O, I, R, S) → (K, N, O, P, Q)."""
     seen = _windows(images, weight.shape[3:], geometry)
-    count, positions = seen.shape[0], seen.shape[4:]
-    found = weight.reshape(count, weight.shape[1], -1) @ seen.reshape(count, math.prod(seen.shape[1:4]), -1)
-    return found.unflatten(2, positions).movedim(1, 2)
+    places, parts, weight = seen.shape[5:], math.prod(seen.shape[2:5]), weight.flatten(2)
+    if _by_image(parts, math.prod(places)):
+        return (weight[:, None] @ seen.reshape(*seen.shape[:2], parts, -1)).unflatten(3, places)
+    found = weight @ seen.movedim(1, 4).reshape(len(seen), parts, -1)
+    return found.unflatten(2, (-1, *places)).movedim(1, 2)
 
 
 def _to_input_by_products(slope: Tensor, weight: Tensor, geometry: Geometry, size: torch.Size) -> Tensor:
@@ -116,11 +123,46 @@ def _to_input_by_products(slope: Tensor, weight: Tensor, geometry: Geometry, siz
     return found.unflatten(0, slope.shape[:2])
 
 
+def folded_by_shifts(
+    parts: Tensor, size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], padding: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """What `torch.ops.aten.col2im` does, (N, C R S, P Q) → (N, C, *size), as a sum of shifted images, one for each entry of the kernel.
+
+    A position i = s j + a of the padded image takes entries r with d r = s t + a, of output j − t. For compilers: they make one kernel of the sum, where of col2im
+    they make additions to memory one by one.
+    """
+    places = [(length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, d, p, s in zip(size, kernel, dilation, padding, stride, strict=True)]
+    each = parts.reshape(len(parts), -1, *kernel, *places)
+    sides = [-(-(length + 2 * p) // s) for length, p, s in zip(size, padding, stride, strict=True)]
+
+    def taps(dim: int, phase: int) -> list[tuple[int, int]]:
+        """(r, t) of a phase a."""
+        return [(r, dilation[dim] * r // stride[dim]) for r in range(kernel[dim]) if dilation[dim] * r % stride[dim] == phase]
+
+    def at(down: int, right: int) -> Tensor:
+        found = None
+        for r, t in taps(0, down):
+            for s, u in taps(1, right):
+                moved = F.pad(each[:, :, r, s], (u, sides[1] - places[1] - u, t, sides[0] - places[0] - t))
+                found = moved if found is None else found + moved
+        return each.new_zeros((*each.shape[:2], *sides)) if found is None else found
+
+    if tuple(stride) == (1, 1):
+        found = at(0, 0)
+    else:
+        found = torch.stack([torch.stack([at(a, b) for b in range(stride[1])], -1) for a in range(stride[0])], 3)  # (N, C, J, s, L, s)
+        found = found.flatten(4, 5).flatten(2, 3)
+    return found[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+
+
 def _to_weight_by_products(slope: Tensor, images: Tensor, geometry: Geometry, kernel: torch.Size) -> Tensor:
     """(K, N, O, P, Q), (K, N, I, H, W) → (K, O, I, R, S)."""
     seen = _windows(images, kernel, geometry)
-    count, parts = seen.shape[0], seen.shape[1:4]
-    found = slope.transpose(1, 2).reshape(count, slope.shape[2], -1) @ seen.reshape(count, math.prod(parts), -1).mT
+    places, parts = seen.shape[5:], seen.shape[2:5]
+    if _by_image(math.prod(parts), math.prod(places)):
+        found = (slope.flatten(3) @ seen.reshape(*seen.shape[:2], math.prod(parts), -1).mT).sum(1)
+    else:
+        found = slope.transpose(1, 2).flatten(2) @ seen.movedim(1, 4).reshape(len(seen), math.prod(parts), -1).mT
     return found.unflatten(2, parts)
 
 

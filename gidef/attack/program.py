@@ -27,7 +27,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from gidef.attack.convolutions import FastConvolutions
+from gidef.attack.convolutions import FastConvolutions, folded_by_shifts
 from gidef.attack.kinks import CurvedKinks
 from gidef.attack.matching import RESERVED, Matching, Point, Simulate, distance_and_slope
 from gidef.attack.pools import GatheredPools, pools_need_help
@@ -39,6 +39,9 @@ from gidef.types import Tensors
 MODES = ("loop", "vmap", "traced", "compiled")
 PRECISIONS = ("float32", "tf32", "bfloat16", "bfloat16_all")
 """Of the client's pass: as it is; products (convolutions, linear layers) in a GPU's TF32; in bfloat16; parameters and targets kept in bfloat16 too."""
+
+COMPILED = {torch.ops.aten.col2im.default: folded_by_shifts}
+"""Operators that a compiler is given in other words."""
 
 Evaluate = Callable[..., tuple[Tensor, Tensor, Tensor, Tensors]]
 """evaluate(variables, given, target, scale, knobs) → the loss that is descended, the final objective, its fit (K,) each, and gradients."""
@@ -207,7 +210,7 @@ class Programs:
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                graph = make_fx(flat)(*leaves)
+                graph = make_fx(flat, decomposition_table=COMPILED if mode == "compiled" else None)(*leaves)
                 graph.graph.eliminate_dead_code()
                 graph.recompile()
         except torch.OutOfMemoryError:

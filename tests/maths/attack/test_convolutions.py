@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gidef.attack import convolutions
-from gidef.attack.convolutions import FastConvolutions
+from gidef.attack.convolutions import FastConvolutions, folded_by_shifts
+from gidef.attack.program import COMPILED
 from gidef.rng import generator
 
 # kernel, stride, padding, dilation, side
@@ -105,3 +107,30 @@ def test_draws_within_attacks(every_way):
     expected = torch.stack([step(one, noise) for one in x])
     with FastConvolutions():
         torch.testing.assert_close(vmap(step, in_dims=(0, None))(x, noise), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 2), (4, 5)])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1), (2, 5)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (2, 3)])
+def test_a_sum_of_shifted_images_is_pytorchs_fold(kernel, stride, padding, dilation):
+    size = (14, 17)
+    places = [(length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, d, p, s in zip(size, kernel, dilation, padding, stride, strict=True)]
+    (parts,) = draws((2, 3 * kernel[0] * kernel[1], places[0] * places[1]))
+    expected = F.fold(parts, size, kernel, dilation, padding, stride)
+    torch.testing.assert_close(folded_by_shifts(parts, size, kernel, dilation, padding, stride), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_program_for_a_compiler_holds_no_fold(monkeypatch, stride):
+    monkeypatch.setattr(convolutions, "LARGE", 0)
+    monkeypatch.setattr(convolutions, "_in_products", lambda tensor: True)
+    x, weight = draws((3, 2, 3, 8, 8), (3, 4, 3, 3, 3))
+
+    def slope(x, weight):
+        with FastConvolutions():
+            return vmap(grad(lambda x, w: F.conv2d(x, w, stride=stride, padding=1).tanh().square().sum()))(x, weight)
+
+    plain, given = make_fx(slope)(x, weight), make_fx(slope, decomposition_table=COMPILED)(x, weight)
+    assert "col2im" in plain.code and "col2im" not in given.code
+    torch.testing.assert_close(given(x, weight), plain(x, weight), rtol=1e-12, atol=1e-12)

@@ -33,6 +33,7 @@ from gidef.types import Observation
 
 DEVICE = torch.device("cuda:0")
 pytestmark = [
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
@@ -390,6 +391,25 @@ def test_every_defence_is_attacked(tmp_path, part):
     few = dataclasses.replace(RECIPE.evaluation, checkpoints=("final",), num_victims=2, batch_size=2, judge_epochs=1)
     rows = job(tmp_path / "run", DEVICE, defences=defences, attacks=attacks, evaluation=few)["rows"]
     assert {row["defence"] for row in rows} == set(defences) and not failures(tmp_path / "run")
+
+
+@pytest.mark.parametrize("mode", ["traced", "compiled"])
+def test_guessed_masks_and_two_stages_are_one_graph_and_find_what_vectorised_programs_do(tmp_path, mode, capsys):
+    from gidef import config
+
+    defences = {"guessed": (config.Pruning(share=0.5), config.GradientNoise(std=1e-3))}
+    attacks = {
+        "joint": config.JointMatching(iterations=20, restarts=1), "generative": config.GenerativePrior(iterations=20, restarts=1, fit_steps=20, code_share=0.5),
+    }  # fmt: skip
+    found = {}
+    for one in ("vmap", mode):
+        speed = config.Speed(device=str(DEVICE), workers=1, attack_mode=one, attacks_at_once=2)
+        found[one] = {row["attack"]: row for row in job(tmp_path / one, DEVICE, defences=defences, attacks=attacks, speed=speed)["rows"] if row["attack"] in attacks}
+        assert found[one].keys() == attacks.keys() and not failures(tmp_path / one)
+    said = capsys.readouterr()
+    assert "could not be" not in said.out + said.err  # recorded, compiled, captured
+    for attack in attacks:
+        assert found[mode][attack]["psnr_db"]["mean"] == pytest.approx(found["vmap"][attack]["psnr_db"]["mean"], abs=0.5), attack
 
 
 def test_every_attack_runs_and_none_fails_for_the_device_s_sake(tmp_path):
