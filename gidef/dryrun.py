@@ -303,8 +303,8 @@ def _attack_s(run: runs.Run, cell: Cell, releases: Releases, ranks: int) -> floa
         )  # fmt: skip
     except InputError:  # not vectorisable: a run's calibration tries a loop
         return None
-    iterations = plan.matching.iterations + (plan.refine.iterations if plan.refine is not None else 0)
-    return 1e-3 * measured.candidates[0].ms * share * (iterations + 1)
+    evaluations = sum(stage.evaluations() for stage in (plan.matching, plan.refine) if stage is not None)
+    return 1e-3 * measured.candidates[0].ms * share * evaluations
 
 
 def _nbytes(tensors: Tensors) -> int:

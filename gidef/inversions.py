@@ -349,7 +349,7 @@ def _measure(run: Run, cell: Cell, plan: methods.Plan, programs: attacks.Program
             one = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=1, iterations=1, **common)
             size = min(size, attacks.fitting(one.candidates[0], common["memory_bytes"]))
         first = attacks.calibrate(plan.observations, simulate, matching, modes=modes or ("vmap",), at_once=size, iterations=1, **common)
-        seconds = first.candidates[0].ms * 1e-3 * share * (matching.iterations + 1)
+        seconds = first.candidates[0].ms * 1e-3 * share * matching.evaluations()
     except Exception:  # not vectorisable: a loop may do
         first, seconds = None, float("inf")
     if first is not None and seconds < SHORT_S:

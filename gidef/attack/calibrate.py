@@ -237,7 +237,7 @@ def _seconds(one: Candidate, attacks: int, matching: Matching) -> float:
         left, width = attacks * kept / matching.starts, width_of(matching, one.at_once, kept)
         widths.add(width)
         padded = -(-left // width) * width if one.mode in ("traced", "compiled") else left
-        rows += padded * (last - first + (last == matching.iterations))
+        rows += padded * matching.evaluations(first, last)
     return one.first_s * (len(widths) if one.mode in ("traced", "compiled") else 1) + 1e-3 * one.ms * rows
 
 

@@ -264,6 +264,12 @@ class Matching:
         """Attacks per observation: every restart under every variant; start s is restart s mod restarts of variant s // restarts."""
         return self.restarts * max(1, len(self.variants))
 
+    def evaluations(self, first: int = 0, last: int | None = None) -> int:
+        """Of the objective from iteration first to before last (default: to the end), the one after the last step and those of exchanged rows included."""
+        last = self.iterations if last is None else last
+        exchanged = 0 if self.unordered is None else last // EXCHANGES - first // EXCHANGES
+        return last - first + (last == self.iterations) + exchanged
+
     @property
     def together(self) -> bool:
         """Whether an observation's starts must be in one chunk."""

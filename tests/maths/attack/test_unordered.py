@@ -198,3 +198,22 @@ def test_noise_of_a_gradient_moves_between_clients_with_its_image(tiny):
     assert torch.equal(placed["images"][0], images[0, order[0]]) and torch.equal(placed["noise"][0], noise[0][:, order[0]])
     back = unordered.returned(placed, order)
     assert torch.equal(back["images"], images) and torch.equal(back["noise"], noise)
+
+
+@pytest.mark.parametrize("iterations", [3, 4, 11, 12])
+def test_evaluations_are_counted_with_those_of_exchanged_rows(case, iterations):
+    observation, simulate, matching, _ = case
+    calls = []
+
+    def counted(*given):
+        calls.append(1)
+        return simulate(*given)
+
+    for settings in (matching, dataclasses.replace(matching, unordered=None)):
+        settings, made = dataclasses.replace(settings, iterations=iterations), []
+        for one in (settings, dataclasses.replace(settings, iterations=0)):  # what is looked at before the first evaluation is in both
+            calls.clear()
+            drain(run_chunk(((0, 0),), [observation], counted, one, mode="loop", **DOUBLE))
+            made.append(len(calls))
+        assert settings.evaluations() == made[0] - made[1] + 1
+        assert settings.evaluations() == sum(settings.evaluations(first, min(first + 5, iterations)) for first in range(0, iterations, 5))
