@@ -692,15 +692,43 @@ def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypat
     [cell] = cells_of(run, found, tmp_path)
     shift = parity.shift_db(run, cell, "bfloat16", mode="vmap", at_once=8)
     assert shift != 0.0 and abs(shift) < 1.0
-    for measured, used in ((0.05, "bfloat16"), (-0.3, "float32"), (None, "float32")):
+    for measured, used in ((0.05, "bfloat16"), (-0.3, "float32"), (0.3, "float32"), (None, "float32")):
         monkeypatch.setattr(parity, "shift_db", lambda *a, measured=measured, **k: measured)
         path = tmp_path / f"{measured}.json"
         assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used
         monkeypatch.setattr(parity, "shift_db", lambda *a, **k: 1 / 0)
         assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used  # as it was measured
-    assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
+    assert [len([text for text in heard.notices if told in text]) for told in ("-0.30 dB", "+0.30 dB")] == [2, 2] and any("num_tuning" in text for text in heard.notices)
     run = with_speed(run, heard, attack_precision="tf32")
     assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == "float32" and "no TF32" in heard.notices[-1]
+
+
+def test_attacks_run_in_the_precision_that_the_gate_lets_through(trained, tmp_path, monkeypatch):
+    run, found = trained
+    used, climb = [], inversions.climb
+    monkeypatch.setattr(inversions, "climb", lambda *given, **how: used.append(how["precision"]) or climb(*given, **how))
+    for verdict in ("float32", "bfloat16"):
+        monkeypatch.setattr(parity, "gated", lambda *given, verdict=verdict, **how: verdict)
+        own = with_speed(run, attack_precision="bfloat16")
+        finish(own, cells_of(own, found, tmp_path / verdict), tmp_path / verdict, only=1)
+    assert used == ["float32", "bfloat16"]
+
+
+def test_the_gate_looks_at_images_kept_for_tuning_and_never_at_the_victims(trained, tmp_path):
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    images, roles = run.setting.dataset.train.images, run.setting.roles
+    kept = images.clone()
+
+    def shift(rows):
+        try:
+            images[rows] = 255 - images[rows]
+            return parity.shift_db(run, cell, "bfloat16", mode="vmap", at_once=8)
+        finally:
+            images.copy_(kept)
+
+    before = shift([])
+    assert before != 0.0 and shift(roles.victims) == before and shift(roles.tuning) != before
 
 
 def test_a_gate_s_verdict_is_of_its_precision_seed_and_device_alone(trained, tmp_path, monkeypatch):
