@@ -773,6 +773,23 @@ def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_no
     assert [(cell.name, cell.twin) for cell in learned] == [("naive", None), ("joint", None), ("eot", None)]
 
 
+CHANGED = (
+    config.Pruning(), config.Clipping(), config.Sign(), config.GradientNoise(), config.DPSGD(noise_multiplier=1.0, target_epsilon=None, accountant="rdp"),
+    config.DPSGD(level="client", noise_multiplier=1.0, target_epsilon=None, accountant="rdp"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [Undefended(), *CHANGED], ids=lambda one: type(one).__name__)
+def test_who_simulates_a_change_of_updates_does_other_work_than_the_naive_attack(trained, tmp_path, chosen):
+    run, found = trained
+    joint = config.JointMatching(**{spec.name: getattr(NAIVE, spec.name) for spec in dataclasses.fields(NAIVE)})
+    run, one = with_speed(run, attacks={"naive": NAIVE, "joint": joint}), found["undefended", 0]
+    defence = build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0, spends=build.privacy_budget(run.setting, chosen, seed=0))
+    one = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
+    cells = {cell.name: cell for cell in make_cells(run, {("undefended", 0): one}, tmp_path)}
+    assert cells["naive"].twin is None and cells["joint"].twin is (cells["naive"] if chosen == Undefended() else None)
+
+
 def test_when_nothing_else_fits_the_naive_attack_runs_on_the_module_itself(trained, tmp_path, monkeypatch):
     run, found = trained
     heard = Heard()
