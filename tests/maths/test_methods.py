@@ -620,6 +620,17 @@ def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):
     assert float(rows["fit"]) < 1e-6
 
 
+def test_the_place_between_the_first_and_the_last_weights_is_searched(trained):
+    evaluation = {"release": "delta", "local_steps": 2, "batch_size": 2}
+    plan = methods.plan(case_of(trained, "undefended", config.SurrogateModel(iterations=50), **evaluation)[0])
+    rows = attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert ((rows["alpha"] - 0.5).abs() > 0.01).all() and ((rows["alpha"] >= 0) & (rows["alpha"] <= 1)).all()
+
+
+def test_every_round_counts_alike_in_the_distance_of_several(trained):
+    assert methods.plan(case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))[0]).matching.distance is attacks.rounds_apart
+
+
 def test_an_attack_of_one_s_own_is_twenty_lines(trained):
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Smooth:
