@@ -231,6 +231,53 @@ def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path)
         assert torch.equal(before, images[1][name]), name
 
 
+def test_what_attackers_train_sees_no_image_of_a_client(trained, tmp_path, monkeypatch):
+    """A3's guess, A5, A8 and A12: the victims' images and the training set are overwritten before, and no network changes in any bit."""
+    run, found = trained
+    attacks = {
+        "guessed": config.JointMatching(decoder="surrogate", surrogate_steps=2), "latent": config.LatentDecoding(iterations=2, steps=3), "decoder": config.PostHocDecoder(steps=4),
+        "generative": config.GenerativePrior(fit_steps=2), "gan": config.GenerativePrior(fit_steps=2, generator="gan"),
+    }  # fmt: skip
+    run, train_images, networks = with_speed(run, attacks=attacks), run.setting.dataset.train.images, []
+    for name in ("fit_decoder", "fit_autoencoder", "fit_gan"):
+        monkeypatch.setattr(fits, name, lambda network, *given, fit=getattr(fits, name), **how: networks[-1].append(network) or fit(network, *given, **how))
+    kept = train_images.clone()
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        cells = cells_of(run, found, folder, "learned")
+        if networks:
+            train_images.copy_(255 - kept)
+            for cell in cells:
+                cell.victims.images.copy_(1 - cell.victims.images)
+        networks.append([])
+        try:
+            for task in fits.tasks(run, cells, folder):
+                task.do(0, lambda units: None)
+        finally:
+            train_images.copy_(kept)
+    assert len(networks[0]) == len(networks[1]) >= len(attacks)
+    for one, other in zip(*networks, strict=True):
+        theirs = other.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items()), type(one).__name__
+
+
+def test_the_judge_has_seen_no_victim(trained, tmp_path):
+    run = evaluated(trained[0], judge_epochs=1)
+    images, roles = run.setting.dataset.train.images, run.setting.roles
+    kept = images.clone()
+
+    def fitted(rows):
+        try:
+            images[rows] = 255 - images[rows]
+            fits.judge_task(run, tmp_path / "judge.safetensors").do(0, lambda units: None)
+        finally:
+            images.copy_(kept)
+        return load_file(tmp_path / "judge.safetensors")[0]
+
+    before, of_victims, of_its_own = (fitted(rows) for rows in ([], torch.cat([roles.victims, roles.tuning]), roles.judge[:4]))
+    assert all(torch.equal(tensor, of_victims[name]) for name, tensor in before.items())
+    assert not all(torch.equal(tensor, of_its_own[name]) for name, tensor in before.items())
+
+
 def test_images_that_are_not_finite_are_failures_that_can_be_scored():
     images = torch.rand(1, 3, 4, 4)
     found = [Reconstruction(images=one, labels=torch.zeros(1, dtype=torch.int64), loss=0.0, losses=torch.zeros(1)) for one in (images, images * torch.nan)]
