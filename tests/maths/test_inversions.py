@@ -16,7 +16,7 @@ from gidef import applications, audit, build, config, findings, fits, inversions
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
-from gidef.cells import Cell, make_cells
+from gidef.cells import Cell, make_cells, mark
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -666,12 +666,26 @@ def test_the_joint_attack_smooths_less_where_there_is_noise_to_search_unless_it_
         assert [config.weight_of_variation(one[name], noise=True) for name in ("naive", "joint", "joint smooth", "joint smoother")] == [3e-3, 1e-3, 3e-3, 1e-2]
 
 
-def test_results_of_another_recipe_are_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"tv": 0.5}, {"batch_size": 2}, {"release": "delta"}, {"local_lr": 0.3}, {"num_victims": 3}, {"released_loss": "utility"}], ids=lambda change: next(iter(change))
+)  # fmt: skip
+def test_results_of_another_recipe_are_refused(trained, tmp_path, change):
     run, found = trained
     finish(run, cells_of(run, found, tmp_path), tmp_path, only=1)
-    other = with_speed(run, attacks={"naive": dataclasses.replace(NAIVE, tv=0.5)})
+    other = with_speed(run, attacks={"naive": dataclasses.replace(NAIVE, **change)}) if "tv" in change else evaluated(run, **change)
     with pytest.raises(InputError, match="another recipe"):
         tasks_of(other, cells_of(other, found, tmp_path), tmp_path)
+
+
+def test_a_control_s_results_are_no_attack_s_and_a_control_beside_it_is_no_other_recipe(trained, tmp_path):
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    control = dataclasses.replace(cell, control=True)
+    marks = {mark(run, one) for one in (cell, control, dataclasses.replace(cell, seed=1), dataclasses.replace(cell, checkpoint="best"), dataclasses.replace(cell, defence="other"))}
+    assert len(marks) == 5 and mark(evaluated(run, control=True), cell) == mark(evaluated(run, control=False), cell)
+    finish(run, [cell], tmp_path, only=1)
+    with pytest.raises(InputError, match="another recipe"):
+        tasks_of(run, [control], tmp_path)
 
 
 def test_a_damaged_result_is_named(trained, tmp_path):
