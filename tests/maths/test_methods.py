@@ -426,6 +426,14 @@ def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_genera
     assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
 
 
+def test_a_generator_s_codes_are_searched_by_the_step_that_its_attack_says(trained):
+    attack = config.GenerativePrior(iterations=24, code_share=0.5, code_lr=0.07)
+    settings = (plan := methods.plan(case_of(trained, "undefended", attack)[0])).matching
+    begun = attacks.batch.first_variables(((0, 0),), 1, settings, 0, {"device": "cpu", "dtype": torch.float32})["code"]
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), settings, seed=0))
+    assert settings.lr == 0.07 and (rows["fit"] < rows["first_fit"]).all() and (rows["code"] - begun).abs().max() > 0.05  # codes are all that it moves
+
+
 def two_stages(plan, chunk):
     """(the first stage's rows, the second one's), of attacks in their stages."""
     run = lambda settings: attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), settings, seed=0))  # noqa: E731
