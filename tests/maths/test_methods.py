@@ -499,6 +499,14 @@ def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_genera
     assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
 
 
+def test_a_generator_s_codes_are_searched_by_the_step_that_its_attack_says(trained):
+    attack = config.GenerativePrior(iterations=24, code_share=0.5, code_lr=0.07)
+    settings = (plan := methods.plan(case_of(trained, "undefended", attack)[0])).matching
+    begun = attacks.batch.first_variables(((0, 0),), 1, settings, 0, {"device": "cpu", "dtype": torch.float32})["code"]
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), settings, seed=0))
+    assert settings.lr == 0.07 and (rows["fit"] < rows["first_fit"]).all() and (rows["code"] - begun).abs().max() > 0.05  # codes are all that it moves
+
+
 def two_stages(plan, chunk):
     """(the first stage's rows, the second one's), of attacks in their stages."""
     run = lambda settings: attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), settings, seed=0))  # noqa: E731
@@ -691,6 +699,17 @@ def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):
     matching = dataclasses.replace(plan.matching, searched={"alpha": spec}, start=lambda o, r: (releases[0].images[o], None), iterations=0, tv=0.0)
     rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
     assert float(rows["fit"]) < 1e-6
+
+
+def test_the_place_between_the_first_and_the_last_weights_is_searched(trained):
+    evaluation = {"release": "delta", "local_steps": 2, "batch_size": 2}
+    plan = methods.plan(case_of(trained, "undefended", config.SurrogateModel(iterations=50), **evaluation)[0])
+    rows = attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert ((rows["alpha"] - 0.5).abs() > 0.01).all() and ((rows["alpha"] >= 0) & (rows["alpha"] <= 1)).all()
+
+
+def test_every_round_counts_alike_in_the_distance_of_several(trained):
+    assert methods.plan(case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))[0]).matching.distance is attacks.rounds_apart
 
 
 def test_an_attack_of_one_s_own_is_twenty_lines(trained):
