@@ -159,6 +159,8 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.ReadNoise, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
+        return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
@@ -176,8 +178,6 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it reads the latent of one client's update, and secure aggregation sums those of several"
     if isinstance(attack, config.ReadNoise) and isinstance(one.training.defence.decoder, SeeingDecoder):
         return "it reads the latent off the gradient of the cross-entropy alone, and the decoder's term is in the predictor's"
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.ReadNoise, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
-        return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     return ""

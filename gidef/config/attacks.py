@@ -290,7 +290,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
     counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -377,6 +377,8 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "joint smooth": JointMatching(**matching, tv=3e-3),  # of the total variation no weight is the best on every net
         "joint smoother": JointMatching(**matching, tv=1e-2),
         "joint guessed decoder": JointMatching(**matching, decoder="surrogate", surrogate_steps=surrogate),
+        "read noise": ReadNoise(**matching),
+        "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),
         "learned": LearnedInversion(steps=learned, gradients=gradients, surrogate_steps=surrogate, labels=labels),

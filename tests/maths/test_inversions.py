@@ -338,7 +338,8 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
     assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "analytic", "learned", "shuffled gradient"}
     assert heard.notices == [
-        "smoke goes without decoder, eot: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+        "smoke goes without decoder, eot, read noise, read noise guessed decoder: it needs a defence with noise on the latent.",
+        "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
     evaluation = dataclasses.replace(run.recipe.evaluation, release="delta", batch_size=2, local_steps=2)
@@ -346,7 +347,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
     assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
-    assert heard.notices == ["smoke goes without analytic, learned: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
+    assert heard.notices == ["smoke goes without analytic, learned, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
 
 
 def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):
@@ -646,10 +647,10 @@ def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without
         assert row["psnr_db"]["mean"] == pytest.approx((float(negative[0]) + second + third + float(grey[3])) / 4, abs=1e-4), row["attack"]
         assert row["failed"] == 1 and sum(row["worst_by"].values()) == 3 and "none 1, where all failed" in row["note"]
     assert whole["worst_by"]["decoder"] == whole["worst_by"]["joint"] == 1 and not {"decoder", "joint"} & fair["worst_by"].keys()
-    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "joint smooth", "joint smoother", "rounds"}
+    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "joint smooth", "joint smoother", "read noise", "rounds"}
     assert whole["threat"]["beyond"]["decoder"] == ["is given the latent"] and whole["threat"]["beyond"]["joint"] == ["knows the private decoder"]
     assert "bounds beyond that: joint knows the private decoder" in whole["threat"]["name"] and "beyond" not in fair["threat"]
-    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 5
+    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 6
 
 
 def test_the_joint_attack_smooths_less_where_there_is_noise_to_search_unless_it_is_told_how_much(trained, tmp_path):
