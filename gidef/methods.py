@@ -377,7 +377,7 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
             if observation not in starts:
                 one = seen[observation]
                 own = {n.removeprefix(DECODER): t.float() for n, t in {**one.known, **one.params}.items() if n.startswith(DECODER)}
-                latents, _ = _latents_of(case, one, observation)
+                latents, *_ = _latents_of(case, one, observation)
                 with torch.no_grad():
                     images = functional_call(decoder(), own, (latents,)).clamp(0, 1)
                 starts[observation] = from_images([images], seed=stream_seed(case.seed, "decoded", observation))
@@ -386,13 +386,13 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
     return start
 
 
-def _latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float]:
-    """float32 (B, *latent) on the observation's device, as A5 reads it, and how far from the predictor's gradient its own is."""
+def _latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float, Tensor]:
+    """float32 (B, *latent) on the observation's device, as A5 reads it, how far from the predictor's gradient its own is, and the labels it was read with."""
     whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
     device = next(iter(one.params.values())).device
     running = read_latent([dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device, numbers=[number])
     matched = attacks.drain(running)
-    return matched.latents[0].to(device, torch.float32), float(matched.loss[0])
+    return matched.latents[0].to(device, torch.float32), float(matched.loss[0]), matched.labels[0]
 
 
 def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
@@ -404,13 +404,14 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
     behind = {*frozen.parts["predictor"], *(name for name in names if name.startswith("perturbation.back."))}
 
     def told(one: Observation, number: int) -> Observation:
-        latents, loss = _latents_of(case, one, number)
+        latents, loss, labels = _latents_of(case, one, number)
         read = loss <= READ
         weights = {name: tensor for name, tensor in {**one.known, **one.params}.items() if name in names}
         place = _code(latents, weights, perturbation.channel_dim) if isinstance(perturbation, Bottleneck) else latents
         share = latents.new_tensor(float(read))
         update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
-        return dataclasses.replace(one, update=update, known={**one.known, PLACE: place, SHARE: share})
+        granted = labels if read and one.labels is None else one.labels  # what they would be recovered from is nought there
+        return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: place, SHARE: share})
 
     def made() -> Simulate:
         simulate, model = make(), mine()

@@ -416,6 +416,15 @@ def test_where_the_latent_is_read_the_noise_follows_from_the_images(trained):
     assert max(float((other[name] - one.update[name]).abs().max()) for name in set(one.update) - behind) > 1e-3
 
 
+def test_recovered_labels_are_those_that_the_latent_was_read_with(trained):
+    """They lie in the predictor's gradient, which is not matched."""
+    case, _, (release,) = case_of(trained, "learned", config.ReadNoise(labels="recovered", **SHORT))
+    assert all(one.labels is None for one in case.observations)
+    plan = methods.plan(case)
+    found = attacks.drain(attacks.run_chunk(tuple((o, 0) for o in range(len(release.labels))), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert (found["failure"] == 0).all() and torch.equal(found["labels"], release.labels.cpu())
+
+
 def test_where_it_is_not_read_the_noise_is_searched_as_by_a3(trained, monkeypatch):
     monkeypatch.setattr(methods, "READ", -1.0)
     case, plan, release, simulated = read_noise(trained)

@@ -292,7 +292,7 @@ def test_a_decoded_start_reads_the_latent_off_what_is_not_matched_too(trained, m
     def read(observations, predictor, **how):
         latent._check(observations, predictor)
         seen.extend(observations)
-        return SimpleNamespace(latents=[torch.zeros(1, *case.latent_shape)], loss=torch.zeros(1))
+        return SimpleNamespace(latents=[torch.zeros(1, *case.latent_shape)], loss=torch.zeros(1), labels=torch.zeros(1, 1, dtype=torch.int64))
         yield
 
     monkeypatch.setattr(methods, "read_latent", read)
