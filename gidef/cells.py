@@ -20,7 +20,7 @@ from gidef.defence.seeing import SeeingDecoder
 from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
-NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
+NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ReadNoise, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
 """Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
 CONTROL = "shuffled gradient"
 BLIND = "the update of public images of the same labels, every tensor's entries in another order: what the priors draw by themselves"
@@ -159,6 +159,8 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.ReadNoise, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
+        return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
@@ -170,10 +172,12 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a decoder that is handed the latent alone"
     if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
         return "it needs a noise level that the server sends"
-    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers)) and run.recipe.share_policy == "head":
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers, config.ReadNoise)) and run.recipe.share_policy == "head":
         return "it needs a front that is shared, and share_policy is head"
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
-        return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
+    if isinstance(attack, config.ReadNoise) and one.training.defence.secure is not None:
+        return "it reads the latent of one client's update, and secure aggregation sums those of several"
+    if isinstance(attack, config.ReadNoise) and isinstance(one.training.defence.decoder, SeeingDecoder):
+        return "it reads the latent off the gradient of the cross-entropy alone, and the decoder's term is in the predictor's"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     return ""

@@ -61,7 +61,10 @@ def _planned(run: Run, cell: Cell, fitted: Callable[[Cell], dict[str, Any]]) -> 
     if cell.failure:
         return None
     try:
-        return methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        if plan.note and plan.note not in cell.note:
+            cell.note = "; ".join(filter(None, (cell.note, plan.note)))
+        return plan
     except StorageError:
         raise
     except Exception as error:  # what it needs was not trained, or it cannot be planned: it failed, which is a result; the others go on
@@ -197,7 +200,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
 def on_itself(run: Run, cell: Cell, plan: methods.Plan) -> bool:
     """Whether an attack can run on the module itself, see `attack.large`: A0 by descent, and A3, that match one gradient of the cross-entropy alone."""
     attack, defence = cell.attack, cell.trained.training.defence
-    left_out = (config.EotMatching, config.DeepLeakage, config.DecoderAware, config.GenerativePrior, config.MultiRound)
+    left_out = (config.EotMatching, config.DeepLeakage, config.DecoderAware, config.GenerativePrior, config.MultiRound, config.ReadNoise)
     joint = isinstance(attack, config.JointMatching)
     if not isinstance(attack, config.NaiveMatching) or isinstance(attack, left_out) or callable(getattr(attack, "plan", None)):
         return False

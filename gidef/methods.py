@@ -34,6 +34,7 @@ from gidef.clients.participate import DECODER
 from gidef.defence.encode import ENCODED, searched_of
 from gidef.defence.share import SEEN
 from gidef.errors import InputError
+from gidef.models.bottleneck import Bottleneck
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
 from gidef.types import Observation, Tensors
@@ -42,18 +43,24 @@ PUBLIC = 512
 """Public images, at most, of which statistics are estimated."""
 READING = 400
 """Iterations of the search for a latent where none can be written down."""
+PLACE, SHARE = "read noise/place", "read noise/share"
+"""In `known`, of `ReadNoise`: where the noise leads to, and 1 where that was read, else 0."""
+READ = 1e-4
+"""Cosine distance from the predictor's gradient up to which a latent counts as read."""
 SNAPSHOTS = 8
 """Candidates on the way that are kept of every attack, for the evaluator's curves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the engine is given. refine: settings of a second stage, which starts where the first one ended; None for none."""
+    """What the engine is given. refine: settings of a second stage, which starts where the first one ended; None for none.
+    note: what was found on the way to it, for the attack's row."""
 
     observations: list[Observation]
     make_simulate: Callable[[], Simulate]
     matching: Matching
     refine: Matching | None = None
+    note: str = ""
 
     @property
     def stages(self) -> list[Matching]:
@@ -225,6 +232,8 @@ def _planned(case: Case) -> Plan:
             return _generative(case, seen, make)
         case config.DecoderAware():
             return _decoder_aware(case, seen, make)
+        case config.ReadNoise():
+            return _read_noise(case, seen, make)
         case config.JointMatching():
             return Plan(seen, make, case.matching(noise_shape=case.noise_shape))
     return Plan(seen, _noise_free(make), case.matching())
@@ -367,16 +376,68 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
         with lock:
             if observation not in starts:
                 one = seen[observation]
-                whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
                 own = {n.removeprefix(DECODER): t.float() for n, t in {**one.known, **one.params}.items() if n.startswith(DECODER)}
-                device = next(iter(one.params.values())).device
-                matched = attacks.drain(read_latent([dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device))
+                latents, _ = _latents_of(case, one, observation)
                 with torch.no_grad():
-                    images = functional_call(decoder(), own, (matched.latents[0].to(device, torch.float32),)).clamp(0, 1)
+                    images = functional_call(decoder(), own, (latents,)).clamp(0, 1)
                 starts[observation] = from_images([images], seed=stream_seed(case.seed, "decoded", observation))
             return starts[observation](0, restart)
 
     return start
+
+
+def _latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float]:
+    """float32 (B, *latent) on the observation's device, as A5 reads it, and how far from the predictor's gradient its own is."""
+    whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
+    device = next(iter(one.params.values())).device
+    running = read_latent([dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device, numbers=[number])
+    matched = attacks.drain(running)
+    return matched.latents[0].to(device, torch.float32), float(matched.loss[0])
+
+
+def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
+    """A3 in which z̃ is read first. Where it was, the noise is a function of the candidate, and what lies behind it is matched already: there both sides are nought."""
+    frozen = copy.deepcopy(case.model).requires_grad_(False).eval()
+    frozen.train(case.moves_statistics)
+    mine = _per_thread(lambda: copy.deepcopy(frozen))
+    names, perturbation = set(frozen.state_dict()), frozen.perturbation
+    behind = {*frozen.parts["predictor"], *(name for name in names if name.startswith("perturbation.back."))}
+
+    def told(one: Observation, number: int) -> Observation:
+        latents, loss = _latents_of(case, one, number)
+        read = loss <= READ
+        weights = {name: tensor for name, tensor in {**one.known, **one.params}.items() if name in names}
+        place = _code(latents, weights, perturbation.channel_dim) if isinstance(perturbation, Bottleneck) else latents
+        share = latents.new_tensor(float(read))
+        update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
+        return dataclasses.replace(one, update=update, known={**one.known, PLACE: place, SHARE: share})
+
+    def made() -> Simulate:
+        simulate, model = make(), mine()
+
+        def with_noise_read(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor) -> Tensors:
+            place, share = known[PLACE], known[SHARE]
+            known = {name: tensor for name, tensor in known.items() if name not in (PLACE, SHARE)}
+            weights = {name: tensor for name, tensor in {**known, **params}.items() if name in names}
+            out = functional_call(model, weights, (images, torch.zeros_like(place)), {"full": True})
+            leading = (place - out.latent) / out.std.clamp(min=torch.finfo(place.dtype).tiny ** 0.5)
+            update = simulate(params, known, images, labels, share * leading + (1 - share) * noise)
+            return {name: tensor * (1 - share) if name in behind else tensor for name, tensor in update.items()}
+
+        return with_noise_read
+
+    each = [told(one, number) for number, one in enumerate(seen)]
+    count = sum(int(one.known[SHARE]) for one in each)
+    note = f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else "; in the others its noise is searched, as by A3")
+    return Plan(each, made, case.matching(noise_shape=case.noise_shape), note=note)
+
+
+def _code(latents: Tensor, weights: Tensors, channel_dim: int) -> Tensor:
+    """A bottleneck's code (B, *noise_shape) from what its layer `back` made of it (B, *latent_shape), by least squares: exact where the code is no longer."""
+    weight, bias = (weights[f"perturbation.back.{name}"] for name in ("weight", "bias"))
+    flat = latents.flatten(1) if weight.ndim == 2 else latents.movedim(channel_dim, -1)
+    found = (flat - bias).double() @ torch.linalg.pinv(weight.flatten(1).double()).mT
+    return (found if weight.ndim == 2 else found.movedim(-1, 1)).to(latents.dtype)
 
 
 def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:

@@ -32,6 +32,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     MultiRound,
     NaiveMatching,
     PostHocDecoder,
+    ReadNoise,
     SkipLayers,
     Standard,
     SurrogateModel,

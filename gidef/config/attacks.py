@@ -174,6 +174,16 @@ class DecoderAware(JointMatching):
 
 
 @_config
+class ReadNoise(JointMatching):
+    """A3 without a search for the noise, where A5 reads the perturbed latent z̃ off the predictor's gradient: of a candidate x the noise is then what leads from x
+    to z̃, (z̃ − m(x)) / σ(x), and the tensors before the noise alone are matched, since the others are explained. Where z̃ cannot be read (the reading does
+    not end within 1e-4 of the predictor's gradient, as in large batches or behind changes of the update), it is A3, and the run says for how many."""
+
+    tv: float | None = 3e-3
+    """Weight of the total variation; A0's, as nothing but the images is searched."""
+
+
+@_config
 class GenerativePrior(JointMatching):
     """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
 
@@ -280,7 +290,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
     counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -337,7 +347,7 @@ MATCHING = (NaiveMatching,)
 ATTACKS = (NaiveMatching, Analytic, LatentDecoding, LearnedInversion, PostHocDecoder, ImprintServer, Standard)
 IDS = {
     NaiveMatching: "A0", InvertingGradients: "A0", ModernInvertingGradients: "A0", DeepLeakage: "A0", GradInversion: "A0", EotMatching: "A1", SkipLayers: "A2",
-    JointMatching: "A3", Analytic: "A4", LatentDecoding: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
+    JointMatching: "A3", ReadNoise: "A3", Analytic: "A4", LatentDecoding: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
     SurrogateModel: "A10", ImprintServer: "A11", ZeroedLevel: "A11", PostHocDecoder: "A12", Standard: "standard",
 }  # fmt: skip
 
@@ -367,6 +377,8 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "joint smooth": JointMatching(**matching, tv=3e-3),  # of the total variation no weight is the best on every net
         "joint smoother": JointMatching(**matching, tv=1e-2),
         "joint guessed decoder": JointMatching(**matching, decoder="surrogate", surrogate_steps=surrogate),
+        "read noise": ReadNoise(**matching),
+        "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),
         "learned": LearnedInversion(steps=learned, gradients=gradients, surrogate_steps=surrogate, labels=labels),
@@ -377,6 +389,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
 PRESETS = {
     "naive": NaiveMatching(), "inverting-gradients": InvertingGradients(), "modern": ModernInvertingGradients(), "dlg": DeepLeakage(),
     "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(restarts=4, halving=2),
+    "read-noise": ReadNoise(restarts=4, halving=2),
     "analytic": Analytic(), "latent": LatentDecoding(), "decoder-aware": DecoderAware(), "learned": LearnedInversion(), "generative": GenerativePrior(),
     "rounds": MultiRound(), "surrogate-model": SurrogateModel(), "imprint": ImprintServer(), "zeroed": ZeroedLevel(), "decoder": PostHocDecoder(),
     "standard": Standard(), "quick": Standard(version="quick"), "smoke": Standard(version="smoke"),

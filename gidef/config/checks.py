@@ -32,6 +32,7 @@ from gidef.config import (
     Precode,
     Pruning,
     Quantisation,
+    ReadNoise,
     Recipe,
     Scaffold,
     SecureAggregation,
@@ -226,6 +227,10 @@ def _plain_problems(recipe: Recipe) -> list[str]:
                 f"evaluation.local_steps={recipe.evaluation.local_steps}, local_epochs={recipe.evaluation.local_epochs}, local_optimiser={recipe.evaluation.local_optimiser}: "
                 "set begin=drawn, or change these."
             )
+        if isinstance(attack, ReadNoise) and attack.labels not in ("known", "recovered"):
+            found.append(f"attacks.{name}.labels={attack.labels}: a latent is read with labels that are known or recovered. Set one of these.")
+        if isinstance(attack, ReadNoise) and attack.decoder == "unused":
+            found.append(f"attacks.{name}.decoder=unused matches the predictor alone, and this attack all but the predictor: set known or surrogate.")
         if recipe.evaluation.local_optimiser == "adam" and (isinstance(attack, SurrogateModel) or getattr(attack, "labels", "") == "soft"):
             what = "a surrogate model follows" if isinstance(attack, SurrogateModel) else "labels=soft reads"
             found.append(f"attacks.{name}: {what} a sum of gradients, which a delta of evaluation.local_optimiser=adam is not: set it to sgd, or leave the attack out.")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 
 from gidef import attack as attacks
 from gidef import build, cells, config, fits, inversions, methods, metrics, observe, threats
@@ -166,6 +168,66 @@ def test_what_head_shares_begins_at_the_defences_own_place(trained):
         assert {name.split(".")[1] for name in one.training.shared} == modules
         kept = one.training.participation.state(0)
         assert not set(kept) & set(one.training.shared) and any(name.startswith("backbone.blocks.0") for name in kept)
+
+
+def watched(monkeypatch, name):
+    """What `fits` hands to a training of this name, which is left out: the arguments of each call."""
+    calls = []
+    monkeypatch.setattr(fits, name, lambda *given, **how: calls.append((given, how)) or iter(()))
+    return calls
+
+
+def cell_of(trained, policy, defence, attack, folder, **evaluation):
+    """(run, the cell of one attack with its releases)"""
+    run, one = trained(policy, defence)
+    run = evaluated(run, **evaluation)
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, attacks={"one": attack})))
+    cell = cells_of(run, one, defence, folder)["one"]
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    cell.releases = Releases(run).of(cell)
+    return run, cell
+
+
+@pytest.mark.parametrize("released", ["client", "utility"])
+def test_a_learned_inversion_is_trained_on_what_is_released_noise_and_terms_and_all(released, trained, tmp_path, monkeypatch):
+    run, cell = cell_of(trained, "full", "precode heavy", config.LearnedInversion(steps=2, gradients=30), tmp_path, released_loss=released)
+    calls, victims, defence = watched(monkeypatch, "fit_inverter"), cell.victims, cell.trained.training.defence
+    fits.inverter_task(run, cell).do(0, lambda units: None)
+    [((_, simulate, params, known, images, labels, draw_noise), how)] = calls
+    assert draw_noise == defence.draw_noise and how["noise_shape"] == (2, *defence.noise_shape) and torch.equal(images, run.setting.dataset.val.images)
+    for batch, update in enumerate(victims.updates):  # at a victim's own images and noise it is the victim's update
+        targets = F.one_hot(victims.labels[batch], run.setting.dataset.num_classes).float()
+        found = simulate(params, known, victims.images[batch], targets, victims.noise[batch])
+        assert found.keys() == update.keys()
+        for name, tensor in update.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+    bare = defence.simulator(terms="utility" if released == "client" else "client", progress=cell.snapshot.progress)()
+    other = bare(params, known, victims.images[-1], targets, victims.noise[-1])
+    assert not all(torch.allclose(other[name], tensor, rtol=1e-2, atol=1e-4) for name, tensor in update.items())
+
+
+def test_a_shadow_s_front_is_trained_with_the_client_s_noise_and_so_is_the_decoder_behind_it(trained, tmp_path, monkeypatch):
+    run, cell = cell_of(trained, "head", "late", ATTACKS["latent"], tmp_path)
+    shadows, decoders = watched(monkeypatch, "fit_shadow"), watched(monkeypatch, "fit_decoder")
+    fits.latent_decoder_task(run, cell).do(0, lambda units: None)
+    [((_, phi, images, _), how)], [((_, latents, _), _)] = shadows, decoders
+    assert how["draw_noise"] == cell.trained.training.defence.draw_noise and phi is cell.snapshot.params and torch.equal(images, run.setting.dataset.val.images)
+    noisy = [latents(images[:2].float() / 255, torch.Generator().manual_seed(seed), 0, None) for seed in (0, 0, 1)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+
+
+def test_a_decoder_of_latents_sees_the_fronts_of_all_the_victims_clients_in_turn(trained, tmp_path, monkeypatch):
+    run, cell = cell_of(trained, "head", "isotropic", ATTACKS["decoder"], tmp_path, batch_size=1)
+    calls, victims, defence = watched(monkeypatch, "fit_decoder"), cell.victims, cell.trained.training.defence
+    fits.decoder_task(run, cell).do(0, lambda units: None)
+    [((_, latents, _), _)] = calls
+    images, private = run.setting.dataset.val.images[:2].float() / 255, dict(zip(victims.owners, victims.private, strict=True))
+    assert len(private) > 1
+    for step, owner in enumerate(sorted(private) * 2):
+        model = copy.deepcopy(defence.model).eval()
+        noise = defence.draw_noise(2, generator=torch.Generator().manual_seed(step))
+        expected = functional_call(model, {**private[owner], **cell.snapshot.params}, (images, noise), {"full": True}).perturbed
+        torch.testing.assert_close(latents(images, torch.Generator().manual_seed(step), step, None), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_notes_say_what_each_attack_is_granted(trained, tmp_path):

@@ -17,6 +17,7 @@ from gidef.config import (
     DCS,
     DPSGD,
     PRESETS,
+    Analytic,
     BiDO,
     CapacityNoise,
     Censor,
@@ -24,6 +25,7 @@ from gidef.config import (
     Data,
     DeepLeakage,
     Dirichlet,
+    EotMatching,
     Evaluation,
     FedAdagrad,
     FedAdam,
@@ -37,18 +39,21 @@ from gidef.config import (
     InvertingGradients,
     IsotropicNoise,
     JointMatching,
+    LearnedInversion,
     LearnedPerturbation,
     LocalTraining,
     Matched,
     MixUp,
     Model,
     ModernInvertingGradients,
+    MultiRound,
     NaiveMatching,
     PostHocDecoder,
     Precode,
     Pruning,
     Quantisation,
     QuantitySkew,
+    ReadNoise,
     Recipe,
     Rounds,
     Scaffold,
@@ -63,6 +68,7 @@ from gidef.config import (
     from_json,
     problems,
     science,
+    standard,
     to_json,
 )
 from gidef.errors import InputError
@@ -471,3 +477,40 @@ def test_a_models_options_survive_json_and_its_dropout_is_refused():
     assert from_json(json.loads(json.dumps(to_json(Recipe(model=model))))).model == model
     (found,) = problems(Recipe(model=Model(name="resnet18", options={"drop_rate": 0.1})))
     assert "['drop_rate']" in found and "without dropout" in found
+
+
+# --- the fixed ensemble --------------------------------------------------------------------------------------------------
+
+MEMBERS = ("naive", "eot", "joint", "joint smooth", "joint smoother", "joint guessed decoder", "read noise", "read noise guessed decoder", "rounds", "analytic", "learned", "decoder")
+VERSIONS = {
+    "standard": (
+        NaiveMatching(iterations=4000, restarts=4, halving=2), EotMatching(iterations=1000, restarts=1, samples=16), JointMatching(iterations=4000, restarts=4, halving=2),
+        JointMatching(iterations=4000, restarts=4, halving=2, tv=3e-3), JointMatching(iterations=4000, restarts=4, halving=2, tv=1e-2),
+        JointMatching(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600),
+        ReadNoise(iterations=4000, restarts=4, halving=2), ReadNoise(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600), MultiRound(iterations=2000, restarts=1, rounds=4), Analytic(),
+        LearnedInversion(steps=3000, gradients=4000, surrogate_steps=600), PostHocDecoder(steps=3000),
+    ),
+    "quick": (
+        NaiveMatching(iterations=300, restarts=1, halving=2), EotMatching(iterations=75, restarts=1, samples=4), JointMatching(iterations=300, restarts=1, halving=2),
+        JointMatching(iterations=300, restarts=1, halving=2, tv=3e-3), JointMatching(iterations=300, restarts=1, halving=2, tv=1e-2),
+        JointMatching(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150),
+        ReadNoise(iterations=300, restarts=1, halving=2), ReadNoise(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150), MultiRound(iterations=150, restarts=1, rounds=2), Analytic(),
+        LearnedInversion(steps=200, gradients=400, surrogate_steps=150), PostHocDecoder(steps=150),
+    ),
+    "smoke": (
+        NaiveMatching(iterations=3, restarts=2, halving=2), EotMatching(iterations=1, restarts=1, samples=2), JointMatching(iterations=3, restarts=2, halving=2),
+        JointMatching(iterations=3, restarts=2, halving=2, tv=3e-3), JointMatching(iterations=3, restarts=2, halving=2, tv=1e-2),
+        JointMatching(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2),
+        ReadNoise(iterations=3, restarts=2, halving=2), ReadNoise(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2), MultiRound(iterations=1, restarts=1, rounds=2), Analytic(),
+        LearnedInversion(steps=2, gradients=40, surrogate_steps=2), PostHocDecoder(steps=2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", ["known", "recovered"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_budgets_of_a_fixed_ensemble_are_part_of_its_version(version, labels):
+    members = standard(version, labels)
+    assert list(members) == list(MEMBERS)
+    for (name, member), expected in zip(members.items(), VERSIONS[version], strict=True):
+        assert member == (replace(expected, labels=labels) if name != "decoder" else expected), name

@@ -16,7 +16,7 @@ from gidef import applications, audit, build, config, findings, fits, inversions
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
-from gidef.cells import Cell, make_cells
+from gidef.cells import Cell, make_cells, mark
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -231,6 +231,53 @@ def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path)
         assert torch.equal(before, images[1][name]), name
 
 
+def test_what_attackers_train_sees_no_image_of_a_client(trained, tmp_path, monkeypatch):
+    """A3's guess, A5, A8 and A12: the victims' images and the training set are overwritten before, and no network changes in any bit."""
+    run, found = trained
+    attacks = {
+        "guessed": config.JointMatching(decoder="surrogate", surrogate_steps=2), "latent": config.LatentDecoding(iterations=2, steps=3), "decoder": config.PostHocDecoder(steps=4),
+        "generative": config.GenerativePrior(fit_steps=2), "gan": config.GenerativePrior(fit_steps=2, generator="gan"),
+    }  # fmt: skip
+    run, train_images, networks = with_speed(run, attacks=attacks), run.setting.dataset.train.images, []
+    for name in ("fit_decoder", "fit_autoencoder", "fit_gan"):
+        monkeypatch.setattr(fits, name, lambda network, *given, fit=getattr(fits, name), **how: networks[-1].append(network) or fit(network, *given, **how))
+    kept = train_images.clone()
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        cells = cells_of(run, found, folder, "learned")
+        if networks:
+            train_images.copy_(255 - kept)
+            for cell in cells:
+                cell.victims.images.copy_(1 - cell.victims.images)
+        networks.append([])
+        try:
+            for task in fits.tasks(run, cells, folder):
+                task.do(0, lambda units: None)
+        finally:
+            train_images.copy_(kept)
+    assert len(networks[0]) == len(networks[1]) >= len(attacks)
+    for one, other in zip(*networks, strict=True):
+        theirs = other.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items()), type(one).__name__
+
+
+def test_the_judge_has_seen_no_victim(trained, tmp_path):
+    run = evaluated(trained[0], judge_epochs=1)
+    images, roles = run.setting.dataset.train.images, run.setting.roles
+    kept = images.clone()
+
+    def fitted(rows):
+        try:
+            images[rows] = 255 - images[rows]
+            fits.judge_task(run, tmp_path / "judge.safetensors").do(0, lambda units: None)
+        finally:
+            images.copy_(kept)
+        return load_file(tmp_path / "judge.safetensors")[0]
+
+    before, of_victims, of_its_own = (fitted(rows) for rows in ([], torch.cat([roles.victims, roles.tuning]), roles.judge[:4]))
+    assert all(torch.equal(tensor, of_victims[name]) for name, tensor in before.items())
+    assert not all(torch.equal(tensor, of_its_own[name]) for name, tensor in before.items())
+
+
 def test_images_that_are_not_finite_are_failures_that_can_be_scored():
     images = torch.rand(1, 3, 4, 4)
     found = [Reconstruction(images=one, labels=torch.zeros(1, dtype=torch.int64), loss=0.0, losses=torch.zeros(1)) for one in (images, images * torch.nan)]
@@ -291,7 +338,8 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
     assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "analytic", "learned", "shuffled gradient"}
     assert heard.notices == [
-        "smoke goes without decoder, eot: it needs a defence with noise on the latent.", "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+        "smoke goes without decoder, eot, read noise, read noise guessed decoder: it needs a defence with noise on the latent.",
+        "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
     evaluation = dataclasses.replace(run.recipe.evaluation, release="delta", batch_size=2, local_steps=2)
@@ -299,7 +347,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
     assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
-    assert heard.notices == ["smoke goes without analytic, learned: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
+    assert heard.notices == ["smoke goes without analytic, learned, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
 
 
 def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):
@@ -599,10 +647,10 @@ def test_an_ensemble_counts_the_worst_case_of_what_did_not_fail_with_and_without
         assert row["psnr_db"]["mean"] == pytest.approx((float(negative[0]) + second + third + float(grey[3])) / 4, abs=1e-4), row["attack"]
         assert row["failed"] == 1 and sum(row["worst_by"].values()) == 3 and "none 1, where all failed" in row["note"]
     assert whole["worst_by"]["decoder"] == whole["worst_by"]["joint"] == 1 and not {"decoder", "joint"} & fair["worst_by"].keys()
-    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "joint smooth", "joint smoother", "rounds"}
+    assert whole["attack"] == "smoke" and fair["attack"] == "smoke without bounds" and set(fair["without"]) == {"decoder", "joint", "joint smooth", "joint smoother", "read noise", "rounds"}
     assert whole["threat"]["beyond"]["decoder"] == ["is given the latent"] and whole["threat"]["beyond"]["joint"] == ["knows the private decoder"]
     assert "bounds beyond that: joint knows the private decoder" in whole["threat"]["name"] and "beyond" not in fair["threat"]
-    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 5
+    assert "2 releases" in whole["threat"]["name"] and "releases" not in fair["threat"]["name"] and fair["members"] == whole["members"] - 6
 
 
 def test_the_joint_attack_smooths_less_where_there_is_noise_to_search_unless_it_is_told_how_much(trained, tmp_path):
@@ -619,12 +667,26 @@ def test_the_joint_attack_smooths_less_where_there_is_noise_to_search_unless_it_
         assert [config.weight_of_variation(one[name], noise=True) for name in ("naive", "joint", "joint smooth", "joint smoother")] == [3e-3, 1e-3, 3e-3, 1e-2]
 
 
-def test_results_of_another_recipe_are_refused(trained, tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"tv": 0.5}, {"batch_size": 2}, {"release": "delta"}, {"local_lr": 0.3}, {"num_victims": 3}, {"released_loss": "utility"}], ids=lambda change: next(iter(change))
+)  # fmt: skip
+def test_results_of_another_recipe_are_refused(trained, tmp_path, change):
     run, found = trained
     finish(run, cells_of(run, found, tmp_path), tmp_path, only=1)
-    other = with_speed(run, attacks={"naive": dataclasses.replace(NAIVE, tv=0.5)})
+    other = with_speed(run, attacks={"naive": dataclasses.replace(NAIVE, **change)}) if "tv" in change else evaluated(run, **change)
     with pytest.raises(InputError, match="another recipe"):
         tasks_of(other, cells_of(other, found, tmp_path), tmp_path)
+
+
+def test_a_control_s_results_are_no_attack_s_and_a_control_beside_it_is_no_other_recipe(trained, tmp_path):
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    control = dataclasses.replace(cell, control=True)
+    marks = {mark(run, one) for one in (cell, control, dataclasses.replace(cell, seed=1), dataclasses.replace(cell, checkpoint="best"), dataclasses.replace(cell, defence="other"))}
+    assert len(marks) == 5 and mark(evaluated(run, control=True), cell) == mark(evaluated(run, control=False), cell)
+    finish(run, [cell], tmp_path, only=1)
+    with pytest.raises(InputError, match="another recipe"):
+        tasks_of(run, [control], tmp_path)
 
 
 def test_a_damaged_result_is_named(trained, tmp_path):
@@ -692,15 +754,43 @@ def test_low_precision_is_used_only_behind_its_gate(trained, tmp_path, monkeypat
     [cell] = cells_of(run, found, tmp_path)
     shift = parity.shift_db(run, cell, "bfloat16", mode="vmap", at_once=8)
     assert shift != 0.0 and abs(shift) < 1.0
-    for measured, used in ((0.05, "bfloat16"), (-0.3, "float32"), (None, "float32")):
+    for measured, used in ((0.05, "bfloat16"), (-0.3, "float32"), (0.3, "float32"), (None, "float32")):
         monkeypatch.setattr(parity, "shift_db", lambda *a, measured=measured, **k: measured)
         path = tmp_path / f"{measured}.json"
         assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used
         monkeypatch.setattr(parity, "shift_db", lambda *a, **k: 1 / 0)
         assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == used  # as it was measured
-    assert len([text for text in heard.notices if "-0.30 dB" in text]) == 2 and any("num_tuning" in text for text in heard.notices)
+    assert [len([text for text in heard.notices if told in text]) for told in ("-0.30 dB", "+0.30 dB")] == [2, 2] and any("num_tuning" in text for text in heard.notices)
     run = with_speed(run, heard, attack_precision="tf32")
     assert parity.gated(run, cell, mode="vmap", at_once=2, path=path) == "float32" and "no TF32" in heard.notices[-1]
+
+
+def test_attacks_run_in_the_precision_that_the_gate_lets_through(trained, tmp_path, monkeypatch):
+    run, found = trained
+    used, climb = [], inversions.climb
+    monkeypatch.setattr(inversions, "climb", lambda *given, **how: used.append(how["precision"]) or climb(*given, **how))
+    for verdict in ("float32", "bfloat16"):
+        monkeypatch.setattr(parity, "gated", lambda *given, verdict=verdict, **how: verdict)
+        own = with_speed(run, attack_precision="bfloat16")
+        finish(own, cells_of(own, found, tmp_path / verdict), tmp_path / verdict, only=1)
+    assert used == ["float32", "bfloat16"]
+
+
+def test_the_gate_looks_at_images_kept_for_tuning_and_never_at_the_victims(trained, tmp_path):
+    run, found = trained
+    [cell] = cells_of(run, found, tmp_path)
+    images, roles = run.setting.dataset.train.images, run.setting.roles
+    kept = images.clone()
+
+    def shift(rows):
+        try:
+            images[rows] = 255 - images[rows]
+            return parity.shift_db(run, cell, "bfloat16", mode="vmap", at_once=8)
+        finally:
+            images.copy_(kept)
+
+    before = shift([])
+    assert before != 0.0 and shift(roles.victims) == before and shift(roles.tuning) != before
 
 
 def test_a_gate_s_verdict_is_of_its_precision_seed_and_device_alone(trained, tmp_path, monkeypatch):
@@ -743,6 +833,23 @@ def test_the_naive_attack_s_result_serves_for_the_joint_one_where_there_is_no_no
     undefended, learned = (make_cells(run, {key: one}, tmp_path) for key, one in found.items())
     assert [cell.name for cell in undefended] == ["naive", "joint"] and undefended[1].twin is undefended[0]
     assert [(cell.name, cell.twin) for cell in learned] == [("naive", None), ("joint", None), ("eot", None)]
+
+
+CHANGED = (
+    config.Pruning(), config.Clipping(), config.Sign(), config.GradientNoise(), config.DPSGD(noise_multiplier=1.0, target_epsilon=None, accountant="rdp"),
+    config.DPSGD(level="client", noise_multiplier=1.0, target_epsilon=None, accountant="rdp"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [Undefended(), *CHANGED], ids=lambda one: type(one).__name__)
+def test_who_simulates_a_change_of_updates_does_other_work_than_the_naive_attack(trained, tmp_path, chosen):
+    run, found = trained
+    joint = config.JointMatching(**{spec.name: getattr(NAIVE, spec.name) for spec in dataclasses.fields(NAIVE)})
+    run, one = with_speed(run, attacks={"naive": NAIVE, "joint": joint}), found["undefended", 0]
+    defence = build.make_defence(chosen, run.recipe, run.setting.dataset, seed=0, spends=build.privacy_budget(run.setting, chosen, seed=0))
+    one = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
+    cells = {cell.name: cell for cell in make_cells(run, {("undefended", 0): one}, tmp_path)}
+    assert cells["naive"].twin is None and cells["joint"].twin is (cells["naive"] if chosen == Undefended() else None)
 
 
 def test_when_nothing_else_fits_the_naive_attack_runs_on_the_module_itself(trained, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from gidef import attack as attacks
-from gidef import build, config, methods, observe
+from gidef import build, config, methods, models, observe
 from gidef.attack.matching import Unordered
 from gidef.attack.optimisers import Adam
 from gidef.cells import NEEDS_NOISE, note_of
@@ -388,6 +388,79 @@ def test_a_decoded_start_wants_one_gradient_and_its_classes(trained, labels, eva
         methods.plan(case)
 
 
+def read_noise(trained, defence="learned", *, draw=1, **changes):
+    """(case, its plan, a release, the plan's simulator at the true images of observation 1 with some noise)."""
+    case, run, (release,) = case_of(trained, defence, config.ReadNoise(**SHORT), **changes)
+    plan = methods.plan(case)
+    one = plan.observations[1]
+
+    def simulated(images, noise):
+        return plan.make_simulate()(one.params, one.known, images, F.one_hot(one.labels, case.num_classes).float(), noise)
+
+    return case, plan, release, simulated
+
+
+def test_where_the_latent_is_read_the_noise_follows_from_the_images(trained):
+    """At the true images the front's gradient is the observed one, whatever noise is searched; what lies behind is left out on both sides."""
+    case, plan, release, simulated = read_noise(trained)
+    one, behind = plan.observations[1], set(case.model.parts["predictor"])
+    assert plan.note == f"the latent was read in {len(plan.observations)} of {len(plan.observations)} observations"
+    found = [simulated(release.images[1], noise) for noise in (torch.zeros_like(release.noise[1]), torch.randn_like(release.noise[1]))]
+    assert behind and behind < set(one.update) == set(found[0])
+    for name, seen in one.update.items():
+        assert torch.equal(found[0][name], found[1][name])
+        expected = torch.zeros_like(seen) if name in behind else case.observations[1].update[name]
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()) + 1e-12)
+    other = simulated(release.images[1].flip(-1), release.noise[1])
+    assert max(float((other[name] - one.update[name]).abs().max()) for name in set(one.update) - behind) > 1e-3
+
+
+def test_where_it_is_not_read_the_noise_is_searched_as_by_a3(trained, monkeypatch):
+    monkeypatch.setattr(methods, "READ", -1.0)
+    case, plan, release, simulated = read_noise(trained)
+    joint = methods.plan(dataclasses.replace(case, attack=config.JointMatching(**SHORT)))
+    one, noise = joint.observations[1], torch.randn(release.noise[1].shape, generator=torch.Generator().manual_seed(0))
+    assert f"0 of {len(plan.observations)}" in plan.note and "searched" in plan.note
+    expected = joint.make_simulate()(one.params, one.known, release.images[1], F.one_hot(one.labels, case.num_classes).float(), noise)
+    found = simulated(release.images[1], noise)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+        assert torch.equal(plan.observations[1].update[name], one.update[name])
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), [((6,), -1), ((6, 2, 3), 1), ((2, 3, 6), -1)])
+def test_a_bottleneck_s_code_is_had_from_what_it_restores(shape, channel_dim):
+    made = models.LinearBottleneck(shape, channel_dim, width=4) if len(shape) == 1 else models.ConvBottleneck(shape, channel_dim, kernel=1)
+    code = torch.randn(5, *made.noise_shape, generator=torch.Generator().manual_seed(0))
+    weights = {f"perturbation.{name}": tensor.detach() for name, tensor in made.named_parameters()}
+    if made.noise_shape[0] > 6:  # longer than the latent: what it restores is all that can be had
+        code = methods._code(made.restore(code).detach(), weights, channel_dim)
+    found = methods._code(made.restore(code).detach(), weights, channel_dim)
+    torch.testing.assert_close(found, code, rtol=1e-4, atol=1e-5)
+
+
+def test_a_level_of_nought_leaves_the_candidate_s_own_latent(trained):
+    case, _, _, _ = read_noise(trained)
+    model = copy.deepcopy(case.model)
+    with torch.no_grad():
+        model.perturbation.level.fill_(-200.0)
+    model.perturbation.std_floor = 0.0
+    levelled = dataclasses.replace(case, model=model)
+    plan = methods.plan(levelled)
+    one = plan.observations[1]
+    params = {name: torch.full_like(t, -200.0) if name == "perturbation.level" else t for name, t in one.params.items()}
+    found = plan.make_simulate()(params, one.known, torch.rand(1, 3, 16, 16), F.one_hot(one.labels, case.num_classes).float(), torch.zeros(1, *case.latent_shape))
+    assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"labels": "counts"}, "known or recovered"), ({"labels": "searched"}, "known or recovered"), ({"decoder": "unused"}, "all but the predictor")])
+def test_noise_is_read_with_classes_and_all_but_the_predictor_is_matched(trained, changes, said):
+    recipe = trained[0].recipe
+    found = config.problems(dataclasses.replace(recipe, attacks={"read": config.ReadNoise(**changes, **SHORT)}))
+    assert any("attacks.read" in text and said in text for text in found)
+
+
 def test_noise_in_the_steps_and_soft_or_searched_labels_are_settings_of_every_matching_attack(trained):
     plain, noisy = (methods.plan(case_of(trained, "undefended", config.InvertingGradients(langevin=langevin, **SHORT))[0]) for langevin in (0.0, 0.2))
     assert plain.matching.optimiser is None and noisy.matching.descent() == Adam(sign="hard", langevin=0.2)
@@ -424,6 +497,14 @@ def test_signs_and_noise_of_steps_are_for_pixels_and_leave_the_codes_of_a_genera
     assert torch.equal(*codes)
     ends = [reconstructed(one) for one in (plain, asked)]
     assert all(one.isfinite().all() for one in ends) and not torch.equal(*ends)
+
+
+def test_a_generator_s_codes_are_searched_by_the_step_that_its_attack_says(trained):
+    attack = config.GenerativePrior(iterations=24, code_share=0.5, code_lr=0.07)
+    settings = (plan := methods.plan(case_of(trained, "undefended", attack)[0])).matching
+    begun = attacks.batch.first_variables(((0, 0),), 1, settings, 0, {"device": "cpu", "dtype": torch.float32})["code"]
+    rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), settings, seed=0))
+    assert settings.lr == 0.07 and (rows["fit"] < rows["first_fit"]).all() and (rows["code"] - begun).abs().max() > 0.05  # codes are all that it moves
 
 
 def two_stages(plan, chunk):
@@ -618,6 +699,17 @@ def test_a_surrogate_model_at_the_end_of_one_step_explains_the_delta(trained):
     matching = dataclasses.replace(plan.matching, searched={"alpha": spec}, start=lambda o, r: (releases[0].images[o], None), iterations=0, tv=0.0)
     rows = attacks.drain(attacks.run_chunk(((0, 0),), plan.observations, plan.make_simulate(), matching, seed=0))
     assert float(rows["fit"]) < 1e-6
+
+
+def test_the_place_between_the_first_and_the_last_weights_is_searched(trained):
+    evaluation = {"release": "delta", "local_steps": 2, "batch_size": 2}
+    plan = methods.plan(case_of(trained, "undefended", config.SurrogateModel(iterations=50), **evaluation)[0])
+    rows = attacks.drain(attacks.run_chunk(((0, 0), (1, 0)), plan.observations, plan.make_simulate(), plan.matching, seed=0))
+    assert ((rows["alpha"] - 0.5).abs() > 0.01).all() and ((rows["alpha"] >= 0) & (rows["alpha"] <= 1)).all()
+
+
+def test_every_round_counts_alike_in_the_distance_of_several(trained):
+    assert methods.plan(case_of(trained, "learned", config.MultiRound(rounds=2, **SHORT))[0]).matching.distance is attacks.rounds_apart
 
 
 def test_an_attack_of_one_s_own_is_twenty_lines(trained):

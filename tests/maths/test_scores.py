@@ -49,6 +49,28 @@ def test_images_are_scored_beside_the_truth_that_they_stand_for_whatever_their_o
     assert swapped["psnr_db"].mean() < straight["psnr_db"].mean() - 5  # a batch is not paired with another one's truth
 
 
+def test_errors_are_normalised_by_the_variance_of_public_images(scorer):
+    public = scorer._run.setting.dataset.val.images.double() / 255
+    variance = (public - public.mean(0)).square().mean()
+    images = (0.8 * scorer.truth + 0.1).clamp(0, 1)
+    found = scorer.measure(images, scorer.truth, scorer.labels)["nmse"]
+    torch.testing.assert_close(found, (images - scorer.truth).double().square().flatten(1).mean(1) / variance, rtol=1e-5, atol=1e-7)
+
+
+def test_a_victim_is_identified_among_further_images_of_its_label(scorer):
+    """The reconstructions are images of the pool, where the label has another one: nobody's victim is found by them."""
+    train, pool = scorer._run.setting.dataset.train, range(24)
+    images, labels = train.images.double() / 255, train.labels.tolist()
+    others = [next((row for row in range(8, 24) if labels[row] == labels[victim]), victim) for victim in range(8)]
+    expected = []
+    for victim, other in enumerate(others):
+        same = [row for row in pool if labels[row] == labels[victim]]
+        expected.append(float(min(same, key=lambda row, other=other: float((images[row] - images[other]).square().mean())) == victim))
+    assert 0.0 in expected
+    assert scorer.measure(images[others].float(), scorer.truth, scorer.labels)["iip"].tolist() == expected
+    assert scorer.measure(scorer.truth, scorer.truth, scorer.labels)["iip"].tolist() == [1.0] * 8
+
+
 def test_the_start_that_the_truth_would_choose_moves_no_other_column(scorer):
     victims = batches(scorer)
     grey = torch.full_like(victims.images, 0.5)

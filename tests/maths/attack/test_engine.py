@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
-from gidef.attack import Matching, drain, invert, joint, naive, plan, run, run_chunk, select
+from gidef.attack import Matching, averaged, drain, invert, joint, naive, plan, run, run_chunk, select
 from gidef.attack.batch import KEPT, LOST
 from gidef.attack.lbfgs import Lbfgs
 from gidef.attack.matching import kink_width, step_factor, tv_weight
@@ -62,6 +62,26 @@ def test_another_seed_starts_elsewhere_and_restarts_differ(case):
     settings = dataclasses.replace(settings, iterations=0)
     first, again, other = (run(observations, lambda: simulate, settings, seed=seed)[0].restart_images for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+
+
+def test_what_an_averaging_attack_draws_is_fresh_in_every_iteration_and_start_and_repeats_with_the_seed(case, tiny):
+    observations, simulate, settings, _ = case
+    settings = dataclasses.replace(settings, noise_shape=None, iterations=3, drawn={"draws": lambda draw: torch.randn(2, 2, *tiny.latent, generator=draw)})
+
+    def drawn(seed):
+        seen = []
+
+        def recording(params, known, images, labels, noise):
+            if not any(torch.equal(known["draws"], one) for one in seen):
+                seen.append(known["draws"].clone())
+            return averaged(simulate)(params, known, images, labels, noise)
+
+        run(observations[:1], lambda: recording, settings, seed=seed, mode="loop", dtype=torch.float64)
+        return seen
+
+    first, again, other = drawn(3), drawn(3), drawn(4)
+    assert len(first) == len(again) == 2 * 4  # of two starts, at the beginning and after each of three steps
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True)) and not any(torch.equal(one, two) for one in first for two in other)
 
 
 def test_observations_with_weights_and_knowledge_of_their_own_are_attacked_with_their_own(tiny):

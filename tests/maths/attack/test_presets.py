@@ -12,6 +12,7 @@ from gidef.attack import deep_leakage, gradinversion, improved_deep_leakage, inv
 from gidef.attack.client import gradient_of, observed
 from gidef.attack.optimisers import Adam
 from gidef.attack.priors import bn_statistics
+from gidef.attack.registration import group_consistency
 from gidef.attack.surgery import batch_statistics, granted_statistics
 from gidef.errors import InputError
 
@@ -55,6 +56,29 @@ def test_gradinversion_agrees_on_a_consensus_and_finds_the_images(tiny, case):
     assert errors(pulled, truth).mean() < 0.03
     spread = [sum(float(one.restart_images.std(0).mean()) for one in found) for found in (pulled, alone)]
     assert spread[0] < spread[1], spread
+
+
+def smooth(seed, shift=0):
+    """A picture (3, 32, 32) of blobs, moved by whole pixels along both sides."""
+    draw = torch.Generator().manual_seed(seed)
+    places, colours = torch.rand(6, 2, generator=draw, dtype=torch.float64) * 20 + 6 + shift, torch.rand(6, 3, generator=draw, dtype=torch.float64)
+    u = torch.arange(32, dtype=torch.float64)
+    blobs = torch.exp(-((u - places[:, 0, None, None]) ** 2 + (u[:, None] - places[:, 1, None, None]) ** 2) / 30)
+    return (colours[:, :, None, None] * blobs[:, None]).sum(0)
+
+
+def test_gradinversion_s_restarts_agree_once_they_are_registered_and_images_of_one_label_are_in_their_places(tiny):
+    coupling = gradinversion(group=1.0, **tiny.settings).coupling
+    plain = group_consistency(1.0, register_images=False)
+    moved = torch.stack([smooth(0, shift) for shift in (0, 2, -2)])[:, None]
+    swapped = torch.stack([torch.stack([smooth(1), smooth(2)]), torch.stack([smooth(2), smooth(1)]), torch.stack([smooth(1), smooth(2)])])
+    for images, labels in ((moved, [1]), (swapped, [2, 2])):
+        labels = torch.tensor(labels).expand(3, -1)
+        found, without = (one(images, [[0, 1, 2]], 1.0, labels)[0] for one in (coupling, plain))
+        assert without.min() > 1e-3 and found.max() < 0.05 * without.min(), (found, without)
+        assert (coupling(images, [[0, 1, 2]], 0.0, labels)[0] == 0).all()
+    apart = coupling(swapped, [[0, 1, 2]], 1.0, torch.tensor([[1, 2]]).expand(3, -1))[0]
+    assert apart.max() > 1e-3  # other labels hold them where they are
 
 
 def test_a_published_attack_has_the_same_settings_as_a_dataclass_and_as_a_function(tiny):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
-from gidef.attack import averaged, drain, invert, joint, local_adam, local_sgd, naive
+from gidef.attack import averaged, drain, invert, joint, local_adam, local_sgd, naive, rounds_apart, surrogate_model, with_final_weights
 from gidef.errors import InputError
 from gidef.types import Observation
 
@@ -142,3 +142,48 @@ def test_the_engine_inverts_the_delta_of_local_training(tiny, noisy):
     matching = joint(noise_shape=shape, **settings) if noisy else naive(**settings)
     (found,) = drain(invert([observation], lambda: simulate, matching, seed=0, dtype=torch.float64))
     assert found.loss < 0.15 * float(found.losses[0])
+
+
+# --- models between a client's first and last weights, and several rounds ------------------------------------------------
+
+
+def apart(one, other):
+    """1 − cos, of all entries together."""
+    flat = [torch.cat([tensor.flatten() for _, tensor in sorted(tensors.items())]) for tensors in (one, other)]
+    return 1 - float(F.cosine_similarity(*flat, dim=0))
+
+
+def test_a_surrogate_model_lies_between_the_first_weights_and_the_last_that_the_delta_tells(tiny):
+    model = tiny.Net()
+    gradient, params = tiny.simulator(model), tiny.weights(model)
+    _, images, labels = tiny.observe(gradient, params, size=4)
+    targets = F.one_hot(labels, tiny.classes).double()
+    update = local_sgd(gradient, steps=4, lr=0.3)(params, {}, images, targets, None)
+    last = {name: tensor + update[name] for name, tensor in params.items()}
+    observation = with_final_weights(Observation(params, update, 4, kind="delta", labels=labels, known={"factor": torch.ones(())}))
+    assert observation.known.keys() == {"factor", *(f"final/{name}" for name in params)}
+    assert all(torch.equal(observation.known[f"final/{name}"], tensor) for name, tensor in last.items())
+
+    def simulated(alpha):
+        return surrogate_model(gradient)(params, {**observation.known, "alpha": torch.tensor(alpha, dtype=torch.float64)}, images, targets, None)
+
+    for alpha, weights in ((0.0, params), (1.0, last), (0.25, {name: 0.75 * params[name] + 0.25 * last[name] for name in params})):
+        expected = gradient(weights, {}, images, targets, None)
+        for name, tensor in simulated(alpha).items():
+            torch.testing.assert_close(tensor, -expected[name])
+    distances = {alpha / 10: apart(simulated(alpha / 10), update) for alpha in range(11)}
+    best = min(distances, key=distances.get)
+    assert 0 < best < 1 and distances[best] < 0.8 * distances[0.0], distances
+
+
+def test_no_round_drowns_another_however_large_its_gradients_are():
+    draw = torch.Generator().manual_seed(0)
+    target = {f"{number}/{name}": torch.randn(5, 3, generator=draw, dtype=torch.float64) for number in range(2) for name in "ab"}
+    target = {name: 1e3 * tensor if name.startswith("0/") else tensor for name, tensor in target.items()}
+    flipped = {name: tensor if name.startswith("0/") else -tensor for name, tensor in target.items()}
+    one = torch.ones((), dtype=torch.float64)
+    assert float(rounds_apart(flipped, target, one)) == pytest.approx(1.0)  # nought of the first, two of the second
+    assert apart(flipped, target) < 1e-5  # what a common cosine makes of it
+    assert float(rounds_apart(target, target, one)) == pytest.approx(0.0, abs=1e-9)
+    halves = {name: tensor * (0.01 if name.startswith("0/") else 7.0) for name, tensor in target.items()}
+    assert float(rounds_apart(halves, target, one)) == pytest.approx(0.0, abs=1e-6)  # of each round the direction alone

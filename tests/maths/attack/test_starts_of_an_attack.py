@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gidef.attack import Programs, drain, joint, naive, plan, run, run_chunk, select
+from gidef.attack.batch import LOST
 from gidef.errors import InputError
 
 DOUBLE = {"seed": 3, "dtype": torch.float64}
@@ -75,6 +76,33 @@ def test_a_failed_start_is_the_first_to_go(case, tiny):
     rows = drain(run_chunk(((0, 0), (0, 1), (0, 2), (0, 3)), trap, trapped, settings, **DOUBLE))
     assert rows["loss"][best] == torch.inf and (rows["images"][best] == 0.5).all() and rows["given_up"].tolist() == (rows["iterations"] < 17).tolist()
     assert rows["failure"][best] != 0 and rows["iterations"][best] < 17 and int(rows["iterations"].max()) == 17
+
+
+def test_a_start_that_was_lost_before_the_rung_goes_however_good_its_best_point_was(case, tiny):
+    """It keeps the loss of its best point, the lower one here; the healthy start runs to the end all the same."""
+    observations, simulate, settings = case
+    truth, drawn = tiny.observe(simulate, observations[0].params, size=2, seed=0)[1], []
+
+    def start(observation, restart):
+        return (truth if restart == 0 else torch.full((2, *tiny.shape), 0.5)), tiny.draw_noise(0, 2)
+
+    def draw(generator):  # two draws at a time, the first ones for the check before the first iteration
+        drawn.append(divmod(len(drawn) - 2, 2))
+        return torch.tensor(torch.nan if drawn[-1] == lost else 0.0)
+
+    def trapped(params, known, images, labels, noise):
+        return {name: tensor * (1 + known["trap"]) for name, tensor in simulate(params, {}, images, labels, noise).items()}
+
+    settings = dataclasses.replace(settings, restarts=2, halving=2, start=start, drawn={"trap": draw})
+    lost = None
+    whole = drain(run_chunk(((0, 0), (0, 1)), observations, trapped, settings, **DOUBLE))
+    rung = int(whole["iterations"][1])
+    assert whole["given_up"].tolist() == [False, True] and 1 < rung < 16
+    lost = (rung - 1, 0)
+    drawn.clear()
+    rows = drain(run_chunk(((0, 0), (0, 1)), observations, trapped, settings, **DOUBLE))
+    assert rows["failure"].tolist() == [LOST, 0] and float(rows["loss"][0]) < float(whole["loss"][1])
+    assert rows["given_up"].tolist() == [True, False] and rows["iterations"].tolist() == [rung, 17]
 
 
 def test_starts_that_halving_gave_up_are_not_chosen_for_their_smoothness_but_are_kept_for_the_evaluator(case, tiny):

@@ -83,6 +83,14 @@ def test_without_pairs_the_class_mean_itself_is_taken_off(certified):
     assert "decoder (A12), is +0.5 dB [-0.1, +1.1] from the class mean (allowed +1.0: FAIL, by the upper end)" in judged(certified)[0]
 
 
+@pytest.mark.parametrize("place", [-1, -4])
+def test_of_several_certificates_the_one_that_grants_most_is_said(certified, place):
+    certified["rows"][place] |= {"certified_bits": 20.5, "lifetime_bits": 300.0}
+    certified["rows"][-2] |= {"certified_bits": 3.0}
+    [text] = judged(certified)
+    assert "at most 20.5 bits of an image beyond its label a release, 300.0 in the whole training." in text
+
+
 def test_other_policies_and_rows_without_a_certificate_are_not_judged(certified, results):
     for row in certified["rows"]:
         row["certified_bits"] = None

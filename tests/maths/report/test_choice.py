@@ -55,6 +55,16 @@ def test_neither_test_accuracies_nor_the_order_of_rows_decide(swept):
     assert before == "b" and all(choice(swept | {"rows": list(rows)})["take"] == before for rows in itertools.islice(itertools.permutations(swept["rows"]), 0, 4000, 400))
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_defences_that_leak_alike_the_more_accurate_is_taken(swept, backwards):
+    for row in swept["rows"]:
+        if row["defence"] in ("a", "b", "c"):
+            row["psnr_db"]["mean"] = 21.0
+    if backwards:
+        swept["training"].reverse()
+    assert choice(swept)["take"] == "a"  # of 90 %, beside two of 88 %
+
+
 def test_failed_attacks_bounds_and_malicious_servers_do_not_count(swept, make_row):
     for row in swept["rows"]:
         if row["defence"] == "b" and row["attack"] == "n":

@@ -38,6 +38,14 @@ def test_an_attack_no_better_than_on_a_shuffled_gradient_shows_its_priors(result
     assert warnings(results) == []
 
 
+@pytest.mark.parametrize("controls", [(7.8, 6.0), (6.0, 7.8)])
+def test_of_several_controls_the_best_is_what_an_attack_has_to_beat(results, make_row, controls):
+    results["rows"][2]["psnr_db"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
+    results["rows"] += [make_row("learned", f"control {number}", "control", psnr_db) for number, psnr_db in enumerate(controls)]
+    [sentence] = warnings(results)  # 8.0 dB
+    assert "than from a shuffled one (7.8 dB)" in sentence
+
+
 def test_the_warning_of_a_control_is_one_per_checkpoint_and_of_whatever_attack_it_repeats(results, make_row):
     results["rows"] = [make_row("plain", "joint", "A3", 24.0), make_row("learned", "joint", "A3", 8.0), make_row("learned", "joint", "A3", 15.0, checkpoint="final")]
     results["rows"] += [make_row("learned", "shuffled gradient", "control", psnr_db, checkpoint=at, of="joint") for psnr_db, at in ((7.8, "untrained"), (14.9, "final"))]
