@@ -20,7 +20,7 @@ from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
 from gidef.defence.perturbation import LearnedDefence, still_parts
-from gidef.defence.share import imitated, left_out, revealed
+from gidef.defence.share import imitated, left_out, revealed, trusted
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
@@ -425,6 +425,7 @@ def observations(
                 known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update, summed=training.defence.secure is not None) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
                 scaled=scale_told(trained, victims, batch),
+                trust=trusted(training.defence.transforms, matched_update) if adapts(attack) else {},
             )
         )
     return found

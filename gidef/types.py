@@ -90,6 +90,8 @@ class Observation:
     labels:       int64 (B,) when the threat model grants them, else None.
     known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
     unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
+    trust:        by name, 0-d: what multiplies a tensor of `update`, and what an attack simulates of it, before the two are compared, as their noise
+                  differs; 1 for those without, and {} where nothing says that it does.
     scaled:       whether `update` and `unmatched` have the scale that the client's gradient or delta had, up to noise; False after clipping and the like.
 
     The private images are not a field: nothing that attacks can reach them.
@@ -103,13 +105,14 @@ class Observation:
     known: Tensors = field(default_factory=dict)
     unmatched: Tensors = field(default_factory=dict)
     scaled: bool = True
+    trust: Tensors = field(default_factory=dict)
 
     def rounds(self) -> list[Observation]:
         """The observations of which `attack.merge_rounds` made this one, without what is known; itself if it is of one round."""
         numbers = sorted({int(head) for head, slash, _ in (name.partition("/") for name in self.update) if slash and head.isdigit()})
         if not numbers:
             return [self]
-        places = ("params", "update", "unmatched")
+        places = ("params", "update", "unmatched", "trust")
         each = ({place: of_round(getattr(self, place), number) for place in places} for number in numbers)
         return [replace(self, **one, known={}) for one in each]
 

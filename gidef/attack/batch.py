@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gidef.attack.labels import LabelsHidden, recover_labels, recover_soft_labels
-from gidef.attack.matching import EXCHANGES, Matching, Simulate, tables
+from gidef.attack.matching import EXCHANGES, TRUST, Matching, Simulate, tables
 from gidef.attack.optimisers import rows
 from gidef.attack.program import pick
 from gidef.attack.starts import STARTS
@@ -112,11 +113,26 @@ def make_batch(chunk: Chunk, observations: Sequence[Observation], simulate: Simu
     given, dims = (params, known, targets), (over_params, over_known, 0)
     with torch.no_grad():
         check_fit(simulate(*_arguments(pick(variables, 0, 0), pick(given, dims, 0), matching)), observations)
-    target, over_target, scale, failure = normalised([o.update for o in chosen], cast)
+    trust, over_trust = _trust_of(chosen, cast)
+    known, over_known = {**known, **trust}, over_known | over_trust
+    weighed = {id(one): {name: tensor * one.trust.get(name, 1.0) for name, tensor in one.update.items()} if one.trust else one.update for one in chosen}
+    target, over_target, scale, failure = normalised([weighed[id(one)] for one in chosen], cast)
     failure = torch.where(untold & (failure == OK), UNTOLD, failure)
     knobs, rates = tables(matching, [start for _, start in chunk], list(variables), cast)
     order, exchanges = orders(chunk, targets, matching, seed) if matching.unordered is not None else (None, None)
+    given, dims = (params, known, targets), (over_params, over_known, 0)
     return Batch(chunk, labels, given, target, scale, (dims, over_target), knobs, rates, seed, order, exchanges), variables, failure
+
+
+def _trust_of(chosen: Sequence[Observation], cast: dict[str, Any]) -> tuple[Tensors, Dims]:
+    """What the observations trust each tensor, under the names of TRUST, and its vmap dims; nothing where all trust all alike."""
+    names = sorted({name for one in chosen for name in one.trust})
+    for one in {id(one): one for one in chosen}.values():
+        bad = [name for name, factor in one.trust.items() if name not in one.update or factor.ndim or not 0 < float(factor) < math.inf]
+        if bad:
+            raise InputError(f"trust of {bad}: expected one finite number above 0, as a tensor without dims, for names of tensors in the update.")
+    whole = torch.ones((), device=chosen[0].update[names[0]].device if names else None)
+    return gather([{f"{TRUST}{name}": one.trust.get(name, whole) for name in names} for one in chosen], cast)
 
 
 def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], matching: Matching) -> tuple[Tensors, Tensors, Tensor, Tensor, Tensor | None]:

@@ -154,6 +154,8 @@ def _loaded(model: nn.Module, observation: Observation) -> Tensors:
         raise InputError(f"the observation's update has {missing[0]!r}, which its params lack: give both of the same model.")
     if not observation.update:
         raise InputError("the observation's update holds no tensor: there is nothing to match.")
+    if observation.trust:
+        raise InputError("the observation trusts its tensors by their noise, which a module compares all alike: match it by `run_chunk`, or leave trust empty.")
     with torch.no_grad():
         for name, tensor in {**observation.known, **observation.params}.items():
             if name in there:

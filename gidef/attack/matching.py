@@ -54,6 +54,8 @@ DISTANCES = ("cosine", "l2", "cosine_layers")
 FORMS = ("double_backward", "forward_over_reverse", "central_difference")
 RESERVED = ("images", "noise", "logits", "code")
 """Names of variables with a meaning of their own; others are handed to the simulator in `known`."""
+TRUST = "trust/"
+"""Prefix in the `known` of an attack's programs of its observation's `trust`; simulators and priors are not handed it."""
 VARIED = ("tv", "tv_boost", "noise_weight", "lr", "noise_lr")
 """Fields of `Matching` that `variants` may change."""
 

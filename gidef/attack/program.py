@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from gidef.attack.convolutions import FastConvolutions, folded_by_shifts
 from gidef.attack.kinks import CurvedKinks
-from gidef.attack.matching import RESERVED, Matching, Point, Simulate, distance_and_slope
+from gidef.attack.matching import RESERVED, TRUST, Matching, Point, Simulate, distance_and_slope
 from gidef.attack.pools import GatheredPools, pools_need_help
 from gidef.errors import InputError
 from gidef.precision import tf32
@@ -81,10 +81,16 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         images = matching.render(searched["code"]) if matching.render is not None else searched["images"]
         labels = searched["logits"].softmax(-1) if "logits" in searched else targets
         more = {name: tensor for name, tensor in searched.items() if name not in RESERVED}
+        known = {name: tensor for name, tensor in known.items() if not name.startswith(TRUST)}
         return params, {**known, **more}, images, labels, searched.get("noise")
 
     def widened(update: Tensors, like: Tensor) -> Tensors:
         return {name: tensor.to(like.dtype) for name, tensor in update.items()}
+
+    def trusted(update: Tensors, given: tuple) -> Tensors:
+        """Each tensor times what the observation trusts it, as the target is."""
+        factors = {name.removeprefix(TRUST): tensor.to(given[2].dtype) for name, tensor in given[1].items() if name.startswith(TRUST)}
+        return {name: tensor * factors[name] if name in factors else tensor for name, tensor in update.items()}
 
     def in_context(knobs: Tensors) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -111,7 +117,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
 
     def by_double_backward(searched: Tensors, given: tuple, target: Tensors, scale: Tensor, knobs: Tensors) -> tuple[Tensor, ...]:
         with in_context(knobs), FastConvolutions() if many and precision in ("float32", "tf32") else contextlib.nullcontext():
-            update, pull = vjp(lambda searched: simulate(*unpacked(searched, given)), searched)
+            update, pull = vjp(lambda searched: trusted(simulate(*unpacked(searched, given)), given), searched)
         fit, slope = distance_and_slope(matching.distance, update, target, scale)
         (through,) = pull(slope)
         gradients, (now, last) = grad_and_value(lambda searched: rest(searched, given, knobs), has_aux=True)(searched)
@@ -126,8 +132,9 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
 
         with in_context({} if matching.form == "central_difference" else knobs):
             update = grad(loss)(params, searched)
-        update = {name: update[name] for name in target}
+        update = trusted({name: update[name] for name in target}, given)
         fit, direction = distance_and_slope(matching.distance, update, target, scale)
+        direction = trusted(direction, given)
         # tensors that are not matched stay where they are
         direction = {name: direction[name] if name in direction else torch.zeros_like(tensor) for name, tensor in params.items()}
         if matching.form == "forward_over_reverse":

@@ -196,7 +196,7 @@ def merge_rounds(observations: Sequence[Observation]) -> Observation:
             raise InputError("the rounds to be merged are of different batches: give updates of the same images and labels, of one kind.")
     merged = {
         place: {f"{number}/{name}": tensor for number, one in enumerate(observations) for name, tensor in getattr(one, place).items()}
-        for place in ("params", "update", "known", "unmatched")
+        for place in ("params", "update", "known", "unmatched", "trust")
     }
     return dataclasses.replace(first, **merged, scaled=all(one.scaled for one in observations))
 

@@ -25,8 +25,10 @@ class AddNoise:
     Deviates: relative by default. Zeros do not count: of a pruned tensor q would be 0 with them, and the noise none; a tensor of zeros alone stays as
              it is. No privacy accounting: nothing bounds the update's sensitivity.
     Broken by: matching with a prior (A3, A8) while n is small beside u, and averaging over rounds (A9), which takes n down by √rounds.
-               Its likeliest candidate is that of the plain distance, so adapting adds nothing. Untrained small net, batch 1, 4 synthetic cells
-               of 28 px, 200 iterations, one draw: 21.9 dB at std 0.1, 19.1 at 0.3, 12.3 at 1.
+               Of noise of one level on all tensors the likeliest candidate is that of the plain distance. Relative noise has a level on each, which the
+               release tells, and who adapts trusts a tensor the less the more it has. Untrained small net, batch 1, 4 synthetic cells of 16 px, 300
+               iterations, one draw: 20.4 dB at std 1, with all trusted alike 18.7. All alike, 28 px, 200 iterations: 21.9 dB at std 0.1, 19.1 at 0.3,
+               12.3 at 1.
     """
 
     keeps_scale: ClassVar[bool] = True
@@ -58,6 +60,14 @@ class AddNoise:
 
     def packed(self, before: Packed) -> Packed:
         return Packed.plain(before.entries) if self.random else before
+
+    def variances(self, update: Tensors) -> Tensors:
+        """std² everywhere, or where `relative` std² q² with q ≈ 2 rms(u) of what it was added to: of a release, rms² = rms(u)² + std² q²."""
+        if self.std == 0:
+            return {}
+        if not self.relative:
+            return {name: tensor.new_tensor(self.std**2) for name, tensor in update.items()}
+        return {name: tensor.square().mean() * (self.std**2 / (0.25 + self.std**2)) for name, tensor in update.items()}
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -304,6 +304,10 @@ class ClipAndNoise:
         power = float(norm(released)) ** 2 - noise * entries
         return power + 3 * math.sqrt(noise * (2 * noise * entries + 4 * max(power, 0.0))) < (UNCLIPPED * self.clip) ** 2
 
+    def variances(self, update: Tensors) -> Tensors:
+        level = (self.noise_multiplier or 0.0) * self.clip / math.sqrt(self.cohort_size)
+        return {name: tensor.new_tensor(level**2) for name, tensor in update.items()}
+
     def reveals(self, update: Tensors) -> Tensors:
         return {}
 

@@ -23,7 +23,8 @@ class Quantise:
     Source:  QSGD, Alistarh et al. 2017, arXiv:1610.02132, eq. (4) with "l2"; "max" is the variant of their experiments, which keeps more.
     Deviates: a tensor is a bucket; they cut it into buckets of 512 and the like.
     Broken by: plain matching from some 4 bits on, and with fewer by averaging over rounds (A9), since E Q(u) = u. An attacker who adapts
-               matches that mean: straight through, the identity. Untrained small net, batch 1, 4 synthetic cells of 28 px, 200 iterations: 19.7 dB
+               matches that mean: straight through, the identity, and trusts a tensor the less the more rounding adds to it. Untrained small net, batch
+               1, 4 synthetic cells of 16 px, 300 iterations: 18.0 dB at 2 bits, with all trusted alike 15.7. All alike, 28 px, 200 iterations: 19.7 dB
                at 4 bits, 15.6 at 3, 10.6 at 2.
     """
 
@@ -50,6 +51,16 @@ class Quantise:
 
     def packed(self, before: Packed) -> Packed:
         return replace(before, bits=self.bits, numbers=1)
+
+    def variances(self, update: Tensors) -> Tensors:
+        """Of a step's width t, t² (a − ⌊a⌋)(1 − a + ⌊a⌋) for an entry: about t |u| while most entries are below a step, and t² / 6 among many of them."""
+        found = {}
+        for name, tensor in update.items():
+            sizes = tensor.abs()
+            step = sizes.max() / (2 ** (self.bits - 1) - 1) if self.norm == "max" else torch.where(sizes > 0, sizes, torch.inf).min()
+            step = torch.where(sizes.any(), step, 0.0)
+            found[name] = step * torch.minimum(sizes.mean(), step / 6)
+        return found
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

@@ -378,6 +378,12 @@ def test_a_loss_that_becomes_nan_keeps_the_best_point_and_leaves_the_parameters(
     assert all(torch.equal(parameter, observation.params[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_module_refuses_to_trust_some_tensors_more(tiny, smooth):
+    observation = dataclasses.replace(smooth[1], trust={next(iter(smooth[1].update)): torch.tensor(0.5)})
+    with pytest.raises(InputError, match="leave trust empty"):
+        large(observation, smooth[0], naive(iterations=1, **tiny.settings))
+
+
 def test_what_does_not_fit_is_refused_before_the_first_pass(tiny, smooth):
     model, observation = smooth
     settings = naive(iterations=1, **tiny.settings)

@@ -116,6 +116,52 @@ def test_forward_over_reverse_equals_double_backward_with_curved_kinks(case):
     same(run(observations, lambda: simulate, settings, **DOUBLE), found)
 
 
+def trusting(observation, simulate, trust):
+    """What trust stands for, by hand: the update and its simulation times it."""
+
+    def weighed(update):
+        return {name: tensor * trust.get(name, 1.0) for name, tensor in update.items()}
+
+    return dataclasses.replace(observation, update=weighed(observation.update)), lambda *given: weighed(simulate(*given))
+
+
+def absolute(update, target, scale):
+    return sum((update[name] * scale - tensor).abs().sum() for name, tensor in target.items())
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap", "traced"])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "own"])
+def test_what_is_trusted_less_counts_less_in_every_execution_and_for_every_observation_by_itself(case, mode, distance):
+    """Beside one that says nothing, and one that trusts but one tensor otherwise; the second has two starts that share its target."""
+    observations, simulate, settings = case
+    settings = dataclasses.replace(settings, distance=absolute if distance == "own" else distance)
+    each = [{}, {name: torch.tensor(0.5**place) for place, name in enumerate(observations[0].update)}, {"predictor.3.weight": torch.tensor(0.1)}]
+    found = run([dataclasses.replace(one, trust=trust) for one, trust in zip(observations, each, strict=True)], lambda: simulate, settings, mode=mode, at_once=4, **DOUBLE)
+    for place, (one, trust) in enumerate(zip(observations, each, strict=True)):
+        weighed, by_hand = trusting(one, simulate, trust)
+        expected = run([weighed] * 3, lambda by_hand=by_hand: by_hand, settings, mode="loop", **DOUBLE)[place]
+        same([found[place]], [expected])
+    assert (found[1].losses[-1] - run(observations, lambda: simulate, settings, **DOUBLE)[1].losses[-1]).abs() > 1e-4
+
+
+@pytest.mark.parametrize("form", ["forward_over_reverse", "central_difference"])
+def test_the_first_order_forms_trust_as_double_backward_does(tiny, form):
+    model = tiny.Net(sigma=0.5, activation=torch.nn.Tanh)
+    simulate, params = with_loss(model), tiny.weights(model)
+    one = tiny.observe(simulate, params, size=2, noise=tiny.draw_noise(0, 2))[0]
+    one = dataclasses.replace(one, trust={name: torch.tensor(0.5**place) for place, name in enumerate(one.update)})
+    settings = joint(noise_shape=(2, *tiny.latent), iterations=6, difference_step=1e-6, **tiny.settings)
+    found = run([one], lambda: simulate, dataclasses.replace(settings, form=form), **DOUBLE)
+    same(run([one], lambda: simulate, settings, **DOUBLE), found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trust", [{"nothing": torch.tensor(1.0)}, {"predictor.1.bias": torch.ones(8)}, {"predictor.1.bias": torch.tensor(0.0)}, {"predictor.1.bias": torch.tensor(float("nan"))}])
+def test_trust_that_means_nothing_is_refused(case, trust):
+    observations, simulate, settings = case
+    with pytest.raises(InputError, match="expected one finite number above 0"):
+        run([dataclasses.replace(observations[0], trust=trust)], lambda: simulate, settings, **DOUBLE)
+
+
 def test_a_first_order_form_without_a_loss_is_refused(case, tiny):
     observations, simulate, settings = case
     with pytest.raises(InputError, match="carries its loss"):

@@ -16,7 +16,7 @@ from gidef.defence.noise import AddNoise
 from gidef.defence.private import ClipAndNoise
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
-from gidef.defence.share import apply_all, blur_of, imitated, left_out, revealed, scale_kept
+from gidef.defence.share import MISFIT, apply_all, blur_of, imitated, left_out, revealed, scale_kept, trusted
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
@@ -282,6 +282,82 @@ class Halved:
 
 class Shapes:
     num_classes, image_shape = 8, (3, 28, 28)
+
+
+def layered(count=20_000):
+    """Tensors of three sizes, one of them of heavy tails, and one of zeros alone."""
+    g = generator(3, "layered")
+    sizes = {"small": 1e-3, "middle": 0.03, "large": 1.0}
+    update = {name: size * torch.randn(count, generator=g) for name, size in sizes.items()} | {"dead": torch.zeros(7)}
+    update["middle"] *= torch.randn(count, generator=g)
+    return update
+
+
+def mean_square(update):
+    return float(sum(tensor.double().square().sum() for tensor in update.values())) / sum(tensor.numel() for tensor in update.values())
+
+
+def deviations(transforms, update, draws=64):
+    """Of a release's noise on each tensor: measured, over draws of the transforms on the same update."""
+    seen = [apply_all(transforms, update, generator=generator(number, "deviations")) for number in range(draws)]
+    return {name: float(torch.stack([one[name].double() for one in seen]).var(0).mean().sqrt()) for name in update}
+
+
+@pytest.mark.parametrize(
+    ("transforms", "within"),
+    [
+        ([AddNoise(std=1.0)], 0.1), ([AddNoise(std=0.3, law="laplace")], 0.3), ([Quantise(bits=2)], 0.25), ([Quantise(bits=3)], 0.25), ([Quantise(bits=6)], 0.25),
+        ([Quantise(bits=4, norm="l2")], 0.25), ([AddNoise(std=1.0), Quantise(bits=3)], 0.25), ([AddNoise(std=1.0), Clip(bound=1.0, per_tensor=True)], 0.1),
+        ([AddNoise(std=0.1, relative=False), AddNoise(std=1.0)], 0.25),
+    ],
+    ids=["noise", "laplace", "2 bits", "3 bits", "6 bits", "l2", "both", "clipped", "two noises"],
+)  # fmt: skip
+def test_tensors_are_trusted_by_the_noise_that_a_release_has(transforms, within):
+    update = layered()
+    released = apply_all(transforms, update, generator=generator(0))
+    found, measured = trusted(transforms, released), deviations(transforms, update)
+    misfit = MISFIT * mean_square(released)
+    for name in ("small", "middle", "dead"):
+        expected = ((measured["large"] ** 2 + misfit) / (measured[name] ** 2 + misfit)) ** 0.5
+        assert float(found[name] / found["large"]) == pytest.approx(expected, rel=within), (name, found, measured)
+        assert found[name].ndim == 0 and torch.equal(found[name], found[name].bfloat16().float())
+    assert max(float(factor) for factor in found.values()) == 1
+
+
+def test_trust_is_the_law_s_by_hand():
+    """std² q² of a mean square r² = q² / 4 + std² q²; t |u| of steps of width t, at most t² / 6; the sum of both."""
+    update = layered()
+    for std in (0.1, 1.0):
+        noise = {name: float((tensor.double() ** 2).mean()) * std**2 / (0.25 + std**2) for name, tensor in update.items()}
+        for bits in (2, 5):
+            steps = {name: float(tensor.abs().max()) / (2 ** (bits - 1) - 1) for name, tensor in update.items()}
+            rounding = {name: min(steps[name] * float(tensor.abs().double().mean()), steps[name] ** 2 / 6) for name, tensor in update.items()}
+            for transforms, parts in (([AddNoise(std=std)], [noise]), ([Quantise(bits=bits)], [rounding]), ([AddNoise(std=std), Quantise(bits=bits)], [noise, rounding])):
+                levels = {name: (sum(part[name] for part in parts) + MISFIT * mean_square(update)) ** 0.5 for name in update}
+                for name, factor in trusted(transforms, update).items():
+                    assert float(factor) == pytest.approx(min(levels.values()) / levels[name], rel=5e-3), name
+
+
+def test_all_are_trusted_alike_where_noise_does_not_differ_or_is_not_there():
+    update = layered()
+    for transforms in ([], [AddNoise(std=0.0)], [AddNoise(std=0.3, relative=False)], [Prune(share=0.5), SignOnly()], [Clip(bound=0.1)], [Halved()]):
+        assert trusted(transforms, update) == {}
+    assert trusted([AddNoise()], {name: torch.zeros(3) for name in "ab"}) == trusted([Quantise()], {}) == {}
+    assert trusted([AddNoise()], {"a": torch.ones(3), "b": torch.full((3,), torch.nan)}) == {}
+
+
+def test_a_tensor_without_noise_is_trusted_by_the_misfit_alone_and_little_noise_changes_next_to_nothing():
+    update = {"a": torch.ones(9), "rounding": torch.full((9,), 1e-9), "dead": torch.zeros(9)}
+    a = (MISFIT / 3 / (0.8 + MISFIT / 3)) ** 0.5
+    assert {name: float(factor) for name, factor in trusted([AddNoise(std=1.0)], update).items()} == {"a": pytest.approx(a, rel=5e-3), "rounding": 1, "dead": 1}
+    assert all(float(factor) > 0.99 for factor in trusted([AddNoise(std=1e-3)], update).values())
+
+
+def test_much_noise_of_a_fixed_level_leaves_little_of_what_rounding_says():
+    """Of clients' noise and rounding together the larger one decides."""
+    update = {name: tensor for name, tensor in layered().items() if name != "dead"}
+    loud = trusted([ClipAndNoise(clip=1e3, noise_multiplier=1.0, cohort_size=4), Quantise(bits=4)], update)
+    assert loud == {} and min(map(float, trusted([Quantise(bits=4)], update).values())) < 0.8
 
 
 def test_combinations_are_built_in_their_order():
