@@ -79,6 +79,7 @@ def _attack(run: Run, cells: list[Cell], folder: Path, *, also: Sequence[Task] =
     for cell in cells if run.leads else ():
         if cell.matches:
             collect(run, cell)
+            cell.seconds += fits.reading_seconds(run, cell)
         elif isinstance(cell.attack, config.PostHocDecoder):
             fits.collect_decoded(run, cell)
         else:

@@ -293,9 +293,17 @@ def _attack_s(run: runs.Run, cell: Cell, releases: Releases, ranks: int) -> floa
     if isinstance(cell.attack, config.GenerativePrior) or getattr(cell.attack, "decoder", "") == "surrogate":
         return None
     cell.releases = releases.of(cell)
-    plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fits.fitted(run, cell, run.folder)))
+    reads = isinstance(cell.attack, config.ReadNoise)
+    fitted = {} if reads else fits.fitted(run, cell, run.folder)
+    case = methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted)
+    reading_s, count = 0.0, len(case.observations)
+    if reads:  # one stands for all
+        began = time.perf_counter()
+        case = dataclasses.replace(case, fitted={"latents": [methods.latents_of(case, case.observations[0], 0)] * count})
+        reading_s = time.perf_counter() - began
+    plan = methods.plan(case)
     workers = build.num_workers(run.recipe, run.world) * ranks
-    share = -(-len(plan.observations) * plan.matching.starts // workers)
+    share = -(-count * plan.matching.starts // workers)
     try:
         measured = attacks.calibrate(
             plan.observations, plan.make_simulate(), plan.matching, seed=cell.seed, device=run.world.device, modes=("vmap",), workers=workers,
@@ -304,7 +312,7 @@ def _attack_s(run: runs.Run, cell: Cell, releases: Releases, ranks: int) -> floa
     except InputError:  # not vectorisable: a run's calibration tries a loop
         return None
     evaluations = sum(stage.evaluations() for stage in (plan.matching, plan.refine) if stage is not None)
-    return 1e-3 * measured.candidates[0].ms * share * evaluations
+    return 1e-3 * measured.candidates[0].ms * share * evaluations + reading_s * -(-count // workers)
 
 
 def _nbytes(tensors: Tensors) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gidef import config, metrics, observe
+from gidef import config, methods, metrics, observe
 from gidef.attack.generative import fit_autoencoder, fit_gan
 from gidef.attack.latent import STARTS, invert_latent
 from gidef.attack.learned import fit_inverter, invert_learned, seen_length
@@ -41,9 +43,11 @@ Invert = Callable[[Sequence[int], Callable[[float], None]], list[Reconstruction]
 """invert(victims, report): what an attack makes of the observations of these numbers, one for each; it reports often, so that it can be stopped."""
 LATENTS_AT_ONCE = 16
 """Observations of A5 in a task, and attacks in one program unless asked for otherwise."""
+READ_AT_ONCE = 4
+"""Observations in a task that reads their latents for A3."""
 
 
-def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit: Callable[[Callable[[float], None]], Tensors]) -> Task:
+def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit: Callable[[Callable[[float], None]], Tensors], *, verb: str = "trained") -> Task:
     """A task that keeps what fit(report) returns under a mark, or why there is nothing: attacks that need it are failed rows then, and the others go on."""
 
     def do(worker: int, report: Callable[[float], None]) -> None:
@@ -53,7 +57,7 @@ def _task(run: Run, name: str, what: str, cost: float, path: Path, own: str, fit
         except StorageError:
             raise
         except Exception as error:  # of the model's code or the device
-            tensors, meta["unfit"] = {}, f"{what} could not be trained: {worded(error)}"
+            tensors, meta["unfit"] = {}, f"{what} could not be {verb}: {worded(error)}"
             run.console.notice(f"{name}: {meta['unfit']}")
         save_file(path, tensors, {**meta, "seconds": time.perf_counter() - began})
 
@@ -340,9 +344,14 @@ def _latent_decoder(run: Run, cell: Cell) -> nn.Module:
 
 
 def latent_cost(cell: Cell, victims: int) -> float:
-    """Steps of A5 on so many victims at most, but for the polish: of the search in the span of their latents, where batches are small enough, and of the free one."""
+    """Steps of A5 on so many victims at most."""
+    return victims * _latent_steps(cell, cell.attack.iterations * cell.attack.restarts)
+
+
+def _latent_steps(cell: Cell, iterations: int) -> float:
+    """Of reading one observation's latents at most, but for the polish: of the search in their span, where batches are small enough, and of the free one."""
     size = cell.victims.all_labels(0).numel()
-    return float(victims * ((most_steps(STARTS) if size <= UNMIXED else 0) + cell.attack.iterations * cell.attack.restarts))
+    return float((most_steps(STARTS) if size <= UNMIXED else 0) + iterations)
 
 
 def latent(run: Run, cell: Cell) -> Invert:
@@ -368,6 +377,66 @@ def latent(run: Run, cell: Cell) -> Invert:
         return _follow(running, lambda share: report(cost * share))
 
     return invert
+
+
+# --- A3 with the noise read: the latents ---------------------------------------------------------------------------------
+
+
+def read_tasks(run: Run, cell: Cell) -> list[Task]:
+    """The latent of every observation off the predictor's gradient (`methods.reading`), each by itself. The decoder has no part in it: whoever guesses one shares them."""
+    own, lock, made = _read_mark(run, cell), threading.Lock(), []
+
+    def case() -> methods.Case:
+        with lock:
+            if not made:
+                attack = dataclasses.replace(cell.attack, decoder="known")
+                made.append(methods.make_case(run, cell.trained, cell.snapshot, attack, cell.releases, seed=cell.seed))
+            return made[0]
+
+    def task(victims: range) -> Task:
+        each = _latent_steps(cell, methods.READING)
+
+        def fit(report: Callable[[float], None]) -> Tensors:
+            one = case()
+            found = [_follow(methods.reading(one, one.observations[victim], victim), lambda share: report(each * share)) for victim in victims]
+            latents, losses, labels = zip(*found, strict=True)
+            return {"latents": torch.stack(latents), "losses": torch.tensor(losses, dtype=torch.float64), "labels": torch.stack(labels)}
+
+        return _task(run, f"{cell.label}: latents {victims.start}", "its latents", each * len(victims), _read_path(cell, victims), own, fit, verb="read")
+
+    return [task(victims) for victims in _read_slices(cell)]
+
+
+def _read_slices(cell: Cell) -> list[range]:
+    count = len(cell.victims.rows)
+    return [range(first, min(first + READ_AT_ONCE, count)) for first in range(0, count, READ_AT_ONCE)]
+
+
+def _read_path(cell: Cell, victims: range) -> Path:
+    """Shared by all attacks on one defence, seed and checkpoint that are granted the same of the labels."""
+    return cell.folder.parent / f"latents-{cell.attack.labels}-{victims.start:05d}-{len(victims):03d}.safetensors"
+
+
+def _read_mark(run: Run, cell: Cell) -> str:
+    evaluation = {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
+    parts = [run.fingerprint, evaluation, cell.attack.labels, cell.defence, cell.seed, cell.checkpoint]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _latents_read(run: Run, cell: Cell) -> list[tuple[Tensor, float, Tensor]]:
+    """As `methods.latents_of` returns them, of every observation."""
+    found, own = [], _read_mark(run, cell)
+    for victims in _read_slices(cell):
+        tensors, _ = load_marked(_read_path(cell, victims), own)
+        found += zip(tensors["latents"].to(run.world.device), tensors["losses"].tolist(), tensors["labels"], strict=True)
+    return found
+
+
+def reading_seconds(run: Run, cell: Cell) -> float:
+    """Of the tasks that read a cell's latents; 0 for a cell that has none, or whose result is another's."""
+    if not isinstance(cell.attack, config.ReadNoise) or cell.twin is not None or cell.failure:
+        return 0.0
+    return sum(load_marked(_read_path(cell, victims), _read_mark(run, cell))[1]["seconds"] for victims in _read_slices(cell))
 
 
 # --- A8: a generator of public images ------------------------------------------------------------------------------------
@@ -431,8 +500,13 @@ def _tasks_of(run: Run, cell: Cell, folder: Path) -> list[Task]:
 
 
 def later_tasks(run: Run, cells: list[Cell]) -> list[Task]:
-    """What needs the others' results."""
-    return [inverter_task(run, cell) for cell in cells if isinstance(cell.attack, config.LearnedInversion)]
+    """What needs the others' results, or reads the victims' gradients."""
+    found: dict[Path, Task] = {}
+    for cell in cells:
+        needed = [inverter_task(run, cell)] if isinstance(cell.attack, config.LearnedInversion) else []
+        for task in needed + (read_tasks(run, cell) if isinstance(cell.attack, config.ReadNoise) else []):
+            found.setdefault(task.path, task)
+    return list(found.values())
 
 
 def fitted(run: Run, cell: Cell, folder: Path) -> dict[str, Any]:
@@ -440,6 +514,8 @@ def fitted(run: Run, cell: Cell, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if getattr(cell.attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, cell.trained):
         found["surrogate"] = surrogate(run, cell)
+    if isinstance(cell.attack, config.ReadNoise):
+        found["latents"] = _latents_read(run, cell)
     if isinstance(cell.attack, config.GenerativePrior):
         made = _generator(run, cell)[1]
         made.load_state_dict(load_marked(generator_path(run, cell, folder), _generator_mark(run, cell), run.world.device)[0])

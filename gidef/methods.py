@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,7 +81,8 @@ class Case:
     simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates (`observe.terms`), and of
     one gradient of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
     (count, *latent_shape).  model, decoder: architectures, with the weights that training began with.
-    fitted: what was trained on public images for this attack: "surrogate" (the decoder's tensors), "generator" (a module).
+    fitted: what was trained on public images for this attack: "surrogate" (the decoder's tensors), "generator" (a module); and "latents", what
+    `latents_of` read of each observation, where that was done beforehand.
     """
 
     attack: Any
@@ -377,7 +378,7 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
             if observation not in starts:
                 one = seen[observation]
                 own = {n.removeprefix(DECODER): t.float() for n, t in {**one.known, **one.params}.items() if n.startswith(DECODER)}
-                latents, *_ = _latents_of(case, one, observation)
+                latents, *_ = latents_of(case, one, observation)
                 with torch.no_grad():
                     images = functional_call(decoder(), own, (latents,)).clamp(0, 1)
                 starts[observation] = from_images([images], seed=stream_seed(case.seed, "decoded", observation))
@@ -386,12 +387,19 @@ def _decoded(case: Case, seen: list[Observation], decoder: Callable[[], nn.Modul
     return start
 
 
-def _latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float, Tensor]:
-    """float32 (B, *latent) on the observation's device, as A5 reads it, how far from the predictor's gradient its own is, and the labels it was read with."""
+def latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float, Tensor]:
+    """What `reading` returns."""
+    return attacks.drain(reading(case, one, number))
+
+
+def reading(case: Case, one: Observation, number: int) -> Generator[float, None, tuple[Tensor, float, Tensor]]:
+    """Reads float32 (B, *latent) on the observation's device, as A5 does, how far from the predictor's gradient its own is, and the labels int64 (B,) on the CPU it
+    was read with; yields the share that is over. number: the observation's, from which it draws."""
     whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
     device = next(iter(one.params.values())).device
-    running = read_latent([dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device, numbers=[number])
-    matched = attacks.drain(running)
+    matched = yield from read_latent(
+        [dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device, numbers=[number]
+    )  # fmt: skip
     return matched.latents[0].to(device, torch.float32), float(matched.loss[0]), matched.labels[0]
 
 
@@ -403,8 +411,7 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
     names, perturbation = set(frozen.state_dict()), frozen.perturbation
     behind = {*frozen.parts["predictor"], *(name for name in names if name.startswith("perturbation.back."))}
 
-    def told(one: Observation, number: int) -> Observation:
-        latents, loss, labels = _latents_of(case, one, number)
+    def told(one: Observation, latents: Tensor, loss: float, labels: Tensor) -> Observation:
         read = loss <= READ
         weights = {name: tensor for name, tensor in {**one.known, **one.params}.items() if name in names}
         place = _code(latents, weights, perturbation.channel_dim) if isinstance(perturbation, Bottleneck) else latents
@@ -427,7 +434,8 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
 
         return with_noise_read
 
-    each = [told(one, number) for number, one in enumerate(seen)]
+    read = case.fitted.get("latents") or [latents_of(case, one, number) for number, one in enumerate(seen)]
+    each = [told(one, *found) for one, found in zip(seen, read, strict=True)]
     count = sum(int(one.known[SHARE]) for one in each)
     note = f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else "; in the others its noise is searched, as by A3")
     return Plan(each, made, case.matching(noise_shape=case.noise_shape), note=note)

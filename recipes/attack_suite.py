@@ -1,7 +1,7 @@
 """Every attack of the suite on the same victims: blood cells, an untrained small net, undefended and with a learned perturbation.
 
 Shows:  which attack draws how much from one shared gradient; what each is granted stands in its note.
-Expect: joint matching (A3) far above the naive attack (A0) where there is noise; with --evaluation.control, the priors' own picture.
+Expect: joint matching (A3) far above the naive attack (A0) where there is noise, and furthest where the noise is read; with --evaluation.control, the priors' own picture.
 A10:    reads deltas where these read gradients; in the run's folder, beside the attack that simulates the local steps:
         gidef attack RUN --attack surrogate-model naive --release delta --local-steps 4 --batch-size 4 --checkpoint untrained
 Costs:  about 20 minutes of one CPU core. Other images: --data.name pneumoniamnist, or cifar10 (GIDEF_DATA holds the files).
@@ -28,6 +28,7 @@ from gidef.config import (
     MultiRound,
     NaiveMatching,
     PostHocDecoder,
+    ReadNoise,
     Recipe,
     Rounds,
     SkipLayers,
@@ -53,6 +54,7 @@ RECIPE = Recipe(
         "skip layers": SkipLayers(iterations=400),
         "joint": JointMatching(iterations=400),
         "joint guessed decoder": JointMatching(iterations=400, decoder="surrogate"),
+        "read noise": ReadNoise(iterations=400),
         "analytic": Analytic(),
         "latent": LatentDecoding(iterations=400, steps=400, front="known"),
         "decoder-aware": DecoderAware(iterations=400),

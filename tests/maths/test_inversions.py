@@ -549,6 +549,58 @@ def test_a_guessed_decoder_is_trained_as_long_as_its_attack_says_and_never_longe
     assert [config.standard(version)["joint guessed decoder"].surrogate_steps for version in ("standard", "quick", "smoke")] == [600, 150, 2]
 
 
+def reading(iterations=4, **changes):
+    return config.ReadNoise(iterations=iterations, restarts=1, **changes)
+
+
+def test_latents_are_read_once_for_all_who_may_and_kept_for_another_life(trained, tmp_path, monkeypatch):
+    """In slices that do not depend on the number of ranks; each as by itself."""
+    run, found = trained
+    monkeypatch.setattr(methods, "READING", 5)
+    monkeypatch.setattr(fits, "READ_AT_ONCE", 3)
+    attacks = {"read": reading(), "guessed": reading(decoder="surrogate", surrogate_steps=2), "recovered": reading(labels="recovered")}
+    run, read = with_speed(run, attacks=attacks), methods.reading
+    cells, numbers = cells_of(run, found, tmp_path, "learned"), []
+    monkeypatch.setattr(methods, "reading", lambda case, one, number: numbers.append(number) or read(case, one, number))
+    tasks = fits.later_tasks(run, cells)
+    assert [task.path.name for task in tasks] == [f"latents-{labels}-{part}.safetensors" for labels in ("known", "recovered") for part in ("00000-003", "00003-001")]
+    for task in fits.tasks(run, cells, tmp_path):
+        task.do(0, lambda units: None)
+    done = [0.0] * len(tasks)
+    for place, task in enumerate(tasks):
+        task.do(0, lambda units, place=place: done.__setitem__(place, done[place] + units))
+        assert 0 < done[place] <= task.cost * (1 + 1e-9)
+    assert numbers == [0, 1, 2, 3] * 2
+    for cell in cells:
+        case = methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fits.fitted(run, cell, tmp_path))
+        shared, numbers[:] = methods.plan(case), []
+        alone = methods.plan(dataclasses.replace(case, fitted={name: one for name, one in case.fitted.items() if name != "latents"}))
+        assert numbers == [0, 1, 2, 3] and shared.note == alone.note
+        for one, other in zip(shared.observations, alone.observations, strict=True):
+            assert torch.equal(one.labels, other.labels) and one.known.keys() == other.known.keys()
+            assert all(torch.equal(tensor, other.known[name]) for name, tensor in one.known.items()) and all(torch.equal(tensor, other.update[name]) for name, tensor in one.update.items())
+        assert fits.reading_seconds(run, cell) > 0
+    with pytest.raises(StorageError, match="of another recipe"):
+        fits.fitted(run, dataclasses.replace(cells[0], seed=1), tmp_path)
+
+
+def test_latents_that_raise_while_they_are_read_fail_their_attacks_alone(trained, tmp_path, monkeypatch):
+    run, found = trained
+    heard = Heard()
+    run = with_speed(run, heard, attacks={"naive": NAIVE, "read": reading()})
+    cells = cells_of(run, found, tmp_path, "learned")
+
+    def broken(case, one, number):
+        raise ArithmeticError("the matrix is singular")
+        yield 0.0
+
+    monkeypatch.setattr(methods, "reading", broken)
+    audit._attack(run, cells, tmp_path)
+    assert [one.status for cell in cells for one in cell.reconstructions] == ["ok"] * 4 + ["failed"] * 4
+    assert {one["error"] for one in cells[1].attempts} == {"its latents could not be read: ArithmeticError: the matrix is singular"}
+    assert any("could not be read" in text for text in heard.notices)
+
+
 def test_broken_attacks_are_no_guesses_of_labels(trained, tmp_path):
     run, found = trained
     [cell] = cells_of(run, found, tmp_path)

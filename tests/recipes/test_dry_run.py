@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gidef import dryrun
+from gidef import dryrun, methods
 from gidef.clients.sharded import units
 from gidef.config import (
     Data,
@@ -24,6 +26,7 @@ from gidef.config import (
     NaiveMatching,
     PostHocDecoder,
     QuantitySkew,
+    ReadNoise,
     Recipe,
     Rounds,
     Speed,
@@ -95,6 +98,25 @@ def test_attacks_are_measured_where_nothing_is_trained_for_them_first(capsys):
     found = dryrun.rehearse(recipe, "small", 2)["learned"].attacks_s
     assert list(found) == list(attacks) and found["decoder"] is None and 0 < found["naive"] < found["longer"]
     assert f"attacks       {2 * (found['naive'] + found['longer']):.0f} s without decoder: not measured" in capsys.readouterr().out
+
+
+def test_a_reading_of_one_latent_stands_for_those_of_all_victims(monkeypatch):
+    """A clock that a reading alone moves: what it costs is counted for every victim that a worker is left with."""
+    read, now, numbers = methods.latents_of, [0.0], []
+
+    def slow(case, one, number):
+        numbers.append(number)
+        now[0] += 1000.0
+        return read(case, one, number)
+
+    monkeypatch.setattr(methods, "latents_of", slow)
+    monkeypatch.setattr(dryrun, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + now[0]))
+    evaluation = dataclasses.replace(RECIPE.evaluation, num_victims=8)
+    recipe = dataclasses.replace(
+        RECIPE, attacks={"read": ReadNoise(iterations=1)}, defences={"learned": LearnedPerturbation(ramp=0.0)}, share_policy="full", evaluation=evaluation
+    )  # fmt: skip
+    found = dryrun.rehearse(recipe, "small", 2)["learned"].attacks_s["read"]
+    assert numbers == [0] and found // 1000 == 8 // (2 * RECIPE.speed.workers)
 
 
 def test_an_evaluation_beside_the_next_round_takes_a_copy_of_the_model_and_counts_where_it_is_the_longer(monkeypatch, capsys):
