@@ -1,4 +1,4 @@
-"""A small job whose attacks go through the victims in slices of one or two, and search nothing on the module."""
+"""A small job whose attacks go through the victims in slices of one or two, or four where latents are read, and search nothing on the module."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from gidef.config import (
     LocalTraining,
     Model,
     PostHocDecoder,
+    ReadNoise,
     Recipe,
     Rounds,
 )
@@ -33,7 +34,7 @@ if __name__ == "__main__":
             clients=LocalTraining(batch_size=8), defences={"learned": LearnedPerturbation(dependence_weight=0.0)},
             attacks={
                 "latent": LatentDecoding(iterations=6, restarts=2, steps=4), "learned": LearnedInversion(steps=4, gradients=12, surrogate_steps=4),
-                "imprint": ImprintServer(bins=8), "decoder": PostHocDecoder(steps=4),
+                "imprint": ImprintServer(bins=8), "decoder": PostHocDecoder(steps=4), "read": ReadNoise(iterations=2),
             },
             evaluation=Evaluation(num_victims=5, num_tuning=0, checkpoints=("untrained",), judge_epochs=1),
         )

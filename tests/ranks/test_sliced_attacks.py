@@ -25,6 +25,10 @@ def sliced(folder: Path) -> dict[str, torch.Tensor]:
     return {str(path.relative_to(folder)): load_file(path)[0]["images"] for path in sorted((folder / "attacks").rglob("reconstructed-*.safetensors"))}
 
 
+def latents(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: load_file(path)[0]["latents"] for path in sorted((folder / "attacks").rglob("latents-*.safetensors"))}
+
+
 def test_two_ranks_find_in_slices_what_one_finds_also_after_slices_were_lost(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(1, RECIPE, "--out", str(one), "--speed.workers", "1")
@@ -38,16 +42,23 @@ def test_two_ranks_find_in_slices_what_one_finds_also_after_slices_were_lost(tmp
         for name, images in expected.items():
             torch.testing.assert_close(found[name], images, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
+    def same_latents() -> None:
+        expected, found = latents(one), latents(two)
+        assert list(expected) == list(found) == ["latents-known-00000-004.safetensors", "latents-known-00004-001.safetensors"]
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
     same(found)
-    assert attempts(two) == attempts(one) and len(attempts(one)) == 5 * (2 + 1 + 1 + 1)  # two starts of A5; A12 learns for all victims at once
+    same_latents()
+    assert attempts(two) == attempts(one) and len(attempts(one)) == 5 * (2 + 1 + 1 + 1 + 1)  # two starts of A5; A12 learns for all victims at once
     rows = [{(row["attack"], row["checkpoint"]): row["psnr_db"]["mean"] for row in results(folder)["rows"]} for folder in (one, two)]
-    assert rows[0] == pytest.approx(rows[1], abs=1e-2) and len(rows[0]) == 4
+    assert rows[0] == pytest.approx(rows[1], abs=1e-2) and len(rows[0]) == 5
 
     lost = [two / name for name in expected if name.endswith(f"{SLICES[1]}.safetensors")]
     kept = {name: (two / name).stat().st_mtime_ns for name in expected if two / name not in lost}
-    for path in lost:
+    for path in [*lost, *(two / "attacks").rglob("latents-known-00000-*"), *(two / "attacks").rglob("read/attacks-*")]:
         path.unlink()
     (two / "results.json").unlink()
     run(2, RECIPE, "--out", str(two), "--speed.workers", "1", "--resume")
     same(sliced(two))
+    same_latents()
     assert {name: (two / name).stat().st_mtime_ns for name in kept} == kept  # what was there was not done again
