@@ -459,7 +459,7 @@ def attack_again(arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)) 
     if part[1] > 1 and not new.attacks:
         print(f"gidef: part {part[0]}/{part[1]} of the attacks is empty: nothing to do.", file=sys.stderr)
         return
-    found = config.problems(new)
+    found = config.problems(new, trained=True)
     if found:
         raise InputError("\n".join(found))
     with (

@@ -68,8 +68,8 @@ _AT_LEAST |= {"dropouts": 0, "strengths": 0}
 _AT_LEAST |= {"mixing": 0, "mixed": 1, "concealed": 0, "z_weight": 0, "blend": 0, "apart": 0}  # of defences that change data
 
 
-def problems(recipe: Recipe) -> list[str]:
-    """Everything wrong with a recipe that can be known without its data: what was given, what was expected, what to change."""
+def problems(recipe: Recipe, *, trained: bool = False) -> list[str]:
+    """Everything wrong with a recipe that can be known without its data: what was given, what was expected, what to change. trained: its searches are over."""
     found: list[str] = []
     _check_fields(recipe, "", found)
     if found := found or _defence_problems(recipe):  # what follows compares fields, and takes them for sound
@@ -77,7 +77,8 @@ def problems(recipe: Recipe) -> list[str]:
     searched = {name: one for name, one in recipe.defences.items() if isinstance(one, Matched)}
     if not searched:
         return _plain_problems(recipe)
-    low, high = ([*_unreferenced(recipe), *_problems_at(recipe, end)] for end in ("low", "high"))
+    unreferenced = [] if trained else _unreferenced(recipe)
+    low, high = ([*unreferenced, *_problems_at(recipe, end)] for end in ("low", "high"))
     told = [text if text in high else _told_of(text, searched, "low") for text in low]
     return list(dict.fromkeys(told + [_told_of(text, searched, "high") for text in high if text not in low]))
 

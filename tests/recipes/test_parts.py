@@ -118,7 +118,7 @@ def test_a_part_is_a_run_of_its_rows_and_says_so(folders):
     assert len(seen) == 6
 
 
-def test_a_join_that_was_killed_is_made_again_without_hard_links_and_can_be_attacked(folders, monkeypatch, capsys):
+def test_a_join_that_was_killed_is_made_again_without_hard_links_and_can_be_attacked(folders, tmp_path, monkeypatch, capsys):
     from gidef.cli import main as command
 
     monkeypatch.setattr(parts.os, "link", lambda *a: (_ for _ in ()).throw(OSError("not here")))
@@ -135,6 +135,8 @@ def test_a_join_that_was_killed_is_made_again_without_hard_links_and_can_be_atta
     command(["attack", str(folders[1]), "--attack", "naive", "--defence", "undefended", "matched", "--iterations", "1", "--allow-code"])
     [again] = (folders[1] / "attacked").iterdir()
     assert {row["defence"] for row in results(again)["rows"]} == {"undefended", "matched"}
+    command(["attack", str(folders[1]), "--attack", "naive", "--defence", "matched", "--iterations", "1", "--allow-code", "--out", str(tmp_path / "alone")])
+    assert {row["defence"] for row in results(tmp_path / "alone")["rows"]} == {"matched"}  # its strength was found before: nothing is to be trained beside it
 
 
 def test_parts_of_another_recipe_are_not_joined(folders, tmp_path, capsys):
