@@ -91,9 +91,17 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor], *, releases: in
         "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said, cut))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
+        **({"noise": noise} if (noise := _noise(first)) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),
         **({"calibration": dataclasses.asdict(first.calibration)} if first.calibration is not None else {}),
     }  # fmt: skip
+
+
+def _noise(cell: Cell) -> str:
+    """What an attack that matches does about the noise on the latent, where there is any: "searched" with the images, or "read" first; else ""."""
+    if cell.trained.training.defence.noise_shape is None or cell.control or not isinstance(cell.attack, config.JointMatching):
+        return ""
+    return "read" if isinstance(cell.attack, config.ReadNoise) else "searched"
 
 
 def _shuffles(run: Run, control: Cell) -> str:
@@ -247,7 +255,7 @@ def _worst_row(run: Run, members: list[Cell], scored: Scored, ensemble: str) -> 
     row = _row(run, group, _by_seed(per_seed, _keys(scored)), releases=several) | {"threat": threat(run, group[0], members)}
     counts = {name: winners.count(name) for name in dict.fromkeys(winners)}
     version = next(attack for name, attack in run.recipe.attacks.items() if name == ensemble).version
-    for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "calibration", "in_loop_psnr_db", "ensemble"):
+    for key in ("iterations", "restarts", "steps", "samples", "rounds", "fit", "fit_first", "noise", "calibration", "in_loop_psnr_db", "ensemble"):
         row.pop(key, None)
     told = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])] + ([f"none {lost}, where all failed"] if lost else [])
     told_of = row["threat"] | ({"name": f"{row['threat']['name']}; one attack sees {several} releases", "rounds": several} if several > 1 else {})

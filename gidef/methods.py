@@ -77,7 +77,8 @@ class Plan:
 class Case:
     """All that an attack is given. The private images are in none of it, nor can they be reached from it.
 
-    attack: its dataclass.  rounds: observations of every batch, one list per release of the same batches; most attacks see one.
+    attack: its dataclass.  rounds: observations of every batch, one list per release of the same batches; most attacks see one, as does
+    A9 of releases that settle (`observe.settles`).
     simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates (`observe.terms`), and of
     one gradient of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
     (count, *latent_shape).  model, decoder: architectures, with the weights that training began with.
@@ -156,7 +157,11 @@ def make_case(
 ) -> Case:
     """What an attack is given of the victims' releases, as its threat model grants it. The last place that sees both sides."""
     defence, fitted, recipe = trained.training.defence, dict(fitted or {}), run.recipe
-    seen = [observe.observations(run, trained, snapshot, attack, release, surrogate=fitted.get("surrogate")) for release in releases]
+    variances = None
+    if isinstance(attack, config.MultiRound) and len(releases) > 1 and observe.settles(run, trained):
+        release, variances = observe.settled_releases(releases)
+        releases = [release]
+    seen = [observe.observations(run, trained, snapshot, attack, release, surrogate=fitted.get("surrogate"), variances=variances) for release in releases]
     model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
     unknowns = searched_of(defence.encoders, run.setting.dataset.image_shape, recipe.evaluation.batch_size) if observe.adapts(attack) else {}
     return Case(
@@ -223,6 +228,8 @@ def _planned(case: Case) -> Plan:
             alpha = Searched(start=0.5, lr=attack.alpha_lr, low=0.0, high=1.0)
             seen = [attacks.with_final_weights(one) for one in seen]
             return Plan(seen, lambda: attacks.surrogate_model(attacks.without_noise(case.gradient())), case.matching(searched={"alpha": alpha}))
+        case config.MultiRound() if len(case.rounds) < attack.rounds:  # they settled
+            return Plan(seen, make, case.matching(noise_shape=case.noise_shape))
         case config.MultiRound():
             shape, kept = case.noise_shape, case.keeps_noise
             merged = [attacks.merge_rounds(batch) for batch in zip(*case.rounds, strict=True)]

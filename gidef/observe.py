@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.encode import imitating
 from gidef.defence.perturbation import LearnedDefence, still_parts
-from gidef.defence.share import imitated, left_out, revealed, trusted
+from gidef.defence.share import imitated, left_out, revealed, settled, trust_of, trusted
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
@@ -141,6 +142,18 @@ def keeps_noise(run: Run, trained: Trained) -> bool:
     """Whether every image keeps one draw of the noise on the latent for ever, in all releases."""
     data = run.setting.dataset.val
     return trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0) is not None
+
+
+def settles(run: Run, trained: Trained) -> bool:
+    """Whether all releases of a batch at the same weights are of one update, so that entries on which two of them agree bit for bit are that update's."""
+    defence = trained.training.defence
+    return defence.spares and (defence.noise_shape is None or keeps_noise(run, trained))
+
+
+def settled_releases(releases: Sequence[Victims]) -> tuple[Victims, list[Tensors]]:
+    """What several releases, that settle, tell together, as one; and of every batch how much noise its update has left."""
+    each = [settled(updates) for updates in zip(*(one.updates for one in releases), strict=True)]
+    return dataclasses.replace(releases[0], updates=[update for update, _ in each]), [variances for _, variances in each]
 
 
 def release(run: Run, trained: Trained, snapshot: Snapshot, *, seed: int, repeat: int = 0, control: bool = False) -> Victims:
@@ -380,14 +393,16 @@ def _frozen(run: Run, trained: Trained, members: list[int], *, seed: int) -> Ten
 
 
 def observations(
-    run: Run, trained: Trained, snapshot: Snapshot, attack: config.NaiveMatching, victims: Victims, *, surrogate: Tensors | None = None
+    run: Run, trained: Trained, snapshot: Snapshot, attack: config.NaiveMatching, victims: Victims, *, surrogate: Tensors | None = None,
+    variances: Sequence[Tensors] | None = None,
 ) -> list[Observation]:
     """What a matching attack is given of each batch: the update it matches, the weights, and what its threat model grants.
 
     Tensors that the attack does not match are moved from `params` to `known`, so that its simulator need not return them:
     the naive attack leaves out the parameters of the noise and the decoder's, which its noise-free model does not have; the joint attack
     without the decoder matches the predictor alone; and those that adapt leave out what `hidden_names` says. The private front under `head` is the common initialisation for the naive attack, and the true one (a bound) for the joint one.
-    An attack of one's own is given what the joint one is.
+    An attack of one's own is given what the joint one is. variances: of the noise left in every entry of each batch's update, see `settled_releases`; None:
+    what the changes of updates say of one release.
 
     Raises: ValueError if the attack guesses a private decoder and no `surrogate` is given: the true one must not stand in.
     """
@@ -403,6 +418,12 @@ def observations(
     rest = {name: tensor for name, tensor in snapshot.params.items() if name not in params}
     others = [name for name in ordered(trained, snapshot) if name not in params and (isinstance(attack, config.SkipLayers) or name in hidden)]
     told = isinstance(attack, config.GradInversion) and statistics_known(run, trained, snapshot, attack) == "batch"
+
+    def trust(batch: int, update: Tensors) -> Tensors:
+        if variances is not None:
+            return trust_of({name: variances[batch][name] for name in update}, update)
+        return trusted(training.defence.transforms, update) if adapts(attack) else {}
+
     found = []
     for batch, (private, update) in enumerate(zip(victims.private, victims.updates, strict=True)):
         labels = victims.all_labels(batch)
@@ -425,7 +446,7 @@ def observations(
                 known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update, summed=training.defence.secure is not None) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
                 scaled=scale_told(trained, victims, batch),
-                trust=trusted(training.defence.transforms, matched_update) if adapts(attack) else {},
+                trust=trust(batch, matched_update),
             )
         )
     return found

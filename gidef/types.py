@@ -90,8 +90,8 @@ class Observation:
     labels:       int64 (B,) when the threat model grants them, else None.
     known:        further tensors granted, such as the private decoder's parameters (an upper bound on the attacker).
     unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
-    trust:        by name, 0-d: what multiplies a tensor of `update`, and what an attack simulates of it, before the two are compared, as their noise
-                  differs; 1 for those without, and {} where nothing says that it does.
+    trust:        by name, 0-d or for every entry: what multiplies a tensor of `update`, and what an attack simulates of it, before the two are compared, as
+                  their noise differs; 1 for those without, and {} where nothing says that it does.
     scaled:       whether `update` and `unmatched` have the scale that the client's gradient or delta had, up to noise; False after clipping and the like.
 
     The private images are not a field: nothing that attacks can reach them.

@@ -128,11 +128,17 @@ def _trust_of(chosen: Sequence[Observation], cast: dict[str, Any]) -> tuple[Tens
     """What the observations trust each tensor, under the names of TRUST, and its vmap dims; nothing where all trust all alike."""
     names = sorted({name for one in chosen for name in one.trust})
     for one in {id(one): one for one in chosen}.values():
-        bad = [name for name, factor in one.trust.items() if name not in one.update or factor.ndim or not 0 < float(factor) < math.inf]
+        bad = [
+            name for name, factor in one.trust.items()
+            if name not in one.update or factor.shape not in ((), one.update[name].shape) or not ((factor > 0) & (factor < math.inf)).all()
+        ]  # fmt: skip
         if bad:
-            raise InputError(f"trust of {bad}: expected one finite number above 0, as a tensor without dims, for names of tensors in the update.")
+            raise InputError(f"trust of {bad}: expected finite numbers above 0, one as a tensor without dims or one for every entry, for names of tensors in the update.")
     whole = torch.ones((), device=chosen[0].update[names[0]].device if names else None)
-    return gather([{f"{TRUST}{name}": one.trust.get(name, whole) for name in names} for one in chosen], cast)
+    each = [{name: one.trust.get(name, whole) for name in names} for one in chosen]
+    apart = {name for name in names if len({one[name].shape for one in each}) > 1}
+    each = [{f"{TRUST}{name}": factor.expand(seen.update[name].shape) if name in apart else factor for name, factor in one.items()} for seen, one in zip(chosen, each, strict=True)]
+    return gather(each, cast)
 
 
 def _arguments(variables: Tensors, given: tuple[Tensors, Tensors, Tensor], matching: Matching) -> tuple[Tensors, Tensors, Tensor, Tensor, Tensor | None]:

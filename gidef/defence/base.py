@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
@@ -63,8 +63,16 @@ class Defence:
     def random(self) -> bool:
         """Whether another release of the same images at the same weights differs by more than the noise on the latent: by DP-SGD's noise, or by what the
         changes of updates or of images draw. A `share`, `encode` or `stepped` of one's own counts as drawing."""
+        return self._draws_in((*self.transforms, *self.encoders))
+
+    @property
+    def spares(self) -> bool:
+        """Whether such releases differ by the last change of updates alone, if the noise on the latent is the same, and it spares entries (see defence.share)."""
+        return bool(self.transforms) and getattr(self.transforms[-1], "spares", False) and not self._draws_in((*self.transforms[:-1], *self.encoders))
+
+    def _draws_in(self, changes: Sequence[Any]) -> bool:
         own = any(getattr(type(self), name) is not getattr(Defence, name) for name in ("share", "encode", "stepped"))
-        return self.budget is not None or own or any(getattr(one, "random", True) for one in (*self.transforms, *self.encoders))
+        return self.budget is not None or own or any(getattr(one, "random", True) for one in changes)
 
     def initial(self) -> Tensors:
         """Every tensor that a client starts from, the decoder's under the prefix `decoder.`; fresh copies."""

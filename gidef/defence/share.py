@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Generator, nn
 
 from gidef.types import Own, Tensors
@@ -44,6 +45,9 @@ class Transform(Protocol):
     tensors that reads it off them. Label recovery believes the scale then, and searches it otherwise, as it does without the attribute.
     variances(update) → Tensors says how much noise apply adds to each tensor: the mean square of an entry's, 0-d, of what was released or a mean of such over
     clients, read off it by the law, up to a factor that all of them have. Attacks that adapt compare tensors by it (`trusted`); without it, the noise counts as none.
+    `spares` says whether apply leaves entries, others in every release, exactly as they are, and gives all the rest noise of a continuous law: where two
+    releases of one update agree bit for bit, they then show what was given, which attacks over several releases (A9) use (`settled`). Without the attribute it
+    counts as False: zeros of a pruned update agree as well, and levels of a rounded one, and are not what was given.
     `linear` says whether imitate is linear, the same map for all clients, so that to an attack on a sum of clients it does not matter which images are of
     one client. Without the attribute it counts as False: the attack then guesses that where it is not told.
     """
@@ -119,15 +123,37 @@ def trusted(transforms: Sequence[Transform], update: Tensors) -> Tensors:
     its trust finite; where noise is small beside it, all are trusted nearly alike, as without noise.
     """
     noises = [one.variances(update) for one in transforms if hasattr(one, "variances")]
-    variances = {name: sum(noise[name].double() for noise in noises if name in noise) for name in update} if any(noises) else {}
+    return trust_of({name: sum(noise[name].double() for noise in noises if name in noise) for name in update} if any(noises) else {}, update)
+
+
+def trust_of(variances: Tensors, update: Tensors) -> Tensors:
+    """`trusted`, of the noise's variances themselves: by name, 0-d or of every entry, in which case the factors are as well."""
     power = sum(tensor.double().square().sum() for tensor in update.values()) / max(1, sum(tensor.numel() for tensor in update.values()))
     left = {name: variance + MISFIT * power for name, variance in variances.items()}
-    if not left or not all(0 < variance < math.inf for variance in left.values()):  # nothing to compare, which the attack says
+    if not left or not all(((variance > 0) & (variance < math.inf)).all() for variance in left.values()):  # nothing to compare, which the attack says
         return {}
-    least = min(left.values())
+    least = torch.stack([variance.min() for variance in left.values()]).min()
     # bfloat16's values, so that the release and its simulation are multiplied by the same in every precision
     found = {name: (least / variance).sqrt().bfloat16().to(update[name].dtype) for name, variance in left.items()}
-    return {} if all(factor == 1 for factor in found.values()) else found
+    return {} if all((factor == 1).all() for factor in found.values()) else found
+
+
+def settled(updates: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
+    """What several releases of one update tell of it, where its last change `spares` entries: (the update, the variance of the noise left in each entry).
+
+    Entries on which at least two releases agree bit for bit are what was given, and without noise; of several such values, the one that most have. The others
+    are the mean of the T releases. Their variance is the releases' own around it over T, in the mean over the tensor's others, as an entry has but T of them.
+    """
+    found, variances = {}, {}
+    for name in updates[0]:
+        each = torch.stack([update[name] for update in updates])
+        alike = torch.stack([(each == one).sum(0, dtype=torch.int16) for one in each])
+        most = alike.max(0)
+        exact = most.values > 1
+        spread = each.double().var(0)
+        found[name] = torch.where(exact, each.gather(0, most.indices[None])[0], each.double().mean(0).to(each.dtype))
+        variances[name] = torch.where(exact, 0.0, spread[~exact].mean() / len(updates))
+    return found, variances
 
 
 def scale_kept(transforms: Sequence[Transform], released: Tensors | None) -> bool:

@@ -30,8 +30,10 @@ class NoisySlices:
     Deviates: without the per-example clip of the noisy slices, an option there, for which a delta has no examples, and without the server's
              denoising. Slices end at single entries, where the code's do at multiples of the greatest common divisor of the tensors' sizes.
              Sensitivities are the client's own, not a public root set's. relative by default.
-    Broken by: matching with a prior (A3, A8), as other noise is: the quiet slices leave as they are, and over rounds (A9) every slice is
-               quiet at times. Untrained small net, batch 1, 4 synthetic cells of 28 px, 200 iterations, one draw: 21.9 dB at std 0.1, 13.9 at 1.
+    Broken by: matching with a prior (A3, A8), as other noise is: the quiet slices leave as they are. Over rounds (A9) every slice is quiet at times, and where
+               two releases agree bit for bit they show the update itself (`spares`). Untrained small net, batch 1, 4 synthetic cells of 16 px, 300
+               iterations: A9 over 4 releases 31.1 dB at std 0.3, 30.2 at 1 and 30.0 at 3, their mean over entries treated alike 31.3, 25.8 and 18.2,
+               undefended 32.8. A3, 6 to 12 cells: 29.5 at std 0.3 and 23.3 at 1, with all trusted alike 29.6 and 21.7.
     """
 
     needs_own: ClassVar[bool] = True
@@ -55,6 +57,10 @@ class NoisySlices:
     def zeros(self) -> str:
         return "noisy" if self.random else "kept"
 
+    @property
+    def spares(self) -> bool:
+        return self.random and self.noisy < self.slices
+
     def apply(self, update: Tensors, *, generator: Generator, own: Own) -> Tensors:
         if self.std == 0:
             return update
@@ -65,6 +71,17 @@ class NoisySlices:
 
     def packed(self, before: Packed) -> Packed:
         return Packed.plain(before.entries) if self.random else before
+
+    def variances(self, update: Tensors) -> Tensors:
+        """s v, at most r², as nobody sees which slices have noise: v as `AddNoise`, s the share of them that do, r² the mean square of what left.
+
+        Where `relative`, s v f³ with f = v / r², the same for all tensors: distrust by little noise, which half of an update does not have, costs more than
+        it spares. Without f³, in the setting of the figures above, 12 cells: 31.3 dB at std 0.1 and 28.9 at 0.3, where all alike have 32.8 and 29.6.
+        """
+        share, whole = self.noisy / self.slices, AddNoise(std=self.std, relative=self.relative).variances(update)
+        if self.relative:
+            share *= (self.std**2 / (0.25 + self.std**2)) ** 3
+        return {name: torch.minimum(share * variance, update[name].square().mean()) for name, variance in whole.items()}
 
     def reveals(self, update: Tensors) -> Tensors:
         return {}

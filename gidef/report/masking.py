@@ -6,6 +6,8 @@ adversarial examples; Carlini et al. 2019, arXiv:1902.06705). The signs, of each
   - it ended high, above `HIGH`, and the image is no better than a guess: the optimiser failed, which is no defence;
   - the image is no better than what the same attack draws from a shuffled gradient (the control) + `MARGIN_DB`;
   - an attack that knows of the defence beats the naive one by more than `APART_DB`.
+And a sentence of its own: an attack that searches the noise on the latent explains the update, ending below `EXPLAINED`, with images worse than a class
+mean. Many pairs of image and noise do so, and this search ends at a wrong one; who reads the noise, or sees several releases, has fewer to choose from.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from gidef.report.results import bound_named, mean_of
 CONTROL = "control"
 FLAT = 0.9
 HIGH = 0.3
+EXPLAINED = 0.01
 MARGIN_DB = 0.5
 APART_DB = 3.0
 _NOT_MATCHING = ("A12", "A11", "A4", "A5", "A7", "standard", CONTROL)
@@ -35,6 +38,7 @@ def masking(results: dict[str, Any], *, is_undefended: Any) -> list[str]:
             continue
         signs = [*_flat(matching), *_high(results, matching), *_like_the_control(here, matching), *_apart(matching)]
         said += [f'Warning, "{defence}" at the {checkpoint} checkpoint may only hide its gradients: {sign}.' for sign in signs]
+        said += [f'Warning, "{defence}" at the {checkpoint} checkpoint is ambiguous to {sign}.' for sign in _ambiguous(results, matching)]
     return said
 
 
@@ -47,6 +51,24 @@ def _high(results: dict[str, Any], rows: list[Row]) -> list[str]:
     guess = mean_of(bound_named(results, "class mean").get("psnr_db"))
     lost = [row for row in rows if row.get("fit") is not None and row["fit"] > HIGH and guess is not None and mean_of(row["psnr_db"]) <= guess + MARGIN_DB]
     return [f"{_named(lost)} ended at a distance of {lost[0]['fit']:.2f} from the update: a failed optimiser is no defence, try another attack"] if lost else []
+
+
+def _ambiguous(results: dict[str, Any], rows: list[Row]) -> list[str]:
+    guess = mean_of(bound_named(results, "class mean").get("psnr_db"))
+    lost = [
+        row for row in rows
+        if row.get("noise") == "searched" and row.get("fit") is not None and row["fit"] < EXPLAINED and guess is not None and mean_of(row["psnr_db"]) < guess
+    ]  # fmt: skip
+    if not lost:
+        return []
+    reads = max((row for row in rows if row.get("noise") == "read"), key=lambda row: mean_of(row["psnr_db"]), default=None)
+    better = "an attack that reads the noise (read-noise) or sees several releases (A9) may do better"
+    if reads is not None:
+        better = f"{reads['attack']}, which reads the noise, gets {mean_of(reads['psnr_db']):.1f} dB, see its row, and several releases (A9) may do better too"
+    return [
+        f"the search of {_named(lost)}, which explains the update almost exactly (distance {lost[0]['fit']:.1g}) with images worse than the class mean "
+        f"({mean_of(lost[0]['psnr_db']):.1f} against {guess:.1f} dB): many pairs of image and noise do, so the search is underdetermined and shows no protection; {better}"
+    ]
 
 
 def _like_the_control(here: list[Row], rows: list[Row]) -> list[str]:

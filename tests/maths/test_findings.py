@@ -8,7 +8,18 @@ import torch
 
 from gidef import findings, observe
 from gidef.cells import make_cells
-from gidef.config import NaiveMatching, PostHocDecoder, Standard, Undefended
+from gidef.config import (
+    DecoderAware,
+    GenerativePrior,
+    JointMatching,
+    LatentDecoding,
+    MultiRound,
+    NaiveMatching,
+    PostHocDecoder,
+    ReadNoise,
+    Standard,
+    Undefended,
+)
 from gidef.findings import _leaks, _most_leaked_first
 from gidef.metrics import bootstrap_interval
 from gidef.scores import ABOVE, JUDGED, MEASURES, measured
@@ -97,6 +108,25 @@ def test_rows_count_observations_and_their_intervals_are_over_them(attacked):
     [bound] = findings.control_bounds(cells, scored)
     assert bound["psnr_db"] == rows["smoke - shuffled gradient"]["psnr_db"] and bound["mse"] == rows["smoke - shuffled gradient"]["mse"]
     assert bound["attacker_accuracy_by"] == rows["smoke - shuffled gradient"]["attacker_accuracy_by"]
+
+
+def test_a_row_says_what_became_of_the_noise_on_the_latent(attacked):
+    run, cells, scored = attacked
+    some = [cell for cell in cells if cell.name == "naive"]
+
+    def said(attack, *, noise_shape=(4, 2, 2), control=False):
+        defence = SimpleNamespace(noise_shape=noise_shape)
+        return findings._noise(SimpleNamespace(attack=attack, control=control, trained=SimpleNamespace(training=SimpleNamespace(defence=defence))))
+
+    assert [said(attack()) for attack in (JointMatching, DecoderAware, GenerativePrior, MultiRound, ReadNoise)] == [*["searched"] * 4, "read"]
+    assert [said(attack()) for attack in (NaiveMatching, LatentDecoding, PostHocDecoder)] == [""] * 3
+    assert said(JointMatching(), noise_shape=None) == said(ReadNoise(), noise_shape=None) == said(JointMatching(), control=True) == ""
+    assert all("noise" not in row for row in findings.rows(run, cells, scored))  # of the undefended net
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(findings, "_noise", lambda cell: "searched")
+        assert [row["noise"] for row in findings.rows(run, some, scored)] == ["searched"]
+        ensemble = [row for row in findings.rows(run, cells, scored) if row["attack_id"] == "standard"]
+    assert ensemble and all("noise" not in row for row in ensemble)
 
 
 def test_an_ensemble_s_most_leaked_image_is_that_of_any_member_and_seed(attacked):

@@ -171,6 +171,78 @@ def test_an_attacker_who_adapts_gains_by_trusting_tensors_by_their_noise(chosen,
     assert found[True] > found[False] + 0.5, found
 
 
+def rounds_of(run, one, attack, count):
+    """Releases of the same batches, and what an attack is given of them."""
+    name = list(one.snapshots)[-1]
+    releases = [observe.release(run, one, one.snapshots[name], seed=0, repeat=repeat) for repeat in range(count)]
+    return releases, methods.make_case(run, one, one.snapshots[name], attack, releases, seed=0)
+
+
+def test_what_two_releases_leave_alike_is_read_as_it_was(trained):
+    """GradDefense's noise is on other slices in every release: averaged over them, much of it is left."""
+    run, one = with_defence(GradDefense(std=3.0), trained, 1)
+    bare = with_defence(Undefended(), trained, 1)[1]
+    attack, truth = MultiRound(iterations=150, rounds=4), observe.release(run, bare, bare.snapshots["untrained"], seed=0)
+    releases, case = rounds_of(run, one, attack, 4)
+    plan = methods.plan(case)
+    assert len(case.rounds) == 1 and "read as one: exact where two agree bit for bit" in cells.note_of(run, one, attack)
+    for seen, update in zip(plan.observations, truth.updates, strict=True):
+        exact = {name: factor == 1 for name, factor in seen.trust.items()}
+        assert all(torch.equal(seen.update[name][chosen], update[name][chosen]) for name, chosen in exact.items())
+        share = sum(int(chosen.sum()) for chosen in exact.values()) / sum(map(torch.numel, exact.values()))
+        assert 0.3 < share < 0.95 and seen.trust.keys() == seen.update.keys()
+    seen, found = plan.observations[0], {}
+    mean = {name: torch.stack([release.updates[0][name] for release in releases]).mean(0) for name in seen.update}
+    for way, one in (("settled", seen), ("averaged", dataclasses.replace(seen, update=mean, trust={}))):
+        [got] = attacks.run([one], plan.make_simulate, plan.matching, seed=0)
+        found[way] = float(metrics.psnr_db(got.images.clamp(0, 1), releases[0].images[0]))
+    assert found["settled"] > found["averaged"] + 4, found
+
+
+@pytest.mark.parametrize("kind", ["gradient", "delta"])
+def test_what_the_releases_of_a_sum_leave_alike_is_its_own(kind, trained):
+    """All clients of the sum must have left an entry as it is, twice."""
+    run, one = defended(trained, GradDefense(std=1.0, noisy=2), SecureAggregation())
+    bare = defended(trained, Undefended(), SecureAggregation())[1]
+    run = evaluated(run, release=kind)
+    truth = released(run, bare)
+    _, case = rounds_of(run, one, MultiRound(rounds=6), 6)
+    [seen, *_], update = case.observations, truth.updates[0]
+    exact = {name: factor == 1 for name, factor in seen.trust.items()}
+    assert len(case.rounds) == 1 and sum(int(chosen.sum()) for chosen in exact.values()) > 1000
+    assert all(torch.equal(seen.update[name][chosen], update[name][chosen]) for name, chosen in exact.items())
+
+
+UNSETTLED = {
+    "pruning behind": (GradDefense(), Pruning(share=0.9)), "signs behind": (GradDefense(), Sign()), "noise before": (GradientNoise(), GradDefense()), "2 bits": (Quantisation(bits=2),),
+    "all noisy": (GradDefense(slices=4, noisy=4),), "noise": (GradientNoise(),), "noise on the latent": (LearnedPerturbation(ramp=0.0), GradDefense()), "MixUp": (MixUp(), GradDefense()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSETTLED)
+def test_releases_that_agree_on_what_is_not_the_update_are_left_as_they_are(name, trained):
+    """Pruned zeros, signs and levels of a rounded update agree bit for bit as well; and of updates that differ, nothing is the same."""
+    run, one = defended(trained, *UNSETTLED[name], name="learned + soteria" if name == "noise on the latent" else "undefended")
+    attack = MultiRound(rounds=3)
+    releases, case = rounds_of(run, one, attack, 3)
+    [seen, *_] = methods.plan(case).observations
+    assert not observe.settles(run, one) and len(case.rounds) == 3 and "read as one" not in cells.note_of(run, one, attack)
+    for number, release in enumerate(releases):
+        assert all(torch.equal(seen.update[f"{number}/{key}"], release.updates[0][key]) for key in case.observations[0].update)
+    assert all(factor.ndim == 0 for factor in seen.trust.values())
+    if name in ("pruning behind", "signs behind", "2 bits"):
+        weights = [release.updates[0]["backbone.head.weight"] for release in releases]
+        assert float((weights[0].sign() == weights[1].sign() if "signs" in name else weights[0] == weights[1]).float().mean()) > 0.3
+
+
+def test_releases_under_noise_that_images_keep_for_ever_settle(trained):
+    """The noise on the latent is the same unknown in all of them, and searched as such."""
+    run, one = defended(trained, LearnedPerturbation(ramp=0.0, frozen=True), GradDefense(), name="learned + soteria")
+    _, case = rounds_of(run, one, MultiRound(rounds=2), 2)
+    assert observe.settles(run, one) and len(case.rounds) == 1
+    assert methods.plan(case).matching.noise_shape == case.noise_shape
+
+
 @pytest.mark.parametrize("kind", ["gradient", "delta"])
 @pytest.mark.parametrize("attack", [NaiveMatching(), SkipLayers(), JointMatching(), EotMatching(), MultiRound(rounds=2)], ids=lambda one: type(one).__name__)
 def test_who_adapts_trusts_tensors_by_their_noise_and_nobody_else_does(attack, kind, trained):

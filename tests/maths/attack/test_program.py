@@ -144,6 +144,20 @@ def test_what_is_trusted_less_counts_less_in_every_execution_and_for_every_obser
     assert (found[1].losses[-1] - run(observations, lambda: simulate, settings, **DOUBLE)[1].losses[-1]).abs() > 1e-4
 
 
+@pytest.mark.parametrize("mode", ["loop", "vmap", "traced"])
+def test_single_entries_are_trusted_beside_whole_tensors(case, mode):
+    """Of three observations one trusts entries, one the same tensor as a whole, one nothing."""
+    observations, simulate, settings = case
+    entries = torch.linspace(0.1, 1.0, observations[0].update["predictor.3.weight"].numel()).view_as(observations[0].update["predictor.3.weight"])
+    each = [{"predictor.3.weight": entries}, {"predictor.3.weight": torch.tensor(0.1)}, {}]
+    found = run([dataclasses.replace(one, trust=trust) for one, trust in zip(observations, each, strict=True)], lambda: simulate, settings, mode=mode, at_once=4, **DOUBLE)
+    for place, (one, trust) in enumerate(zip(observations, each, strict=True)):
+        weighed, by_hand = trusting(one, simulate, trust)
+        same([found[place]], [run([weighed] * 3, lambda by_hand=by_hand: by_hand, settings, mode="loop", **DOUBLE)[place]])
+    whole = dataclasses.replace(observations[0], trust={"predictor.3.weight": entries.mean()})
+    assert (found[0].losses[-1] - run([whole], lambda: simulate, settings, **DOUBLE)[0].losses[-1]).abs() > 1e-5
+
+
 @pytest.mark.parametrize("form", ["forward_over_reverse", "central_difference"])
 def test_the_first_order_forms_trust_as_double_backward_does(tiny, form):
     model = tiny.Net(sigma=0.5, activation=torch.nn.Tanh)
@@ -155,10 +169,10 @@ def test_the_first_order_forms_trust_as_double_backward_does(tiny, form):
     same(run([one], lambda: simulate, settings, **DOUBLE), found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("trust", [{"nothing": torch.tensor(1.0)}, {"predictor.1.bias": torch.ones(8)}, {"predictor.1.bias": torch.tensor(0.0)}, {"predictor.1.bias": torch.tensor(float("nan"))}])
+@pytest.mark.parametrize("trust", [{"nothing": torch.tensor(1.0)}, {"predictor.1.bias": torch.ones(7)}, {"predictor.1.bias": torch.tensor(0.0)}, {"predictor.1.bias": torch.tensor(float("nan"))}, {"predictor.1.bias": torch.arange(8.0)}])
 def test_trust_that_means_nothing_is_refused(case, trust):
     observations, simulate, settings = case
-    with pytest.raises(InputError, match="expected one finite number above 0"):
+    with pytest.raises(InputError, match="expected finite numbers above 0"):
         run([dataclasses.replace(observations[0], trust=trust)], lambda: simulate, settings, **DOUBLE)
 
 

@@ -8,7 +8,7 @@ from torch.func import grad, vmap
 
 from gidef.defence.censor import Orthogonal
 from gidef.defence.noise import AddNoise, draw
-from gidef.defence.share import apply_all
+from gidef.defence.share import apply_all, settled, trusted
 from gidef.defence.slices import NoisySlices, sensitivities, sliced
 from gidef.defence.soteria import PruneFeatures
 from gidef.errors import InputError
@@ -240,3 +240,37 @@ def test_the_drawn_slices_get_noise_and_the_others_keep_every_bit():
     assert all(torch.equal(silent[name], update[name]) for name in update)
     with pytest.raises(InputError, match="noisy=3 of slices=2"):
         NoisySlices(slices=2, noisy=3)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("std", [0.1, 1.0, 3.0])
+def test_noise_on_drawn_slices_is_distrusted_as_its_law_says(std, relative):
+    update = an_update(at_hand())
+    update["head.bias"] = update["head.bias"] * 1e-3
+    found = NoisySlices(std=std, relative=relative, slices=4, noisy=1).variances(update)
+    for name, tensor in arrays(update).items():
+        power, part = (tensor**2).mean(), std**2 / (0.25 + std**2)
+        assert found[name].ndim == 0 and float(found[name]) == pytest.approx(0.25 * power * part**4 if relative else min(0.25 * std**2, power))
+    assert NoisySlices(std=0.0).variances(update) == {} and NoisySlices(std=std).variances({"dead": torch.zeros(3)}) == {"dead": 0}
+
+
+def test_a_loud_tensor_is_trusted_less_only_where_noise_is_much_of_what_left():
+    update = {name: torch.full((100,), size) for name, size in (("quiet", 0.1), ("loud", 2.0))}
+    trust = {std: float(trusted([NoisySlices(std=std)], update).get("loud", 1.0)) for std in (0.1, 3.0)}
+    assert trust[0.1] > 0.99 and trust[3.0] < 0.4
+
+
+def test_releases_of_noisy_slices_settle_at_the_update():
+    """What is exact is what at least two of them left as it was, to the bit."""
+    own = at_hand()
+    update, transform = {name: tensor.float() for name, tensor in an_update(own).items()}, NoisySlices(std=2.0, slices=4, noisy=2)
+    own = Own(own.model.float(), {name: tensor.float() for name, tensor in own.params.items()}, own.images.float(), own.labels)
+    releases = [transform.apply(update, generator=generator(seed), own=own) for seed in range(4)]
+    found, variances = settled(releases)
+    chosen = [set(torch.randperm(4, generator=generator(seed))[:2].tolist()) for seed in range(4)]
+    places = sliced(update, sensitivities(own), 4)
+    for name, tensor in update.items():
+        quiet = sum(~np.isin(places[name].numpy(), list(some)) for some in chosen)
+        np.testing.assert_array_equal((variances[name] == 0).numpy(), quiet >= 2)
+        np.testing.assert_array_equal(found[name].numpy()[quiet >= 2], tensor.numpy()[quiet >= 2])
+    assert 0 < sum(int((variance == 0).sum()) for variance in variances.values()) < sum(map(torch.numel, update.values()))

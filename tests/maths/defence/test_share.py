@@ -10,13 +10,15 @@ from torch.func import grad, vmap
 
 from gidef import build
 from gidef.config import Data, LearnedPerturbation, Model, Pruning, Recipe, Undefended, problems
+from gidef.defence.accounting import Budget
+from gidef.defence.base import Defence
 from gidef.defence.censor import Orthogonal
 from gidef.defence.clipping import Clip
 from gidef.defence.noise import AddNoise
 from gidef.defence.private import ClipAndNoise
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
-from gidef.defence.share import MISFIT, apply_all, blur_of, imitated, left_out, revealed, scale_kept, trusted
+from gidef.defence.share import MISFIT, apply_all, blur_of, imitated, left_out, revealed, scale_kept, settled, trust_of, trusted
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
@@ -358,6 +360,102 @@ def test_much_noise_of_a_fixed_level_leaves_little_of_what_rounding_says():
     update = {name: tensor for name, tensor in layered().items() if name != "dead"}
     loud = trusted([ClipAndNoise(clip=1e3, noise_multiplier=1.0, cohort_size=4), Quantise(bits=4)], update)
     assert loud == {} and min(map(float, trusted([Quantise(bits=4)], update).values())) < 0.8
+
+
+def test_single_entries_are_trusted_by_what_noise_they_have_left():
+    update = {"a": torch.tensor([1.0, -2.0, 3.0]), "b": torch.tensor([[0.5], [0.25]])}
+    misfit = MISFIT * mean_square(update)
+    found = trust_of({"a": torch.tensor([0.0, 0.7, 0.0]), "b": torch.tensor([[2.0], [0.1]])}, update)
+    for name, variances in (("a", [0.0, 0.7, 0.0]), ("b", [[2.0], [0.1]])):
+        expected = (misfit / (np.array(variances) + misfit)) ** 0.5
+        np.testing.assert_allclose(found[name].numpy(), expected, rtol=5e-3)
+        assert torch.equal(found[name], found[name].bfloat16().float())
+    assert trust_of({"a": torch.zeros(3), "b": torch.zeros(2, 1)}, update) == {}  # all alike
+    assert trust_of({"a": torch.tensor([0.0, torch.nan, 1.0]), "b": torch.zeros(2, 1)}, update) == {}
+
+
+def settled_by_hand(releases):
+    """One entry after another: the value that most releases share, at least two, of equals the earliest; else the mean. And the variances."""
+    values, variances = {}, {}
+    for name, first in releases[0].items():
+        each, flat, spreads, open = [one[name].flatten().tolist() for one in releases], [], [], []
+        for drawn in zip(*each, strict=True):
+            most = max(drawn, key=drawn.count)
+            open.append(drawn.count(most) < 2)
+            flat.append(sum(drawn) / len(drawn) if open[-1] else most)
+            spreads.append(float(np.var(drawn, ddof=1)))
+        level = np.mean([spread for spread, is_open in zip(spreads, open, strict=True) if is_open] or [0.0]) / len(releases)
+        values[name], variances[name] = (np.array(one).reshape(first.shape) for one in (flat, np.where(open, level, 0.0)))
+    return values, variances
+
+
+def spared(update, seed, std=2.0, share=0.5):
+    """What leaves: noise on some entries, which are others for every seed."""
+    g = generator(seed, "spared")
+    return {name: torch.where(torch.rand(tensor.shape, generator=g) < share, tensor + std * torch.randn(tensor.shape, generator=g), tensor) for name, tensor in update.items()}
+
+
+@pytest.mark.parametrize("rounds", [2, 4, 7])
+def test_entries_on_which_releases_agree_are_exact_and_the_others_averaged(rounds):
+    update = some_update(0) | {"zeros": torch.zeros(40), "one": torch.ones(1)}
+    releases = [spared(update, seed) for seed in range(rounds)]
+    before = [{name: tensor.clone() for name, tensor in one.items()} for one in releases]
+    (found, variances), (values, spreads) = settled(releases), settled_by_hand(releases)
+    quiet = {name: sum((one[name] == tensor).int() for one in releases) for name, tensor in update.items()}
+    for name, tensor in update.items():
+        exact = quiet[name] >= 2
+        assert torch.equal(found[name][exact], tensor[exact]) and (variances[name][exact] == 0).all() and (variances[name][~exact] > 0).all()
+        np.testing.assert_allclose(found[name].numpy(), values[name], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(variances[name].numpy(), spreads[name], rtol=1e-9)
+        assert found[name].dtype == tensor.dtype and all(torch.equal(one[name], old[name]) for one, old in zip(releases, before, strict=True))
+    assert 0.1 < float((quiet["weight"] >= 2).float().mean()) < 0.99
+    if rounds > 2:  # what the variance is of: mostly the noise's own, 4, over the releases, less where one of them is quiet
+        left = variances["weight"][variances["weight"] > 0]
+        errors = (found["weight"] - update["weight"])[variances["weight"] > 0].double().square().mean()
+        assert len(left) > 10 and float(left[0]) == pytest.approx(float(errors), rel=0.5)
+
+
+def test_of_values_that_recur_the_most_frequent_one_is_exact():
+    releases = [{"a": torch.tensor([value, other])} for value, other in ((5.0, 1.0), (3.0, 2.0), (5.0, 2.0), (3.0, 3.0), (3.0, 1.0))]
+    found, variances = settled(releases)
+    assert found["a"].tolist() == [3.0, 1.0] and variances["a"].tolist() == [0.0, 0.0]
+
+
+class Spares:
+    """A user's own, which says so."""
+
+    spares = True
+
+    def apply(self, update, *, generator):
+        return update
+
+
+@pytest.mark.parametrize(
+    ("transforms", "spares"),
+    [
+        ([], False), ([NoisySlices()], True), ([NoisySlices(std=0.0)], False), ([NoisySlices(slices=4, noisy=4)], False), ([Spares()], True), ([Halved()], False),
+        ([AddNoise(std=1.0)], False), ([Quantise(bits=2)], False), ([Prune()], False), ([SignOnly()], False), ([Orthogonal()], False),
+        ([Prune(share=0.9), NoisySlices()], True), ([Clip(bound=1.0), NoisySlices()], True), ([AddNoise(std=0.0), NoisySlices()], True),
+        ([NoisySlices(), Prune(share=0.9)], False), ([NoisySlices(), SignOnly()], False), ([NoisySlices(), Clip()], False), ([NoisySlices(), Quantise(bits=8)], False),
+        ([AddNoise(std=0.1), NoisySlices()], False), ([NoisySlices(), NoisySlices()], False), ([Halved(), NoisySlices()], False),
+    ],
+)  # fmt: skip
+def test_agreement_means_truth_where_the_last_change_alone_draws_and_spares_entries(transforms, spares):
+    defence = Defence(torch.nn.Linear(2, 2))
+    defence.transforms = tuple(transforms)
+    assert defence.spares is spares
+
+
+def test_agreement_means_nothing_where_more_is_drawn_than_changes_of_updates():
+    model = torch.nn.Linear(2, 2)
+    for name in ("share", "encode", "stepped"):
+        own = type("OwnDefence", (Defence,), {name: lambda self, *given, **more: given[0], "transforms": (NoisySlices(),)})
+        assert not own(model).spares
+    encoded, private = Defence(model), Defence(model)
+    encoded.transforms = private.transforms = (NoisySlices(),)
+    assert encoded.spares and private.spares
+    encoded.encoders, private.budget = (Spares(),), Budget(epsilon=1.0, delta=1e-5, noise_multiplier=1.0, unit="client")
+    assert not encoded.spares and not private.spares
 
 
 def test_combinations_are_built_in_their_order():

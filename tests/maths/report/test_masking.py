@@ -30,6 +30,52 @@ def test_a_flat_or_a_high_loss_is_a_sign(results, fits, said):
     assert (said is None and not found) or said in found[0]
 
 
+def searching(results, psnr_db=12.1, fit=0.0021, **more):
+    results["rows"][1]["psnr_db"]["mean"] = 11.0
+    results["rows"][2]["psnr_db"]["mean"] = psnr_db
+    results["rows"][2].update(noise="searched", fit_first=0.7, fit=fit, **more)
+    return results
+
+
+def test_an_update_that_is_explained_by_a_wrong_image_is_ambiguous_and_no_protection(results):
+    [sentence] = warnings(searching(results))  # the class mean has 19.0 dB
+    assert sentence == (
+        'Warning, "learned" at the untrained checkpoint is ambiguous to the search of joint, which explains the update almost exactly (distance 0.002) with images worse than '
+        "the class mean (12.1 against 19.0 dB): many pairs of image and noise do, so the search is underdetermined and shows no protection; an attack that reads the noise "
+        "(read-noise) or sees several releases (A9) may do better."
+    )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fit": 0.02}, {"psnr_db": 19.1}, {"noise": "read"}, {"noise": None}, {"attack_id": "A11"}, {"fit": None}], ids=["not explained", "a better image", "read", "none", "malicious", "unknown"]
+)
+def test_nothing_is_ambiguous_where_no_search_of_noise_ends_at_a_wrong_image(results, changes):
+    assert "ambiguous" in " ".join(warnings(searching(results)))
+    searching(results, **{"psnr_db": 12.1, "fit": 0.0021} | {key: value for key, value in changes.items() if key in ("psnr_db", "fit")})
+    results["rows"][2].update({key: value for key, value in changes.items() if key not in ("psnr_db", "fit")})
+    assert "ambiguous" not in " ".join(warnings(results))
+
+
+def test_who_reads_the_noise_in_the_same_table_is_pointed_to(results, make_row):
+    """Of the same defence and checkpoint alone; the best of several, and no other attack."""
+    searching(results)
+    results["rows"] += [
+        make_row("learned", name, "A3", psnr_db, checkpoint=at, noise=noise, fit=0.001, fit_first=0.7)
+        for name, psnr_db, at, noise in (("guessed", 10.0, "untrained", "read"), ("read-noise", 13.5, "untrained", "read"), ("late", 30.0, "final", "read"), ("other", 12.5, "untrained", "searched"))
+    ]
+    [sentence] = [said for said in warnings(results) if "ambiguous" in said]
+    assert "ambiguous to the search of joint and other, which" in sentence
+    assert "shows no protection; read-noise, which reads the noise, gets 13.5 dB, see its row, and several releases (A9) may do better too." in sentence
+
+
+def test_an_ambiguous_update_of_the_undefended_net_or_without_a_class_mean_is_not_spoken_of(results):
+    searching(results)["rows"][0].update(noise="searched", fit=0.001, fit_first=0.7)
+    results["rows"][0]["psnr_db"]["mean"] = 10.0
+    assert all('"plain"' not in sentence for sentence in warnings(results))
+    results["bounds"] = [bound for bound in results["bounds"] if bound["name"] != "class mean"]
+    assert "ambiguous" not in " ".join(warnings(results))
+
+
 def test_an_attack_no_better_than_on_a_shuffled_gradient_shows_its_priors(results, make_row):
     results["rows"][2]["psnr_db"] = {"mean": 9.0, "low": 8.0, "high": 10.0}
     results["rows"].append(make_row("learned", "control", "control", 7.8))
