@@ -159,7 +159,7 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
 def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     """Why an attack has nothing to do, or is not simulated; "" if it runs."""
     noisy = one.training.defence.noise_shape is not None
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.ReadNoise, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, *config.READS, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
         return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
     if isinstance(attack, NEEDS_NOISE) and not noisy:
         return "it needs a defence with noise on the latent"
@@ -172,10 +172,14 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a decoder that is handed the latent alone"
     if isinstance(attack, config.ZeroedLevel) and not any(name.startswith("perturbation.level") for name in one.training.shared):
         return "it needs a noise level that the server sends"
-    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers, config.ReadNoise)) and run.recipe.share_policy == "head":
+    if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers, *config.READS)) and run.recipe.share_policy == "head":
         return "it needs a front that is shared, and share_policy is head"
-    if isinstance(attack, config.ReadNoise) and one.training.defence.secure is not None:
+    if isinstance(attack, config.ReadLatent) and noisy:
+        return "it needs a latent without noise, and where there is noise read-noise reads it"
+    if isinstance(attack, config.READS) and one.training.defence.secure is not None:
         return "it reads the latent of one client's update, and secure aggregation sums those of several"
+    if isinstance(attack, config.ReadLatent) and (one.training.defence.transforms or one.training.defence.encoders or one.training.defence.budget is not None):
+        return "it reads the latent of an update that leaves as it was computed, and a defence changes it or the images"
     if isinstance(attack, config.ReadNoise) and isinstance(one.training.defence.decoder, SeeingDecoder):
         return "it reads the latent off the gradient of the cross-entropy alone, and the decoder's term is in the predictor's"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":

@@ -293,7 +293,7 @@ def _attack_s(run: runs.Run, cell: Cell, releases: Releases, ranks: int) -> floa
     if isinstance(cell.attack, config.GenerativePrior) or getattr(cell.attack, "decoder", "") == "surrogate":
         return None
     cell.releases = releases.of(cell)
-    reads = isinstance(cell.attack, config.ReadNoise)
+    reads = isinstance(cell.attack, config.READS)
     fitted = {} if reads else fits.fitted(run, cell, run.folder)
     case = methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted)
     reading_s, count = 0.0, len(case.observations)

@@ -379,7 +379,7 @@ def latent(run: Run, cell: Cell) -> Invert:
     return invert
 
 
-# --- A3 with the noise read: the latents ---------------------------------------------------------------------------------
+# --- A3 with the noise read, A5 with the latent matched: the latents ---------------------------------------------------------------------------------
 
 
 def read_tasks(run: Run, cell: Cell) -> list[Task]:
@@ -389,7 +389,7 @@ def read_tasks(run: Run, cell: Cell) -> list[Task]:
     def case() -> methods.Case:
         with lock:
             if not made:
-                attack = dataclasses.replace(cell.attack, decoder="known")
+                attack = dataclasses.replace(cell.attack, decoder="known") if isinstance(cell.attack, config.ReadNoise) else cell.attack
                 made.append(methods.make_case(run, cell.trained, cell.snapshot, attack, cell.releases, seed=cell.seed))
             return made[0]
 
@@ -434,7 +434,7 @@ def _latents_read(run: Run, cell: Cell) -> list[tuple[Tensor, float, Tensor]]:
 
 def reading_seconds(run: Run, cell: Cell) -> float:
     """Of the tasks that read a cell's latents; 0 for a cell that has none, or whose result is another's."""
-    if not isinstance(cell.attack, config.ReadNoise) or cell.twin is not None or cell.failure:
+    if not isinstance(cell.attack, config.READS) or cell.twin is not None or cell.failure:
         return 0.0
     return sum(load_marked(_read_path(cell, victims), _read_mark(run, cell))[1]["seconds"] for victims in _read_slices(cell))
 
@@ -504,7 +504,7 @@ def later_tasks(run: Run, cells: list[Cell]) -> list[Task]:
     found: dict[Path, Task] = {}
     for cell in cells:
         needed = [inverter_task(run, cell)] if isinstance(cell.attack, config.LearnedInversion) else []
-        for task in needed + (read_tasks(run, cell) if isinstance(cell.attack, config.ReadNoise) else []):
+        for task in needed + (read_tasks(run, cell) if isinstance(cell.attack, config.READS) else []):
             found.setdefault(task.path, task)
     return list(found.values())
 
@@ -514,7 +514,7 @@ def fitted(run: Run, cell: Cell, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if getattr(cell.attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, cell.trained):
         found["surrogate"] = surrogate(run, cell)
-    if isinstance(cell.attack, config.ReadNoise):
+    if isinstance(cell.attack, config.READS):
         found["latents"] = _latents_read(run, cell)
     if isinstance(cell.attack, config.GenerativePrior):
         made = _generator(run, cell)[1]

@@ -200,7 +200,7 @@ def _tasks_of(run: Run, cell: Cell, plan: methods.Plan, folder: Path) -> list[Ta
 def on_itself(run: Run, cell: Cell, plan: methods.Plan) -> bool:
     """Whether an attack can run on the module itself, see `attack.large`: A0 by descent, and A3, that match one gradient of the cross-entropy alone."""
     attack, defence = cell.attack, cell.trained.training.defence
-    left_out = (config.EotMatching, config.DeepLeakage, config.DecoderAware, config.GenerativePrior, config.MultiRound, config.ReadNoise)
+    left_out = (config.EotMatching, config.DeepLeakage, config.DecoderAware, config.GenerativePrior, config.MultiRound, *config.READS)
     joint = isinstance(attack, config.JointMatching)
     if not isinstance(attack, config.NaiveMatching) or isinstance(attack, left_out) or callable(getattr(attack, "plan", None)):
         return False

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 from gidef import attack as attacks
 from gidef import config, observe
-from gidef.attack import Matching, Searched, Simulate
+from gidef.attack import Matching, Point, Searched, Simulate
 from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import read_latent
 from gidef.attack.matching import Unordered
@@ -43,8 +44,8 @@ PUBLIC = 512
 """Public images, at most, of which statistics are estimated."""
 READING = 400
 """Iterations of the search for a latent where none can be written down."""
-PLACE, SHARE = "read noise/place", "read noise/share"
-"""In `known`, of `ReadNoise`: where the noise leads to, and 1 where that was read, else 0."""
+PLACE, SHARE, BACKWARD = "read/place", "read/share", "read/backward"
+"""In `known`, of attacks that read: the latent, or where the noise leads to; 1 where that was read, else 0; ∂ cross-entropy / ∂ latent there."""
 READ = 1e-4
 """Cosine distance from the predictor's gradient up to which a latent counts as read."""
 SNAPSHOTS = 8
@@ -242,6 +243,8 @@ def _planned(case: Case) -> Plan:
             return _decoder_aware(case, seen, make)
         case config.ReadNoise():
             return _read_noise(case, seen, make)
+        case config.ReadLatent():
+            return _read_latent(case, seen, _noise_free(make))
         case config.JointMatching():
             return Plan(seen, make, case.matching(noise_shape=case.noise_shape))
     return Plan(seen, _noise_free(make), case.matching())
@@ -441,11 +444,66 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
 
         return with_noise_read
 
-    read = case.fitted.get("latents") or [latents_of(case, one, number) for number, one in enumerate(seen)]
-    each = [told(one, *found) for one, found in zip(seen, read, strict=True)]
+    each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
+    return Plan(each, made, case.matching(noise_shape=case.noise_shape), note=_read_in(each, "its noise is searched, as by A3"))
+
+
+def _read(case: Case, seen: list[Observation]) -> list[tuple[Tensor, float, Tensor]]:
+    """What `latents_of` reads of every observation."""
+    return case.fitted.get("latents") or [latents_of(case, one, number) for number, one in enumerate(seen)]
+
+
+def _read_in(each: list[Observation], otherwise: str) -> str:
+    """For a row's note."""
     count = sum(int(one.known[SHARE]) for one in each)
-    note = f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else "; in the others its noise is searched, as by A3")
-    return Plan(each, made, case.matching(noise_shape=case.noise_shape), note=note)
+    return f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else f"; in the others {otherwise}")
+
+
+def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
+    """A5 by matching. Where z was read, the front's gradient at z is matched, a function of ∂L/∂z there, and what lies behind left out on both sides."""
+    frozen = copy.deepcopy(case.model).requires_grad_(False).eval()
+    frozen.train(case.moves_statistics)
+    mine, predictor = _per_thread(lambda: copy.deepcopy(frozen)), Predictor(case.model)
+    names, behind = set(frozen.state_dict()), {*frozen.parts["predictor"]}
+
+    def latent(params: Tensors, known: Tensors, images: Tensor) -> Tensor:
+        weights = {name: tensor for name, tensor in {**known, **params}.items() if name in names}
+        return functional_call(mine(), weights, (images, None), {"full": True}).latent
+
+    def told(one: Observation, latents: Tensor, loss: float, labels: Tensor) -> Observation:
+        read, targets = loss <= READ, F.one_hot(labels, case.num_classes).to(latents)
+        weights = {name: tensor.float() for name, tensor in {**one.known, **one.params}.items() if name in behind}
+        predictor.to(latents.device, torch.float32)
+        backward = grad(lambda z: predictor.loss(weights, z, targets))(latents)
+        share = latents.new_tensor(float(read))
+        update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
+        granted = labels if read and one.labels is None else one.labels
+        return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: latents, BACKWARD: backward, SHARE: share})
+
+    each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
+    note, shares = _read_in(each, "it is A0"), {float(one.known[SHARE]) for one in each}
+    if shares == {0.0}:
+        return Plan(seen, make, case.matching(), note=note)
+    scale = 1.0 if case.local is None else -case.local.lr  # of a delta of one step
+
+    def made() -> Simulate:
+        simulate = make()
+
+        def with_latent_read(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
+            share = known[SHARE]
+            found = grad(lambda own: (latent(own, known, images) * known[BACKWARD]).sum())(params)
+            if shares == {1.0}:
+                return {name: scale * tensor for name, tensor in found.items()}
+            others = simulate(params, {name: tensor for name, tensor in known.items() if name not in (PLACE, SHARE, BACKWARD)}, images, labels, noise)
+            return {name: share * scale * found[name] + (1 - share) * tensor for name, tensor in others.items()}
+
+        return with_latent_read
+
+    def apart(point: Point) -> Tensor:
+        place = point.known[PLACE]
+        return point.known[SHARE] * (latent(point.params, point.known, point.images) - place).square().sum() / place.square().sum()
+
+    return Plan(each, made, case.matching(priors=((case.attack.closeness, apart),)), note=note)
 
 
 def _code(latents: Tensor, weights: Tensors, channel_dim: int) -> Tensor:

@@ -184,6 +184,16 @@ class ReadNoise(JointMatching):
 
 
 @_config
+class ReadLatent(NaiveMatching):
+    """A5 with the front itself for a decoder, where the latent z has no noise: z is read off the predictor's gradient, as by A5. Then of a candidate x the front's
+    gradient at z, ∂⟨m(x), ∂L/∂z⟩/∂θ, is matched, which holds what lies behind at its true value, and its own latent m(x) is drawn to z. Where z cannot be read
+    (as for `ReadNoise`), it is A0, and the run says for how many. Ours; a feature inversion (Mahendran and Vedaldi 2015) beside gradient matching."""
+
+    closeness: float = 1.0
+    """Weight of ‖m(x) − z‖² / ‖z‖²."""
+
+
+@_config
 class GenerativePrior(JointMatching):
     """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
 
@@ -292,7 +302,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5), learned (A7), multi-round (A9), post-hoc decoder (A12); the worst case per victim
     counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -349,9 +359,13 @@ MATCHING = (NaiveMatching,)
 ATTACKS = (NaiveMatching, Analytic, LatentDecoding, LearnedInversion, PostHocDecoder, ImprintServer, Standard)
 IDS = {
     NaiveMatching: "A0", InvertingGradients: "A0", ModernInvertingGradients: "A0", DeepLeakage: "A0", GradInversion: "A0", EotMatching: "A1", SkipLayers: "A2",
-    JointMatching: "A3", ReadNoise: "A3", Analytic: "A4", LatentDecoding: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
+    JointMatching: "A3", ReadNoise: "A3", Analytic: "A4", LatentDecoding: "A5", ReadLatent: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
     SurrogateModel: "A10", ImprintServer: "A11", ZeroedLevel: "A11", PostHocDecoder: "A12", Standard: "standard",
 }  # fmt: skip
+
+
+READS = (ReadNoise, ReadLatent)
+"""Attacks that match gradients behind a latent that is read first."""
 
 
 def weight_of_variation(attack: NaiveMatching, *, noise: bool) -> float:
@@ -381,6 +395,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "joint guessed decoder": JointMatching(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "read noise": ReadNoise(**matching),
         "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
+        "read latent": ReadLatent(**matching),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),
         "learned": LearnedInversion(steps=learned, gradients=gradients, surrogate_steps=surrogate, labels=labels),
@@ -391,7 +406,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
 PRESETS = {
     "naive": NaiveMatching(), "inverting-gradients": InvertingGradients(), "modern": ModernInvertingGradients(), "dlg": DeepLeakage(),
     "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(restarts=4, halving=2),
-    "read-noise": ReadNoise(restarts=4, halving=2),
+    "read-noise": ReadNoise(restarts=4, halving=2), "read-latent": ReadLatent(),
     "analytic": Analytic(), "latent": LatentDecoding(), "decoder-aware": DecoderAware(), "learned": LearnedInversion(), "generative": GenerativePrior(),
     "rounds": MultiRound(), "surrogate-model": SurrogateModel(), "imprint": ImprintServer(), "zeroed": ZeroedLevel(), "decoder": PostHocDecoder(),
     "standard": Standard(), "quick": Standard(version="quick"), "smoke": Standard(version="smoke"),

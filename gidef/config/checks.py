@@ -13,6 +13,7 @@ from gidef.config import (
     DCS,
     DEFENCES,
     DPSGD,
+    READS,
     CapacityNoise,
     Censor,
     DecoderAware,
@@ -228,7 +229,7 @@ def _plain_problems(recipe: Recipe) -> list[str]:
                 f"evaluation.local_steps={recipe.evaluation.local_steps}, local_epochs={recipe.evaluation.local_epochs}, local_optimiser={recipe.evaluation.local_optimiser}: "
                 "set begin=drawn, or change these."
             )
-        if isinstance(attack, ReadNoise) and attack.labels not in ("known", "recovered"):
+        if isinstance(attack, READS) and attack.labels not in ("known", "recovered"):
             found.append(f"attacks.{name}.labels={attack.labels}: a latent is read with labels that are known or recovered. Set one of these.")
         if isinstance(attack, ReadNoise) and attack.decoder == "unused":
             found.append(f"attacks.{name}.decoder=unused matches the predictor alone, and this attack all but the predictor: set known or surrogate.")

@@ -463,6 +463,78 @@ def test_a_level_of_nought_leaves_the_candidate_s_own_latent(trained):
     assert all(tensor.isfinite().all() for tensor in found.values())
 
 
+def read_latent(trained, defence="undefended", **changes):
+    """(case, its plan, a release, the plan's simulator and its prior at some images of observation 1)."""
+    fields = {**SHORT, **changes.pop("fields", {})}
+    case, run, (release,) = case_of(trained, defence, config.ReadLatent(**fields), **changes)
+    plan = methods.plan(case)
+    one = plan.observations[1]
+
+    def simulated(images):
+        labels = F.one_hot(release.labels[1], case.num_classes).float()
+        [(weight, prior)] = plan.matching.priors
+        assert weight == 1.0
+        apart = prior(attacks.Point(images=images, labels=labels, noise=None, params=one.params, known=one.known))
+        return plan.make_simulate()(one.params, one.known, images, labels, None), float(apart)
+
+    return case, plan, release, simulated
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"release": "delta", "local_lr": 0.3}])
+@pytest.mark.parametrize("labels", ["known", "recovered"])
+def test_at_the_true_images_the_front_s_gradient_at_the_read_latent_is_the_observed_one(trained, labels, evaluation):
+    """And the images' own latent is the one that was read; what lies behind is left out on both sides."""
+    case, plan, release, simulated = read_latent(trained, fields={"labels": labels}, **evaluation)
+    one, behind = plan.observations[1], set(case.model.parts["predictor"])
+    assert plan.note == f"the latent was read in {len(plan.observations)} of {len(plan.observations)} observations"
+    assert torch.equal(one.labels.cpu(), release.labels[1].cpu())
+    found, apart = simulated(release.images[1])
+    assert behind and behind < set(one.update) == set(found) and apart < 1e-4
+    for name, seen in one.update.items():
+        expected = torch.zeros_like(seen) if name in behind else case.observations[1].update[name]
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+        torch.testing.assert_close(found[name], expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()) + 1e-12)
+    other, further = simulated(release.images[1].flip(-1))
+    assert max(float((other[name] - one.update[name]).abs().max()) for name in set(one.update) - behind) > 1e-4 and further > 0.01
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatch, count):
+    """Of none, or of one among others, which is not matched otherwise for them."""
+    latents_of = methods.latents_of
+
+    def some(case, one, number):
+        latents, loss, labels = latents_of(case, one, number)
+        return latents, loss if number < count else 1.0, labels
+
+    monkeypatch.setattr(methods, "latents_of", some)
+    case, plan, release, simulated = read_latent(trained) if count else (*case_of(trained, "undefended", config.ReadLatent(**SHORT))[:1], None, None, None)
+    plan = plan or methods.plan(case)
+    assert f"{count} of {len(plan.observations)}" in plan.note and "in the others it is A0" in plan.note
+    naive = methods.plan(dataclasses.replace(case, attack=config.NaiveMatching(**SHORT)))
+    one, seen = plan.observations[1], naive.observations[1]
+    assert all(torch.equal(tensor, seen.update[name]) for name, tensor in one.update.items())
+    images = torch.rand(one.num_examples, *case.image_shape, generator=torch.Generator().manual_seed(0))
+    given = (images, F.one_hot(seen.labels, case.num_classes).float(), None)
+    expected, found = (each.make_simulate()(its.params, its.known, *given) for each, its in ((naive, seen), (plan, one)))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+    if count:
+        assert simulated(images)[1] == 0.0
+    else:
+        assert plan.matching.priors == ()
+
+
+def test_reading_the_latent_finds_more_than_the_naive_attack(trained):
+    case, run, (release,) = case_of(trained, "undefended", config.ReadLatent(iterations=60))
+    truth = release.images[:2].cpu()
+    errors = {}
+    for attack in (case.attack, config.NaiveMatching(iterations=60)):
+        found = reconstructed(methods.plan(dataclasses.replace(case, attack=attack)))
+        errors[type(attack).__name__] = float((found - truth).square().mean())
+    assert errors["ReadLatent"] < 0.7 * errors["NaiveMatching"]
+
+
 @pytest.mark.parametrize(("changes", "said"), [({"labels": "counts"}, "known or recovered"), ({"labels": "searched"}, "known or recovered"), ({"decoder": "unused"}, "all but the predictor")])
 def test_noise_is_read_with_classes_and_all_but_the_predictor_is_matched(trained, changes, said):
     recipe = trained[0].recipe
