@@ -336,7 +336,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     heard = Heard()
     run = with_speed(run, heard, attacks={"smoke": config.Standard(version="smoke")})
     cells = make_cells(run, {key: one for key, one in found.items() if key[0] == "undefended"}, tmp_path)
-    assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "analytic", "learned", "shuffled gradient"}
+    assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "read latent", "analytic", "learned", "shuffled gradient"}
     assert heard.notices == [
         "smoke goes without decoder, eot, read noise, read noise guessed decoder: it needs a defence with noise on the latent.",
         "smoke goes without joint guessed decoder: it needs a defence with a decoder.",

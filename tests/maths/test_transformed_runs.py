@@ -196,7 +196,7 @@ def test_what_two_releases_leave_alike_is_read_as_it_was(trained):
     for way, one in (("settled", seen), ("averaged", dataclasses.replace(seen, update=mean, trust={}))):
         [got] = attacks.run([one], plan.make_simulate, plan.matching, seed=0)
         found[way] = float(metrics.psnr_db(got.images.clamp(0, 1), releases[0].images[0]))
-    assert found["settled"] > found["averaged"] + 4, found
+    assert found["settled"] > found["averaged"] + 2.5, found
 
 
 @pytest.mark.parametrize("kind", ["gradient", "delta"])
