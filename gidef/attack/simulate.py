@@ -19,9 +19,9 @@ DRAWS = "draws"
 MEMBERS = "members/"
 """Prefix in `known` of what the M clients of a cohort do not have in common, (M, *shape), as `cohort_mean` looks for it."""
 WIDTH = 1.0
-"""w of the slope that `local_adam` lends its steps, in units of mean |m̂|. Synthetic cells of 16 px, untrained small net, 250 iterations, tv 1e-2, 4 victims:
-in one step of one image 0.3 21.2 dB, 1 21.0, 3 16.8, 10 13.8, along the true derivative 6.7; in one step of all four 0.5 24.3; in four steps of one each
-1 15.0, and 13.4 with the slope of m̂ / √(v̂ + (0.3 mean |m̂|)²)."""
+"""w of the slope that `local_adam` lends its steps, in units of mean |m̂|. Synthetic cells of 16 px, untrained small net, 250 iterations, tv 1e-2,
+4 victims: in one step of one image 0.3 21.2 dB, 1 21.0, 3 16.8, 10 13.8, along the true derivative 6.7; in one step of all four 0.5 24.3; in four
+steps of one each 1 15.0, 3 15.0, and 13.4 with the slope of m̂ / √(v̂ + (0.3 mean |m̂|)²)."""
 ALPHA, FINAL = "alpha", "final/"
 """Of `surrogate_model`: the unknown in `known`, and the prefix there of the client's weights after its local training."""
 
