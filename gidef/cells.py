@@ -244,6 +244,8 @@ def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> st
         said.append(f"the sum of {observe.members(run, one)} clients; scored by what of it fits the victim best")
     if (otherwise := _trained_otherwise(run.recipe)) and not isinstance(attack, config.PostHocDecoder):
         said.append(otherwise)
+    if run.recipe.evaluation.release == "delta" and run.recipe.evaluation.local_optimiser == "adam" and not isinstance(attack, config.PostHocDecoder):
+        said.append("steps of Adam tell little more than signs; the slope that the attack follows is a surrogate")
     batches, clients = observe.dealt(run, one, attack, progress=progress)
     if over := " and ".join(["clients"] * (clients > 1) + ["local steps"] * (batches > 1)):
         count = getattr(attack, "restarts", 1)

@@ -41,6 +41,13 @@ def norm(tensors: Tensors) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def sign_slope(tensor: Tensor, width: Tensor) -> Tensor:
+    """0 everywhere, with the slope of tanh(u / width), width > 0: what a sign lacks to be descended. Straight through (BPDA, Athalye et al. 2018,
+    arXiv:1802.00420)."""
+    soft = torch.tanh(tensor / width)
+    return soft - soft.detach()
+
+
 AT_ONCE = {"cpu": 2**16, "cuda": 2**22}
 """Entries of an update that are taken to float64 at the same time: on a CPU few enough to stay in the cache, which halves the time of the sum; on
 a GPU no more than come at a time over ranks (`parallel.cohort.BUCKET`)."""

@@ -12,11 +12,16 @@ from torch.func import vmap
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
 from gidef.types import Observation, Tensors, of_round
+from gidef.updates import sign_slope
 
 DRAWS = "draws"
 """Under this name in `known`, `averaged` finds the noise of an iteration: (samples, *noise_shape)."""
 MEMBERS = "members/"
 """Prefix in `known` of what the M clients of a cohort do not have in common, (M, *shape), as `cohort_mean` looks for it."""
+WIDTH = 1.0
+"""w of the slope that `local_adam` lends its steps, in units of mean |m̂|. Synthetic cells of 16 px, untrained small net, 250 iterations, tv 1e-2,
+4 victims: in one step of one image 0.3 21.2 dB, 1 21.0, 3 16.8, 10 13.8, along the true derivative 6.7; in one step of all four 0.5 24.3; in four
+steps of one each 1 15.0, 3 15.0, and 13.4 with the slope of m̂ / √(v̂ + (0.3 mean |m̂|)²)."""
 ALPHA, FINAL = "alpha", "final/"
 """Of `surrogate_model`: the unknown in `known`, and the prefix there of the client's weights after its local training."""
 
@@ -51,18 +56,25 @@ def local_sgd(
 
 def local_adam(
     gradient: Simulate, *, steps: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, epochs: int = 1,
-    moving: Collection[str] = (),
+    moving: Collection[str] = (), width: float | None = WIDTH,
 ) -> Simulate:  # fmt: skip
     """A simulator of local Adam, as `local_sgd` otherwise.
 
+    The value is Adam's, exactly, and the slope a stand-in's, straight through, since the first steps are little more than signs:
+
+        ∂step = ∂ η tanh(m̂ / (w · mean |m̂| + ε)),   the mean over a tensor's entries, held fixed
+
     Args:    lr, betas, eps: as torch.optim.Adam.
-    Source:  Kingma and Ba 2015, arXiv:1412.6980. The slope of √v at v = 0 is taken for 0 instead of ∞.
-    Trap:    one step of Adam releases little more than the gradient's sign, whose derivative is nearly 0 everywhere: matching has
-             little to descend until there are several steps.
+             width: w > 0; None for the true derivative, where the slope of √v at v = 0 is taken for 0 instead of ∞.
+    Source:  Kingma and Ba 2015, arXiv:1412.6980; the slope as BPDA, Athalye et al. 2018, arXiv:1802.00420.
+    Trap:    along the true derivative, which is nearly 0 almost everywhere, matching has little to descend. The stand-in's is not the slope of the
+             objective: a search that compares values along it may stop early.
     """
     _check(steps, lr, epochs)
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
         raise InputError(f"betas={betas}, eps={eps}: expected betas in [0, 1) and eps above 0.")
+    if width is not None and not width > 0:
+        raise InputError(f"width={width}: expected a number above 0, or None for the true derivative.")
 
     def step(t: int, slots: Tensors, gradients: Tensors) -> tuple[Tensors, Tensors]:
         slots = {
@@ -73,7 +85,8 @@ def local_adam(
         for name in gradients:
             m, v = slots[f"m {name}"] / (1 - betas[0] ** t), slots[f"v {name}"] / (1 - betas[1] ** t)
             root = torch.where(v > 0, torch.where(v > 0, v, torch.ones_like(v)).sqrt(), torch.zeros_like(v))
-            changes[name] = lr * m / (root + eps)
+            exact = lr * m / (root + eps)
+            changes[name] = exact if width is None else exact.detach() + lr * sign_slope(m, width * m.detach().abs().mean() + eps)
         return slots, changes
 
     return _unrolled(gradient, step, steps, epochs, frozenset(moving))

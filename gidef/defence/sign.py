@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from gidef.defence.upload import Packed
 from gidef.types import Tensors
+from gidef.updates import sign_slope
 
 WIDTH = 3.0
 """w of the stand-in's slope, in units of mean |u|. In the setting measured below: 0.1 13.9 dB, 0.3 17.3, 1 20.0, 3 22.3, 6 22.5, 20 15.7; the
@@ -48,5 +49,4 @@ class SignOnly:
 def _sloped(tensor: Tensor) -> Tensor:
     size = tensor.abs().mean()
     fixed = size.detach()
-    soft = torch.tanh(tensor / (WIDTH * fixed).clamp_min(torch.finfo(tensor.dtype).tiny))
-    return tensor.sign() * size + (soft - soft.detach()) * fixed
+    return tensor.sign() * size + sign_slope(tensor, (WIDTH * fixed).clamp_min(torch.finfo(tensor.dtype).tiny)) * fixed

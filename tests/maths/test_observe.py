@@ -21,6 +21,7 @@ from gidef.config import (
     LearnedPerturbation,
     LocalTraining,
     NaiveMatching,
+    PostHocDecoder,
     Pruning,
     SingleGradient,
     SkipLayers,
@@ -417,6 +418,15 @@ def test_a_row_says_where_the_clients_train_otherwise_than_the_attacked_delta(cl
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, clients=clients)))
     note = cells.note_of(run, one, NaiveMatching())
     assert said in note and ("clients" in note) == bool(said)
+
+
+def test_a_row_says_that_steps_of_adam_are_little_more_than_signs(trained):
+    run, one = trained("full", "undefended")
+    said = "steps of Adam tell little more than signs; the slope that the attack follows is a surrogate"
+    for changes, says in (({"release": "delta", "local_optimiser": "adam"}, True), ({"release": "delta"}, False), ({"release": "gradient"}, False)):
+        for attack in (NaiveMatching(), JointMatching(), PostHocDecoder()):
+            expected = says and not isinstance(attack, PostHocDecoder)  # which reads no update
+            assert (said in cells.note_of(evaluated(run, batch_size=2, **changes), one, attack)) == expected
 
 
 def test_a_row_says_that_the_order_of_the_labels_over_the_local_steps_was_guessed(trained):

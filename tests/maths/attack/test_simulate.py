@@ -28,6 +28,8 @@ CASES = {
     "momentum": (lambda s, **k: local_sgd(s, lr=0.1, momentum=0.9, **k), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
     "adam": (lambda s, **k: local_adam(s, lr=0.01, **k), lambda p: torch.optim.Adam(p, lr=0.01)),
 }
+TRUE = {"adam": {"width": None}}
+"""What asks for the true derivative where another is followed."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -47,7 +49,7 @@ def test_the_delta_is_that_of_torch_optim_over_consecutive_slices_in_the_same_or
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_vmappable_and_its_derivative_agrees_with_finite_differences(tiny, name):
     model = tiny.Net(activation=torch.nn.Tanh)
-    params, simulate = tiny.weights(model), CASES[name][0](tiny.simulator(model), steps=2)
+    params, simulate = tiny.weights(model), CASES[name][0](tiny.simulator(model), steps=2, **TRUE.get(name, {}))
     images = torch.stack([tiny.observe(tiny.simulator(model), params, size=2, seed=seed)[1] for seed in range(2)])
     labels = F.one_hot(torch.tensor([0, 2]), tiny.classes).double()
 
@@ -61,10 +63,73 @@ def test_it_is_vmappable_and_its_derivative_agrees_with_finite_differences(tiny,
         torch.testing.assert_close((slope * direction).sum(), measured, rtol=1e-4, atol=1e-9)
 
 
-def test_adam_s_derivative_is_finite_where_a_gradient_is_zero():
-    simulate = local_adam(lambda params, known, x, y, noise: {"w": x.sum() * params["w"] * torch.tensor([1.0, 0.0])}, steps=2, lr=0.1)
-    slope = grad(lambda x: simulate({"w": torch.ones(2)}, {}, x, torch.zeros(2), None)["w"].sum())(torch.ones(2))
-    assert slope.isfinite().all()
+@pytest.mark.parametrize("how", [{}, {"width": None}], ids=["stand-in", "true"])
+def test_adam_s_derivative_is_finite_where_a_gradient_is_zero(how):
+    simulate = local_adam(lambda params, known, x, y, noise: {"w": x.sum() * params["w"] * torch.tensor([1.0, 0.0])}, steps=2, lr=0.1, **how)
+    for images in (torch.ones(2), torch.zeros(2)):  # of the second all is zero
+        slope = grad(lambda x: simulate({"w": torch.ones(2)}, {}, x, torch.zeros(2), None)["w"].sum())(images)
+        assert slope.isfinite().all() and slope.any()
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 1), (3, 1), (4, 2)])
+def test_the_slope_that_adam_s_steps_are_lent_leaves_their_values_as_they_are_bit_by_bit(tiny, steps, epochs):
+    model = tiny.Net()
+    params = tiny.weights(model)
+    _, images, labels = tiny.observe(tiny.simulator(model), params, size=6)
+    found = [
+        local_adam(tiny.simulator(model), steps=steps, epochs=epochs, lr=0.01, **how)(params, {}, images, F.one_hot(labels, tiny.classes).double(), None)
+        for how in ({}, {"width": 0.2}, {"width": None})
+    ]
+    assert all(torch.equal(one[name], tensor) for one in found[:2] for name, tensor in found[2].items())
+
+
+def test_the_slope_of_two_steps_of_adam_is_that_of_soft_signs_in_the_steps_place(tiny):
+    """By finite differences of a plain loop whose steps are constants, those of Adam, and change as tanh does."""
+    model, lr, width = tiny.Net(activation=torch.nn.Tanh), 0.01, 0.7
+    params, gradient = tiny.weights(model), tiny.simulator(model)
+    _, images, labels = tiny.observe(gradient, params, size=2)
+    labels, draw = F.one_hot(labels, tiny.classes).double(), torch.Generator().manual_seed(0)
+    looked_at = {name: torch.randn(tensor.shape, generator=draw, dtype=torch.float64) for name, tensor in params.items()}
+
+    def walked(x, base=None):
+        """What is looked at of the delta, and (step, first moment) of each step; base: those of the point whose steps are kept."""
+        weights, m, v, seen = dict(params), dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0), []
+        for t in range(2):
+            g = gradient(weights, {}, x[t : t + 1], labels[t : t + 1], None)
+            m, v = {n: 0.9 * m[n] + 0.1 * g[n] for n in g}, {n: 0.999 * v[n] + 0.001 * g[n] ** 2 for n in g}
+            moment = {n: m[n] / (1 - 0.9 ** (t + 1)) for n in g}
+            step = {n: moment[n] / ((v[n] / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8) for n in g}
+            seen.append((step, moment))
+            if base is not None:
+                kept, there = base[t]
+                scale = {n: width * there[n].abs().mean() + 1e-8 for n in g}
+                step = {n: kept[n] + torch.tanh(moment[n] / scale[n]) - torch.tanh(there[n] / scale[n]) for n in g}
+            weights = {n: weights[n] - lr * step[n] for n in g}
+        return sum((looked_at[n] * (weights[n] - params[n])).sum() for n in params), seen
+
+    def simulated(x):
+        delta = local_adam(gradient, steps=2, lr=lr, width=width)(params, {}, x, labels, None)
+        return sum((looked_at[n] * delta[n]).sum() for n in params)
+
+    value, base = walked(images)
+    direction = torch.randn(images.shape, generator=draw, dtype=torch.float64)
+    measured = (walked(images + 1e-5 * direction, base)[0] - walked(images - 1e-5 * direction, base)[0]) / 2e-5
+    torch.testing.assert_close(simulated(images), value)
+    torch.testing.assert_close((grad(simulated)(images) * direction).sum(), measured, rtol=1e-6, atol=1e-9)
+
+
+def test_an_attack_on_a_step_of_adam_gets_far_along_the_lent_slope_and_not_along_the_true_one(tiny):
+    model, fits, errors = tiny.Net(), {}, {}
+    params, gradient = tiny.weights(model), tiny.simulator(model)
+    image = torch.linspace(0, 1, 6, dtype=torch.float64).expand(1, 2, 6, 6)
+    label, settings = torch.tensor([1]), naive(**tiny.settings, iterations=100, tv=1e-2)
+    for name, how in (("lent", {}), ("true", {"width": None})):
+        simulate = local_adam(gradient, steps=1, lr=0.01, **how)
+        update = simulate(params, {}, image, F.one_hot(label, tiny.classes).double(), None)
+        found = drain(invert([Observation(params, update, 1, kind="delta", labels=label)] * 2, lambda simulate=simulate: simulate, settings, seed=0))
+        fits[name], errors[name] = sum(row.fit for row in found) / 2, sum(float((row.images - image).square().mean()) for row in found) / 2
+    assert fits["lent"] < 0.5 * fits["true"], fits
+    assert errors["lent"] < 0.5 * errors["true"], errors
 
 
 def test_tensors_without_a_gradient_stay_and_are_not_released():
@@ -80,6 +145,8 @@ def test_arguments_out_of_range_are_refused(tiny):
             local_sgd(simulate, **wrong)
     with pytest.raises(InputError, match="betas"):
         local_adam(simulate, steps=1, lr=1, betas=(1.0, 0.9))
+    with pytest.raises(InputError, match="width=0.0: expected a number above 0"):
+        local_adam(simulate, steps=1, lr=1, width=0.0)
     with pytest.raises(InputError, match="do not divide"):
         local_sgd(simulate, steps=2, lr=1)({}, {}, torch.zeros(3, 2), torch.zeros(3), None)
 
