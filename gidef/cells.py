@@ -21,7 +21,8 @@ from gidef.runs import Run, Snapshot, Trained, run_key
 from gidef.types import Reconstruction
 
 NEEDS_NOISE = (config.EotMatching, config.SkipLayers, config.ReadNoise, config.ZeroedLevel, config.PostHocDecoder, config.LatentDecoding)
-"""Attacks on the noise, which have nothing to do where there is none; a latent without noise gives the image away by construction."""
+"""Attacks on the noise or through it, left out where there is none: a latent without noise gives the image away by construction, and where the front is
+shared, A0 matches it as well. Under `head` A0 has no front to match by, and A5 reads the latent whatever the defence."""
 CONTROL = "shuffled gradient"
 BLIND = "the update of public images of the same labels, every tensor's entries in another order: what the priors draw by themselves"
 
@@ -161,7 +162,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
     noisy = one.training.defence.noise_shape is not None
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, *config.READS, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
         return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
-    if isinstance(attack, NEEDS_NOISE) and not noisy:
+    reads_head = isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head"
+    if isinstance(attack, NEEDS_NOISE) and not noisy and not reads_head:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
         return "it needs a defence that draws something in every release"
@@ -235,7 +237,10 @@ def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> st
             said.append(words[observe.decoder_of(attack)])
     if isinstance(one.training.defence.decoder, SeeingDecoder) and (isinstance(attack, config.LatentDecoding) or getattr(attack, "decoder", "") == "unused"):
         said.append("matches the gradient of cross-entropy alone, and the decoder's term is in the released one")
-    if isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size // run.recipe.evaluation.local_steps == 1:
+    vanish = isinstance(one.training.defence, BiDODefence) and run.recipe.evaluation.batch_size // run.recipe.evaluation.local_steps == 1
+    if isinstance(attack, config.LatentDecoding) and one.training.defence.own_terms and run.recipe.evaluation.released_loss == "client" and not vanish:
+        said.append("matches the gradient of cross-entropy alone, and the defence's own terms are in the released one")
+    if vanish:
         what = "local steps" if run.recipe.evaluation.local_steps > 1 else "a batch"
         said.append(f"BiDO's terms vanish in {what} of one image: it is undefended")
     if one.training.defence.encoders:

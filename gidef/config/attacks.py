@@ -239,7 +239,8 @@ class Analytic:
 
 @_config
 class LatentDecoding:
-    """A5: the perturbed latent from the predictor's gradients, then a decoder trained on public images. The attack under share policy `head`."""
+    """A5: the latent, perturbed or not, from the predictor's gradients, then a decoder trained on public images. The attack under share policy `head`, whatever
+    the defence; where the front is shared, only for noise on the latent."""
 
     iterations: int = 1000
     """Of the free search, from each start, where no layer tells the span of a batch's latents or none of that explains the update. They do not bound the search

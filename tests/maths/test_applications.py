@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -10,18 +11,23 @@ import pytest
 import torch
 from torch import nn
 
-from gidef import applications, audit, fits
+from gidef import applications, audit, fits, threats
 from gidef.attack import latent
 from gidef.attack.latent import invert_latent
-from gidef.cells import make_cells
-from gidef.config import Analytic, ImprintServer, IsotropicNoise, LatentDecoding, LearnedInversion, Model, PostHocDecoder
+from gidef.attack.shadow import fit_shadow, front_latents
+from gidef.cells import make_cells, not_applicable
+from gidef.config import Analytic, ImprintServer, IsotropicNoise, LatentDecoding, LearnedInversion, Model, PostHocDecoder, Pruning, Undefended
+from gidef.fit import fit_decoder
+from gidef.models import decoder_for
 from gidef.releases import Releases
+from gidef.rng import stream_seed
 from tests.small_run import RECIPE, Heard, evaluated, trained_once
 
 ATTACKS = {
     "analytic": Analytic(labels="recovered"), "imprint": ImprintServer(bins=32), "learned": LearnedInversion(steps=3, gradients=24),
     "latent": LatentDecoding(iterations=7, restarts=2, steps=2, labels="recovered"),
 }  # fmt: skip
+NOISELESS = {"undefended": Undefended(), "pruned": Pruning(share=0.5)}
 VICTIMS = 5
 
 
@@ -42,16 +48,16 @@ class Broken(Mapping):
 def trained(tmp_path_factory):
     evaluation = dataclasses.replace(RECIPE.evaluation, num_victims=VICTIMS, batch_size=1)
     recipe = dataclasses.replace(
-        RECIPE, model=Model(name=f"{__file__}:perceptron", cut="2"), defences={"noise": IsotropicNoise()}, attacks={**ATTACKS, "decoder": PostHocDecoder(steps=4)},
+        RECIPE, model=Model(name=f"{__file__}:perceptron", cut="2"), defences={"noise": IsotropicNoise(), **NOISELESS}, attacks={**ATTACKS, "decoder": PostHocDecoder(steps=4)},
         evaluation=evaluation,
     )  # fmt: skip
     with trained_once(tmp_path_factory.mktemp, recipe) as one:
         yield one
 
 
-def cells_of(run, one, folder, *, noisy=()):
+def cells_of(run, one, folder, *, defence="noise", noisy=()):
     """By name; what the attacks need is trained. noisy: victims whose update no closed form explains."""
-    releases, cells = Releases(run), {cell.name: cell for cell in make_cells(run, {("noise", 0): one}, folder)}
+    releases, cells = Releases(run), {cell.name: cell for cell in make_cells(run, {(defence, 0): one}, folder)}
     draw = torch.Generator().manual_seed(0)
     for cell in cells.values():
         cell.releases = releases.of(cell)
@@ -228,3 +234,51 @@ def test_a_delta_of_one_step_of_sgd_is_read_as_the_gradient_that_it_is(trained, 
     for changes in ({"local_epochs": 2}, {"local_optimiser": "adam"}):
         left = {cell.name for cell in make_cells(evaluated(run, release="delta", **changes), {("noise", 0): one}, tmp_path / "more")}
         assert name not in left and "decoder" in left
+
+
+def headed(trained, defence, policy="head", **settings):
+    """(run, what training left) with A5 alone."""
+    run, one = trained(defence, policy)
+    recipe = dataclasses.replace(run.recipe, attacks={"latent": LatentDecoding(iterations=5, batch_size=8, **settings)})
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe), console=Heard()), one
+
+
+def decoded_by_hand(run, one, cell):
+    """What a decoder behind a shadow front, trained by the attack's parts, makes of the victims' own latents."""
+    defence, snapshot, attack, val = one.training.defence, cell.snapshot, cell.attack, run.setting.dataset.val
+    shadow = copy.deepcopy(defence.model)
+    shadow.load_state_dict(shadow.state_dict() | defence.initial_model())
+    list(fit_shadow(shadow, snapshot.params, val.images, val.labels, steps=attack.shadow_steps, seed=0))
+    decoder = decoder_for(shadow.latent_shape, shadow.channel_dim, (3, 16, 16), size="posthoc", seed=stream_seed(0, "latent decoder") % 2**31)
+    list(fit_decoder(decoder, front_latents(shadow), val, steps=attack.steps, seed=0, batch_size=attack.batch_size))
+    found, client = [], copy.deepcopy(defence.model)
+    for images, private in zip(cell.victims.images, cell.victims.private, strict=True):
+        client.load_state_dict(client.state_dict() | private | snapshot.params)
+        with torch.no_grad():
+            found.append(decoder.eval()(client.run(images).latent).clamp(0, 1))
+    return found
+
+
+def test_under_head_the_latent_of_an_undefended_net_is_read_and_decoded(trained, tmp_path):
+    run, one = headed(trained, "undefended", steps=30, shadow_steps=20)
+    [cell] = cells_of(run, one, tmp_path, defence="undefended").values()
+    work(run, cell)
+    expected = decoded_by_hand(run, one, cell)
+    assert all(found.status == "ok" for found in cell.reconstructions) and "front guessed on public images" in cell.note
+    for found, mine, other in zip(cell.reconstructions, expected, expected[1:] + expected[:1], strict=True):
+        assert (found.images - mine).abs().max() < 0.05 * (mine - other).abs().max(), "which is another victim's"
+
+
+@pytest.mark.parametrize("defence", NOISELESS)
+def test_without_noise_the_latent_is_attacked_under_head_alone(defence, trained, tmp_path):
+    for front, told in (("shadow", "front guessed on public images"), ("known", "private front known: a bound")):
+        run, one = headed(trained, defence, front=front, steps=2, shadow_steps=2)
+        [cell] = cells_of(run, one, tmp_path / front, defence=defence).values()
+        [found] = fits.latent(run, cell)([0], lambda units: None)
+        assert (cell.attack_id, cell.note, found.status) == ("A5", told, "ok") and not_applicable(run, {(defence, 0): one}) == []
+        assert threats.threat(run, cell)["knows"] == ["the labels", "public images"] + ["the private front"] * (front == "known")
+    for policy in ("full", "all"):
+        run, one = headed(trained, defence, policy)
+        reason = "it needs a defence with noise on the latent"
+        assert make_cells(run, {(defence, 0): one}, tmp_path) == [] and run.console.notices == [f"latent was left out: {reason}."]
+        assert [each["reason"] for each in not_applicable(run, {(defence, 0): one})] == [reason]

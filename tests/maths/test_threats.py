@@ -99,6 +99,8 @@ def test_what_is_private_under_head_or_shared_under_all_is_told_apart(trained, t
     head, _ = named(trained, tmp_path, policy="head", checkpoints=("final",))
     assert head["joint", "final"]["knows"] == ["the labels", "the noise law", "the client's loss", "the private front", "the private decoder"]
     assert head["latent", "final"]["knows"] == ["the labels", "the noise law", "public images"] and head["naive", "final"]["knows"] == ["the labels"]
+    plain, _ = named(trained, tmp_path, "undefended", policy="head", checkpoints=("final",))
+    assert plain["latent", "final"]["knows"] == ["the labels", "public images"], "there is no noise whose law to know"
     everything, _ = named(trained, tmp_path, policy="all", checkpoints=("final",))
     assert everything["joint", "final"]["knows"] == everything["guessed", "final"]["knows"] == ["the labels", "the noise law", "the client's loss"]
 
