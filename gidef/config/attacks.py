@@ -185,7 +185,10 @@ class ReadNoise(JointMatching):
 
 @_config
 class GenerativePrior(JointMatching):
-    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
+    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels.
+
+    Where the defence's law tells of noise on the update, pixels that are free would fit the noise: of the iterations that are left for them a share as large as
+    that of noise in the release's squared norm goes to the codes as well, and pixels are held to the codes' images by as much as the law makes likely."""
 
     code: int = 64
     """Numbers per image."""
@@ -194,7 +197,7 @@ class GenerativePrior(JointMatching):
     """Of its training."""
     code_lr: float = 0.05
     code_share: float = 0.3
-    """Of the iterations: spent on codes, before pixels."""
+    """Of the iterations: spent on codes, before pixels; more under noise on updates."""
 
 
 @_config
@@ -290,8 +293,8 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7), post-hoc decoder (A12); the worst case per victim
-    counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7),
+    post-hoc decoder (A12); the worst case per victim counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
     version: Literal["standard", "quick", "smoke"] = "standard"

@@ -134,6 +134,10 @@ class Defence:
         simulators to another. generator: draws the noise of this; None leaves it out, as attackers do who know the rest."""
         return make
 
+    def gradient_noise(self, images: int) -> float:
+        """Standard deviation of the noise that `stepped` adds to every entry of a gradient of so many images; 0 where nothing says that it does."""
+        return 0.0
+
     def cross_entropy_alone(self, progress: float) -> bool:
         """Whether what a client releases then is the gradient of the cross-entropy of one pass, model(images, noise). A simulator of the user's own may be more."""
         return not self.own_terms and type(self).simulator is Defence.simulator and type(self).stepped is Defence.stepped
