@@ -293,7 +293,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), multi-round (A9), analytic (A4), learned (A7),
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), under noise on updates codes of a generator (A8), multi-round (A9), analytic (A4), learned (A7),
     post-hoc decoder (A12); the worst case per victim counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -368,7 +368,7 @@ def controlled(attacks: dict[str, object]) -> str | None:
 
 def standard(version: str = "standard", labels: str = "known") -> dict[str, object]:
     """The members of the fixed ensemble, by name. Budgets are part of the version: a change of them is another version."""
-    # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack, of the decoder and of the guessed one, simulated gradients
+    # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack, of the decoder (and the generator) and of the guessed one, simulated gradients
     budgets = {"standard": (4000, 4, 16, 4, 3000, 3000, 600, 4000), "quick": (300, 1, 4, 2, 200, 150, 150, 400), "smoke": (3, 2, 2, 2, 2, 2, 2, 40)}
     iterations, restarts, draws, rounds, learned, decoder, surrogate, gradients = budgets[version]
     matching = {"iterations": iterations, "restarts": restarts, "halving": 2, "labels": labels}
@@ -382,6 +382,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "joint guessed decoder": JointMatching(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "read noise": ReadNoise(**matching),
         "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
+        "generative": GenerativePrior(iterations=iterations, fit_steps=decoder, **few),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),
         "learned": LearnedInversion(steps=learned, gradients=gradients, surrogate_steps=surrogate, labels=labels),

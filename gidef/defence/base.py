@@ -77,6 +77,11 @@ class Defence:
         """The model's part of `initial`: its parameters, and the running statistics that training moves."""
         return {name: p.detach().clone() for name, p in {**dict(self.model.named_parameters()), **moving_statistics(self.model)}.items()}
 
+    @property
+    def noises_updates(self) -> bool:
+        """Whether what leaves has noise on it of which the law tells a variance (see defence.share.noise_share)."""
+        return any(hasattr(one, "variances") and getattr(one, "random", True) for one in self.transforms)
+
     def player(self) -> Plain:
         """A fresh player with copies of its own, for one worker (see clients.local.Player)."""
         return Plain(copy.deepcopy(self.model))

@@ -201,6 +201,10 @@ class _ImageByImage(Defence):
 
         return made
 
+    @property
+    def noises_updates(self) -> bool:
+        return self.noise_multiplier != 0 or super().noises_updates
+
     def gradient_noise(self, images: int) -> float:
         """σC / B."""
         return self._sigma() * self.clip / images

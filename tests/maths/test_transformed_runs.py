@@ -39,6 +39,7 @@ from gidef.config import (
     Sign,
     SkipLayers,
     Soteria,
+    Standard,
     Undefended,
 )
 from gidef.defence.accounting import Budget
@@ -304,6 +305,24 @@ def test_images_of_codes_follow_their_rows_into_the_order_of_a_guess():
     rows, order = torch.rand(2, 4, 3, 2, 2), torch.tensor([[3, 1, 2, 0], [1, 0, 3, 2]])
     moved = Unordered(batches=2).placed({"images": rows, f"{HELD}images": rows, "alpha": rows}, order)
     assert torch.equal(moved[f"{HELD}images"], moved["images"]) and not torch.equal(moved["images"], rows) and torch.equal(moved["alpha"], rows)
+
+
+@pytest.mark.parametrize(("name", "takes"), [("gaussian", True), ("quantisation", True), ("pruning", False), ("sign", False), ("undefended", False), ("no noise", False), ("dp-sgd", True), ("unlocked", True)])
+def test_an_ensemble_takes_codes_of_a_generator_where_updates_carry_noise_and_who_asks_gets_them_anywhere(name, takes, trained, tmp_path):
+    run, one = trained(name if name in DEFENCES else "undefended")
+    if name == "no noise":
+        run, one = defended(trained, GradientNoise(std=0.0))
+    if name in ("dp-sgd", "unlocked"):
+        _, one = private(trained, 0.02, 2)
+        one = dataclasses.replace(one, snapshots={"final": one.snapshots["untrained"]})
+    if name == "unlocked":  # a private model that is only looked at
+        one.training.defence.noise_multiplier = None
+    recipe = dataclasses.replace(run.recipe, attacks={"smoke": Standard(version="smoke"), "alone": GenerativePrior()}, defences={name: Undefended()})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    made = [cell.name for cell in cells.make_cells(run, {(name, 0): one}, tmp_path)]
+    assert "alone" in made and ("smoke - generative" in made) is takes
+    reasons = {row["attack"]: row["reason"] for row in cells.not_applicable(run, {(name, 0): one})}
+    assert reasons.get("smoke - generative") == (None if takes else "the updates carry no noise that a prior could see through")
 
 
 def recovered(run, one, attack):
