@@ -121,7 +121,7 @@ def make_cells(
             here: list[Cell] = []
             for name, (attack, ensemble, control) in chosen_attacks(run.recipe).items():
                 sought = isinstance(attack, config.Tuned)
-                if hindrance := _hindrance(run, one, attack.attack if sought else attack):
+                if hindrance := _hindrance(run, one, attack.attack if sought else attack, member=bool(ensemble)):
                     hindered.setdefault(name, hindrance)
                     continue
                 found = (tuned or {})[defence, checkpoint, name] if sought else None
@@ -150,15 +150,15 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
     """Attacks that have nothing to attack in a defence, or are not simulated there, with the reason: {defence, attack, attack_id, reason}, once for all seeds and checkpoints."""
     found = []
     for defence, one in {defence: one for (defence, _), one in trained.items()}.items():
-        for name, (attack, _, control) in chosen_attacks(run.recipe).items():
+        for name, (attack, ensemble, control) in chosen_attacks(run.recipe).items():
             attack = attack.attack if isinstance(attack, config.Tuned) else attack
-            if not control and (reason := _hindrance(run, one, attack)):
+            if not control and (reason := _hindrance(run, one, attack, member=bool(ensemble))):
                 found.append({"defence": defence, "attack": name, "attack_id": attack_id(attack), "reason": reason})
     return found
 
 
-def _hindrance(run: Run, one: Trained, attack: Any) -> str:
-    """Why an attack has nothing to do, or is not simulated; "" if it runs."""
+def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> str:
+    """Why an attack has nothing to do, or is not simulated; "" if it runs. member: of an ensemble, which takes A8 against noise on updates alone."""
     noisy = one.training.defence.noise_shape is not None
     if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, *config.READS, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
         return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
@@ -167,6 +167,8 @@ def _hindrance(run: Run, one: Trained, attack: Any) -> str:
         return "it needs a defence with noise on the latent"
     if isinstance(attack, config.MultiRound) and not noisy and not one.training.defence.random:
         return "it needs a defence that draws something in every release"
+    if member and isinstance(attack, config.GenerativePrior) and not one.training.defence.noises_updates:
+        return "the updates carry no noise that a prior could see through"
     guessed = observe.decoder_of(attack) != "known"
     if (isinstance(attack, config.DecoderAware) or guessed) and one.training.defence.decoder is None:
         return "it needs a defence with a decoder"

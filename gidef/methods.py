@@ -21,10 +21,10 @@ from torch.func import functional_call, grad
 
 from gidef import attack as attacks
 from gidef import config, observe
-from gidef.attack import Matching, Point, Searched, Simulate
+from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import read_latent
-from gidef.attack.matching import Unordered
+from gidef.attack.matching import HELD, Point, Unordered
 from gidef.attack.optimisers import Adam
 from gidef.attack.predictor import Predictor
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
@@ -48,6 +48,10 @@ PLACE, SHARE, BACKWARD = "read/place", "read/share", "read/backward"
 """In `known`, of attacks that read: the latent, or where the noise leads to; 1 where that was read, else 0; ∂ cross-entropy / ∂ latent there."""
 READ = 1e-4
 """Cosine distance from the predictor's gradient up to which a latent counts as read."""
+CODES, TIGHTNESS = f"{HELD}images", f"{HELD}weight"
+"""Of `GenerativePrior` under noise on updates: the images of its codes, and the weight of a candidate's distance to them."""
+REST = 0.05
+"""Standard deviation, in pixels' units, of what a generator is taken to leave of a private image."""
 SNAPSHOTS = 8
 """Candidates on the way that are kept of every attack, for the evaluator's curves."""
 
@@ -515,7 +519,11 @@ def _code(latents: Tensor, weights: Tensors, channel_dim: int) -> Tensor:
 
 
 def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
-    """A8: codes first, by Adam as it is, then pixels from the image of the best code, with the signs and the noise that the attack asks for: both are of pixels."""
+    """A8: codes first, by Adam as it is, then pixels from the image of the best code, with the signs and the noise that the attack asks for: both are of pixels.
+
+    Under noise on the update, of a share ρ of its squared norm, codes also take ρ of the iterations that are left for pixels, which are then held to the
+    codes' images by `tightness`: both go to nought with the noise.
+    """
     attack = case.attack
     frozen = copy.deepcopy(case.fitted["generator"]).requires_grad_(False).eval()
     mine = _per_thread(lambda: copy.deepcopy(frozen))
@@ -523,13 +531,37 @@ def _generative(case: Case, seen: list[Observation], make: Callable[[], Simulate
     def render(code: Tensor) -> Tensor:
         return mine()(code)
 
-    codes = max(1, round(attack.code_share * attack.iterations))
+    noise = sum(one.noise for one in seen) / len(seen)
+    codes = max(1, round((1 - (1 - attack.code_share) * (1 - noise)) * attack.iterations))
     common = {"noise_shape": case.noise_shape}
     first = case.matching(
         **common, render=render, code_shape=(attack.code,), code_weight=1e-3, lr=attack.code_lr, iterations=codes, kink_width=attack.kink_width,
         signed=False, optimiser=None,
     )  # fmt: skip
-    return Plan(seen, make, first, refine=case.matching(**common, iterations=max(1, attack.iterations - codes)))
+    pixels = case.matching(**common, iterations=max(1, attack.iterations - codes))
+    if noise == 0:
+        return Plan(seen, make, first, refine=pixels)
+    size = seen[0].num_examples * math.prod(case.image_shape)
+    held = {CODES: Searched(shape=(seen[0].num_examples, *case.image_shape)), **pixels.searched}
+    pixels = dataclasses.replace(pixels, searched=held, priors=(*pixels.priors, (1.0, _beside_codes)))
+    told = [dataclasses.replace(one, known={**one.known, TIGHTNESS: next(iter(one.update.values())).new_tensor(tightness(one, size))}) for one in seen]
+    return Plan(told, _without(make, HELD), first, refine=pixels)
+
+
+def tightness(one: Observation, size: int) -> float:
+    """Weight of the mean square distance to a generator's images, of so many entries, beside a cosine distance.
+
+        N / 2τ² · ρ / (D √(1 − ρ)),   ρ = `Observation.noise`, D entries of the update, τ = REST
+
+    Of noise N(0, s²) on an update g, and g of the norm that is left when the noise's is taken out of the release r, the likelihood's logarithm is
+    −‖g‖‖r‖ / s² · (1 − cos) and a constant, with s² = ρ‖r‖² / D; that of pixels around the generator's is −‖x − G(code)‖² / 2τ². 0 without noise.
+    """
+    entries = sum(tensor.numel() for tensor in one.update.values())
+    return size / (2 * REST**2) * one.noise / (entries * math.sqrt(1 - one.noise))
+
+
+def _beside_codes(point: Point) -> Tensor:
+    return point.known[TIGHTNESS] * (point.images - point.known[CODES].detach()).square().mean()
 
 
 def refined(plan: Plan, first: Tensors) -> Matching:
@@ -540,9 +572,10 @@ def refined(plan: Plan, first: Tensors) -> Matching:
 
     def start(observation: int, number: int) -> tuple[Tensor, Tensor | None, Tensors]:
         row = place[observation, number]
+        held = {CODES: first["images"][row]} if CODES in plan.refine.searched else {}
         if int(first["failure"][row]):
-            return first["images"][row], None, {}
-        return first["images"][row], first["noise"][row] if "noise" in first else None, {name: first[name][row] for name in others}
+            return first["images"][row], None, held
+        return first["images"][row], first["noise"][row] if "noise" in first else None, held | {name: first[name][row] for name in others}
 
     start.of_variants = True
     unordered = plan.refine.unordered

@@ -19,9 +19,10 @@ from gidef.attack.simulate import MEMBERS, cohort_mean
 from gidef.attack.surgery import STATISTICS, norm_names
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
+from gidef.defence.base import Defence
 from gidef.defence.encode import imitating
 from gidef.defence.perturbation import LearnedDefence, still_parts
-from gidef.defence.share import imitated, left_out, revealed, settled, trust_of, trusted
+from gidef.defence.share import imitated, left_out, noise_share, revealed, settled, trust_of, trusted
 from gidef.models import moving, moving_statistics
 from gidef.rng import generator, stream_seed
 from gidef.runs import Run, Snapshot, Trained
@@ -436,6 +437,7 @@ def observations(
             granted = [{name: surrogate[name].to(t) if guessed and name.startswith(DECODER) else t for name, t in one.items()} for one in everybody]
             granted = {MEMBERS + name: torch.stack([one[name] for one in granted]) for name in granted[0]} if victims.company else granted[0]
         matched_update = {name: update[name] for name in matched}
+        weights = trust(batch, matched_update)
         found.append(
             Observation(
                 params=params,
@@ -446,10 +448,35 @@ def observations(
                 known={**snapshot.statistics, **rest, **granted, **(read_off(run, trained, snapshot, victims.statistics[batch]) if told else {}), **(revealed(training.defence.transforms, matched_update, summed=training.defence.secure is not None) if adapts(attack) else {})},
                 unmatched={name: update[name] for name in others},
                 scaled=scale_told(trained, victims, batch),
-                trust=trust(batch, matched_update),
+                trust=weights,
+                noise=_noise_of(run, trained, victims, batch, matched_update, weights) if adapts(attack) and variances is None else 0.0,
             )
         )
     return found
+
+
+def _noise_of(run: Run, trained: Trained, victims: Victims, batch: int, update: Tensors, trust: Tensors) -> float:
+    """See `Observation.noise`."""
+    released = None if victims.company else victims.updates[batch]
+    found = {"released": released, "stepped": stepped_variance(run.recipe.evaluation, trained.training.defence), "clients": members(run, trained)}
+    return noise_share(trained.training.defence.transforms, update, trust, **found)
+
+
+def stepped_variance(evaluation: config.Evaluation, defence: Defence) -> float:
+    """Of the noise that one client's steps leave on an entry of what it releases, before that is changed: 0 without such noise, or behind Adam, of whose steps the
+    law tells no variance.
+
+        gradient  s²        delta of T steps of SGD with momentum μ  s² η² Σ_t ((1 − μ^t) / (1 − μ))²,  t = 1 … T
+
+    with s of a step's images. That later gradients are taken where earlier noise led is left out of account.
+    """
+    if evaluation.release == "gradient":
+        return defence.gradient_noise(evaluation.batch_size) ** 2
+    level = defence.gradient_noise(evaluation.batch_size // evaluation.local_steps)
+    if not level or evaluation.local_optimiser == "adam":
+        return 0.0
+    lasts = [sum(evaluation.local_momentum**k for k in range(t)) for t in range(1, _steps(evaluation) + 1)]
+    return (level * evaluation.local_lr) ** 2 * sum(last**2 for last in lasts)
 
 
 def scale_told(trained: Trained, victims: Victims, batch: int) -> bool:

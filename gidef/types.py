@@ -92,6 +92,8 @@ class Observation:
     unmatched:    the released tensors beside those in `update` that an attack sees but does not match; labels are recovered from them, too.
     trust:        by name, 0-d or for every entry: what multiplies a tensor of `update`, and what an attack simulates of it, before the two are compared, as
                   their noise differs; 1 for those without, and {} where nothing says that it does.
+    noise:        share of the squared norm of `update`, each tensor times its trust, that noise on it makes on average, as far as the defence's law tells;
+                  0 where it tells of none.
     scaled:       whether `update` and `unmatched` have the scale that the client's gradient or delta had, up to noise; False after clipping and the like.
 
     The private images are not a field: nothing that attacks can reach them.
@@ -106,6 +108,7 @@ class Observation:
     unmatched: Tensors = field(default_factory=dict)
     scaled: bool = True
     trust: Tensors = field(default_factory=dict)
+    noise: float = 0.0
 
     def rounds(self) -> list[Observation]:
         """The observations of which `attack.merge_rounds` made this one, without what is known; itself if it is of one round."""

@@ -54,6 +54,9 @@ DISTANCES = ("cosine", "l2", "cosine_layers")
 FORMS = ("double_backward", "forward_over_reverse", "central_difference")
 RESERVED = ("images", "noise", "logits", "code")
 """Names of variables with a meaning of their own; others are handed to the simulator in `known`."""
+HELD = "held/"
+"""Prefix in `Matching.searched` and `known` of what a plan holds candidates to. Such unknowns are (B, ...), image by image, and move with the images where an
+order is guessed."""
 TRUST = "trust/"
 """Prefix in the `known` of an attack's programs of its observation's `trust`; simulators and priors are not handed it."""
 VARIED = ("tv", "tv_boost", "noise_weight", "lr", "noise_lr")
@@ -89,7 +92,7 @@ class Unordered:
     Of sums over three clients of 4 images each, counts in sorted order, with exchanges from one start, from 4, and known labels gave 13.8, 15.6, 15.7 and 16.0 dB
     against signs, and 17.2, 18.4, 18.7 and 18.9 dB against BiDO (the same cells, an untrained net, 250 iterations, 8 victims).
 
-    batches: local batches of one epoch, at least 2 of a single client.  clients: in the observed update, whose images stand one client after another.  Unknowns in `Matching.searched` stay where they are.  latent_dims: the
+    batches: local batches of one epoch, at least 2 of a single client.  clients: in the observed update, whose images stand one client after another.  Unknowns in `Matching.searched` stay where they are, but those under `HELD`.  latent_dims: the
     trailing dims of `Matching.noise_shape` that are of one image; before them stand those of (steps, clients · batch), in each step client after client.
     first: first(observation, start) → order int64 (B,), in place of the draws; None for them.
     """
@@ -118,7 +121,7 @@ class Unordered:
         return self.placed(gradients, order.argsort(1))
 
     def _moved(self, name: str, tensor: Tensor, order: Tensor) -> Tensor:
-        if name in ("images", "code"):
+        if name in ("images", "code") or name.startswith(HELD):
             return torch.take_along_dim(tensor, order.view(*order.shape, *[1] * (tensor.ndim - 2)), 1)
         if name != "noise":
             return tensor

@@ -195,7 +195,10 @@ class ReadLatent(NaiveMatching):
 
 @_config
 class GenerativePrior(JointMatching):
-    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels."""
+    """A8: A3 over the codes of a generator trained on public images, instead of pixels; then pixels from there. Signs and noise of steps are those of pixels.
+
+    Where the defence's law tells of noise on the update, pixels that are free would fit the noise: of the iterations that are left for them a share as large as
+    that of noise in the release's squared norm goes to the codes as well, and pixels are held to the codes' images by as much as the law makes likely."""
 
     code: int = 64
     """Numbers per image."""
@@ -204,7 +207,7 @@ class GenerativePrior(JointMatching):
     """Of its training."""
     code_lr: float = 0.05
     code_share: float = 0.3
-    """Of the iterations: spent on codes, before pixels."""
+    """Of the iterations: spent on codes, before pixels; more under noise on updates."""
 
 
 @_config
@@ -303,8 +306,8 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5), learned (A7), multi-round (A9), post-hoc decoder (A12); the worst case per victim
-    counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5), learned (A7), under noise on updates codes of a
+    generator (A8), multi-round (A9), post-hoc decoder (A12); the worst case per victim counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
     version: Literal["standard", "quick", "smoke"] = "standard"
@@ -382,7 +385,7 @@ def controlled(attacks: dict[str, object]) -> str | None:
 
 def standard(version: str = "standard", labels: str = "known") -> dict[str, object]:
     """The members of the fixed ensemble, by name. Budgets are part of the version: a change of them is another version."""
-    # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack, of the decoder and of the guessed one, simulated gradients
+    # iterations, restarts, noise draws of EoT, rounds, training steps of the learned attack, of the decoder (and the generator) and of the guessed one, simulated gradients
     budgets = {"standard": (4000, 4, 16, 4, 3000, 3000, 600, 4000), "quick": (300, 1, 4, 2, 200, 150, 150, 400), "smoke": (3, 2, 2, 2, 2, 2, 2, 40)}
     iterations, restarts, draws, rounds, learned, decoder, surrogate, gradients = budgets[version]
     matching = {"iterations": iterations, "restarts": restarts, "halving": 2, "labels": labels}
@@ -397,6 +400,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "read noise": ReadNoise(**matching),
         "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "read latent": ReadLatent(**matching),
+        "generative": GenerativePrior(iterations=iterations, fit_steps=decoder, **few),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),
         "learned": LearnedInversion(steps=learned, gradients=gradients, surrogate_steps=surrogate, labels=labels),

@@ -85,6 +85,11 @@ class Defence:
         """The model's part of `initial`: its parameters, and the running statistics that training moves."""
         return {name: p.detach().clone() for name, p in {**dict(self.model.named_parameters()), **moving_statistics(self.model)}.items()}
 
+    @property
+    def noises_updates(self) -> bool:
+        """Whether what leaves has noise on it of which the law tells a variance (see defence.share.noise_share)."""
+        return any(hasattr(one, "variances") and getattr(one, "random", True) for one in self.transforms)
+
     def player(self) -> Plain:
         """A fresh player with copies of its own, for one worker (see clients.local.Player)."""
         return Plain(copy.deepcopy(self.model))
@@ -141,6 +146,10 @@ class Defence:
         """What the client makes of every gradient before it steps by it or sends it, where that is more than the gradient: from a factory of
         simulators to another. generator: draws the noise of this; None leaves it out, as attackers do who know the rest."""
         return make
+
+    def gradient_noise(self, images: int) -> float:
+        """Standard deviation of the noise that `stepped` adds to every entry of a gradient of so many images; 0 where nothing says that it does."""
+        return 0.0
 
     def cross_entropy_alone(self, progress: float) -> bool:
         """Whether what a client releases then is the gradient of the cross-entropy of one pass, model(images, noise). A simulator of the user's own may be more."""

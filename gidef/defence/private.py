@@ -201,6 +201,14 @@ class _ImageByImage(Defence):
 
         return made
 
+    @property
+    def noises_updates(self) -> bool:
+        return self.noise_multiplier != 0 or super().noises_updates
+
+    def gradient_noise(self, images: int) -> float:
+        """σC / B."""
+        return self._sigma() * self.clip / images
+
     def couples_images(self, terms: Literal["client", "utility"], progress: float) -> bool:
         """Not, as each image's part is clipped by itself, whatever its loss is."""
         return type(self).stepped is not _ImageByImage.stepped

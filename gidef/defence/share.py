@@ -156,6 +156,32 @@ def settled(updates: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
     return found, variances
 
 
+def noise_share(
+    transforms: Sequence[Transform], update: Tensors, trust: Tensors, *, released: Tensors | None, stepped: float = 0.0, clients: int = 1
+) -> float:  # fmt: skip
+    """Share of a release's squared norm that is noise on average, in [0, 1): what attackers read off it by the law.
+
+        ρ = Σ_t f_t² n_t v_t / Σ_t f_t² ‖u_t‖²,   with f_t the trust in a tensor, n_t its entries and v_t the variance of their noise
+
+    At most 1 − √(2 / Σ n_t), as two deviations of the noise's own power may hide no more. Noise before a change of scale is left out, as nobody knows how
+    much is left of it.
+
+    Args:    update: what is matched.  trust: as of `trusted`.  released: all that left; None where only a mean over clients is seen.  stepped: variance of
+             the noise that the client's steps left on an entry before the transforms; entries of 0 have none.  clients: in the mean.
+    """
+    power = {name: tensor.double().square().sum() * trust.get(name, tensor.new_ones(())).double() ** 2 for name, tensor in update.items()}
+    entries, whole, total = sum(tensor.numel() for tensor in update.values()), float(sum(power.values())), 0.0
+    noises = [(place, one.variances(update)) for place, one in enumerate(transforms) if hasattr(one, "variances")]
+    if stepped:
+        noises.append((-1, {name: stepped * tensor.count_nonzero() / tensor.numel() for name, tensor in update.items()}))
+    for place, variances in noises:
+        if scale_kept(transforms[place + 1 :], released):
+            total += sum(float(v) * update[name].numel() * float(trust.get(name, 1.0)) ** 2 for name, v in variances.items()) / clients
+    if not (0 < total < math.inf and 0 < whole < math.inf):
+        return 0.0
+    return max(0.0, min(total / whole, 1 - math.sqrt(2 / entries)))
+
+
 def scale_kept(transforms: Sequence[Transform], released: Tensors | None) -> bool:
     """Whether a released update has the scale of the one that the client computed.
 

@@ -339,6 +339,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     assert {cell.name.removeprefix("smoke - ") for cell in cells} == {"naive", "joint", "joint smooth", "joint smoother", "read latent", "analytic", "learned", "shuffled gradient"}
     assert heard.notices == [
         "smoke goes without decoder, eot, read noise, read noise guessed decoder: it needs a defence with noise on the latent.",
+        "smoke goes without generative: the updates carry no noise that a prior could see through.",
         "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
@@ -347,7 +348,10 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
     assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
-    assert heard.notices == ["smoke goes without analytic, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD."]
+    assert heard.notices == [
+        "smoke goes without analytic, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
+        "smoke goes without generative: the updates carry no noise that a prior could see through.",
+    ]  # fmt: skip
 
 
 def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def test_no_observation_holds_a_private_image(policy, name, trained):
     private = victims.images.flatten(0, 1)
     memory = {t.untyped_storage().data_ptr() for t in (victims.images, run.setting.dataset.train.images, *(n for n in victims.noise))}
     for observation in observations:
-        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched", "scaled", "trust"}
+        assert {spec.name for spec in dataclasses.fields(observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched", "scaled", "trust", "noise"}
         for place, tensor in tensors_of(observation).items():
             assert tensor.untyped_storage().data_ptr() not in memory, place
             assert not any(holds(tensor, image) for image in private), place

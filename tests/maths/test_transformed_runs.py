@@ -16,12 +16,14 @@ from gidef import attack as attacks
 from gidef.attack import latent
 from gidef.attack.batch import targets_of
 from gidef.attack.imprint import Imprinted
+from gidef.attack.matching import HELD, Unordered
 from gidef.config import (
     DPSGD,
     Censor,
     Clipping,
     DecoderAware,
     EotMatching,
+    GenerativePrior,
     GradDefense,
     GradientNoise,
     ImprintServer,
@@ -37,6 +39,7 @@ from gidef.config import (
     Sign,
     SkipLayers,
     Soteria,
+    Standard,
     Undefended,
 )
 from gidef.defence.accounting import Budget
@@ -259,6 +262,139 @@ def test_who_adapts_trusts_tensors_by_their_noise_and_nobody_else_does(attack, k
         levels = {name: (0.8 * power / entries[name] + MISFIT * sum(powers.values()) / sum(entries.values())) ** 0.5 for name, power in powers.items()}
         for name, level in levels.items():
             assert float(part.trust[name]) == pytest.approx(min(levels.values()) / level, rel=5e-3), (number, name)
+
+
+def private(trained, noise_multiplier, size, *others):
+    """The undefended run at its first weights, with DP-SGD of images in its place."""
+    run, one = with_defence(Undefended(), trained, size)
+    spends = Budget(noise_multiplier, math.inf, 1e-5, "sample")
+    defence = build.make_defence((DPSGD(noise_multiplier=noise_multiplier, target_epsilon=None), *others), run.recipe, run.setting.dataset, seed=0, spends=spends)
+    return run, dataclasses.replace(one, training=dataclasses.replace(one.training, defence=defence))
+
+
+STEPS = {
+    "gradient": {}, "delta": {"release": "delta", "local_lr": 0.05}, "steps": {"release": "delta", "local_lr": 0.05, "local_steps": 2, "local_epochs": 2},
+    "momentum": {"release": "delta", "local_lr": 0.05, "local_steps": 2, "local_epochs": 2, "local_momentum": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("others", [(), (SecureAggregation(),)], ids=["alone", "sum"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_who_adapts_is_told_the_share_of_dp_sgd_s_noise_in_a_release(steps, others, trained):
+    run, one = private(trained, 0.02, 4, *others)
+    run = evaluated(run, **STEPS[steps])
+    releases = [observe.release(run, one, one.snapshots["untrained"], seed=0, repeat=repeat) for repeat in range(6)]
+    first = releases[0].updates[0]
+    noise = sum(float(torch.stack([release.updates[0][name] for release in releases]).var(0).sum()) for name in first)
+    adapted, naive = (observe.observations(run, one, one.snapshots["untrained"], attack, releases[0])[0] for attack in (JointMatching(), NaiveMatching()))
+    expected = noise / sum(float(tensor.square().sum()) for tensor in first.values())
+    assert naive.noise == 0.0 and adapted.noise == pytest.approx(expected, rel=0.03) and adapted.noise > 0.3
+
+
+def test_of_noise_behind_adam_s_steps_the_law_tells_nothing(trained):
+    run, one = private(trained, 0.02, 4)
+    run = evaluated(run, release="delta", local_steps=2, local_optimiser="adam", local_lr=1e-3)
+    victims = observe.release(run, one, one.snapshots["untrained"], seed=0)
+    assert observe.observations(run, one, one.snapshots["untrained"], JointMatching(), victims)[0].noise == 0.0
+
+
+class Components(torch.nn.Module):
+    """A generator: the mean of public images and their principal components."""
+
+    def __init__(self, images, count):
+        super().__init__()
+        self.shape, flat = images.shape[1:], images.flatten(1)
+        self.mean = torch.nn.Parameter(flat.mean(0))
+        _, sizes, parts = torch.linalg.svd(flat - self.mean, full_matrices=False)
+        self.parts = torch.nn.Parameter(parts[:count] * sizes[:count, None] / len(flat) ** 0.5)
+
+    def forward(self, codes):
+        return (self.mean + codes @ self.parts).clamp(0, 1).unflatten(1, self.shape)
+
+
+def generative_plan(run, one, attack, victims):
+    fitted = {"generator": Components(run.setting.dataset.val.images.float() / 255, attack.code)}
+    return methods.plan(methods.make_case(run, one, one.snapshots["untrained"], attack, [victims], seed=0, fitted=fitted))
+
+
+def stage(plan, settings, chunk):
+    return attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), settings, seed=0))
+
+
+def generative(run, one, attack):
+    """(plan, rows of its first stage, those of its second one)."""
+    plan = generative_plan(run, one, attack, observe.release(run, one, one.snapshots["untrained"], seed=0))
+    chunk = tuple((observation, 0) for observation in range(len(plan.observations)))
+    first = stage(plan, plan.matching, chunk)
+    return plan, first, stage(plan, methods.refined(plan, first), chunk)
+
+
+def test_under_noise_on_the_update_pixels_stay_by_the_codes_that_saw_through_it(trained):
+    """Pixels that are free lose it in as many iterations."""
+    run, one = private(trained, 0.02, 1)
+    victims, attack = observe.release(run, one, one.snapshots["untrained"], seed=0), GenerativePrior(iterations=30, code=16, tv=0.0)
+    plan, chunk = generative_plan(run, one, attack, victims), ((0, 0), (1, 0))
+    plan = dataclasses.replace(plan, refine=dataclasses.replace(plan.refine, iterations=30))
+    codes = stage(plan, plan.matching, chunk)
+    held = stage(plan, settings := methods.refined(plan, codes), chunk)
+    free = stage(plan, dataclasses.replace(settings, priors=()), chunk)
+    found = [float(metrics.psnr_db(rows["images"][:, 0], victims.images[:2, 0]).mean()) for rows in (codes, held, free)]
+    assert found[1] > found[0] - 0.1 and found[2] < found[0] - 2, found
+
+
+@pytest.mark.parametrize("labels", ["known", "recovered", "searched"])
+@pytest.mark.parametrize("chosen", ["dp-sgd", "noise", "sum"])
+def test_pixels_are_held_to_the_codes_images_by_what_the_law_makes_likely(chosen, labels, trained):
+    noises = {"noise": GradientNoise(std=1.0), "sum": (GradientNoise(std=1.0), SecureAggregation())}
+    run, one = private(trained, 0.01, 2) if chosen == "dp-sgd" else with_defence(noises[chosen], trained, 2)
+    attack = GenerativePrior(iterations=10, code=16, code_share=0.3, labels=labels)
+    plan, first, second = generative(run, one, attack)
+    share = sum(seen.noise for seen in plan.observations) / len(plan.observations)
+    assert 0 < share < 1 and plan.matching.iterations == round((0.3 + 0.7 * share) * 10) and plan.whole.iterations in (10, 11)
+    assert (first["failure"] == 0).all() and (second["failure"] == 0).all()
+    torch.testing.assert_close(second["first_fit"], first["fit"], rtol=1e-4, atol=1e-6)
+    [name] = [name for name in plan.refine.searched if name.startswith(HELD)]
+    assert torch.equal(second[name], first["images"])
+    (weight, prior), seen = plan.refine.priors[-1], plan.observations[0]
+    assert not plan.matching.priors and not any(name.startswith(HELD) for name in plan.matching.searched)
+    entries, pixels = sum(tensor.numel() for tensor in seen.update.values()), seen.num_examples * 3 * 16 * 16
+    likely = pixels / (2 * 0.05**2) * seen.noise / (entries * (1 - seen.noise) ** 0.5)
+    codes = first["images"][0]
+    point = attacks.Point(codes + 0.2, None, None, seen.params, {**seen.known, name: codes})
+    assert weight * float(prior(point)) == pytest.approx(likely * 0.2**2, rel=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [Undefended(), Pruning(share=0.5), GradientNoise(std=0.0), (GradientNoise(), Sign())], ids=["undefended", "pruning", "none", "signs"])
+def test_without_noise_that_the_law_tells_of_a_generator_s_codes_and_pixels_are_searched_as_ever(chosen, trained):
+    run, one = with_defence(chosen, trained, 1)
+    plan, first, second = generative(run, one, GenerativePrior(iterations=10, code=16, code_share=0.3))
+    assert (plan.matching.iterations, plan.refine.iterations) == (3, 7) and not plan.refine.priors and not plan.refine.searched
+    assert not any(name.startswith(HELD) for seen in plan.observations for name in seen.known) and not any(name.startswith(HELD) for name in second)
+    assert not torch.equal(first["images"], second["images"])
+
+
+def test_images_of_codes_follow_their_rows_into_the_order_of_a_guess():
+    rows, order = torch.rand(2, 4, 3, 2, 2), torch.tensor([[3, 1, 2, 0], [1, 0, 3, 2]])
+    moved = Unordered(batches=2).placed({"images": rows, f"{HELD}images": rows, "alpha": rows}, order)
+    assert torch.equal(moved[f"{HELD}images"], moved["images"]) and not torch.equal(moved["images"], rows) and torch.equal(moved["alpha"], rows)
+
+
+@pytest.mark.parametrize(("name", "takes"), [("gaussian", True), ("quantisation", True), ("pruning", False), ("sign", False), ("undefended", False), ("no noise", False), ("dp-sgd", True), ("unlocked", True)])
+def test_an_ensemble_takes_codes_of_a_generator_where_updates_carry_noise_and_who_asks_gets_them_anywhere(name, takes, trained, tmp_path):
+    run, one = trained(name if name in DEFENCES else "undefended")
+    if name == "no noise":
+        run, one = defended(trained, GradientNoise(std=0.0))
+    if name in ("dp-sgd", "unlocked"):
+        _, one = private(trained, 0.02, 2)
+        one = dataclasses.replace(one, snapshots={"final": one.snapshots["untrained"]})
+    if name == "unlocked":  # a private model that is only looked at
+        one.training.defence.noise_multiplier = None
+    recipe = dataclasses.replace(run.recipe, attacks={"smoke": Standard(version="smoke"), "alone": GenerativePrior()}, defences={name: Undefended()})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    made = [cell.name for cell in cells.make_cells(run, {(name, 0): one}, tmp_path)]
+    assert "alone" in made and ("smoke - generative" in made) is takes
+    reasons = {row["attack"]: row["reason"] for row in cells.not_applicable(run, {(name, 0): one})}
+    assert reasons.get("smoke - generative") == (None if takes else "the updates carry no noise that a prior could see through")
 
 
 def recovered(run, one, attack):

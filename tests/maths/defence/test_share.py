@@ -18,7 +18,7 @@ from gidef.defence.noise import AddNoise
 from gidef.defence.private import ClipAndNoise
 from gidef.defence.pruning import Prune
 from gidef.defence.quantisation import Quantise
-from gidef.defence.share import MISFIT, apply_all, blur_of, imitated, left_out, revealed, scale_kept, settled, trust_of, trusted
+from gidef.defence.share import MISFIT, apply_all, blur_of, imitated, left_out, noise_share, revealed, scale_kept, settled, trust_of, trusted
 from gidef.defence.sign import SignOnly
 from gidef.defence.slices import NoisySlices
 from gidef.defence.soteria import PruneFeatures
@@ -324,6 +324,45 @@ def test_tensors_are_trusted_by_the_noise_that_a_release_has(transforms, within)
         assert float(found[name] / found["large"]) == pytest.approx(expected, rel=within), (name, found, measured)
         assert found[name].ndim == 0 and torch.equal(found[name], found[name].bfloat16().float())
     assert max(float(factor) for factor in found.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("transforms", "within"),
+    [
+        ([AddNoise(std=1.0)], 0.1), ([AddNoise(std=0.1, relative=False)], 0.02), ([Quantise(bits=2)], 0.25), ([AddNoise(std=0.1, relative=False), Quantise(bits=3)], 0.25),
+        ([ClipAndNoise(clip=30.0, noise_multiplier=0.01, cohort_size=4)], 0.02), ([Clip(bound=30.0), AddNoise(std=0.1, relative=False)], 0.02),
+    ],
+    ids=["noise", "one level", "2 bits", "both", "clients'", "clipped before"],
+)  # fmt: skip
+@pytest.mark.parametrize("trusting", [False, True])
+def test_the_share_of_noise_is_that_of_releases(transforms, within, trusting):
+    update = layered()
+    released = apply_all(transforms, update, generator=generator(0))
+    trust, measured = trusted(transforms, released) if trusting else {}, deviations(transforms, update)
+    factors = {name: float(trust.get(name, 1.0)) for name in update}
+    noise = sum((factors[name] * measured[name]) ** 2 * tensor.numel() for name, tensor in update.items())
+    whole = sum(factors[name] ** 2 * float(tensor.double().square().sum()) for name, tensor in released.items())
+    assert noise_share(transforms, released, trust, released=released) == pytest.approx(noise / whole, rel=within)
+
+
+def test_in_a_mean_over_clients_noise_is_as_much_less_and_steps_leave_theirs():
+    g, transform = generator(4, "clients"), AddNoise(std=0.5, relative=False)
+    update = {"a": torch.randn(20_000, generator=g), "pruned": torch.cat([torch.zeros(9_000), torch.randn(1_000, generator=g)])}
+    mean = {name: torch.stack([transform.apply(update, generator=generator(number, "client"))[name] for number in range(4)]).mean(0) for name in update}
+    whole = sum(float(tensor.double().square().sum()) for tensor in mean.values())
+    assert noise_share([transform], mean, {}, released=None, clients=4) == pytest.approx(30_000 * 0.25 / 4 / whole)
+    power = sum(float(tensor.double().square().sum()) for tensor in update.values())
+    assert noise_share([], update, {}, released=update, stepped=0.25) == pytest.approx(21_000 * 0.25 / power)  # none on what is 0
+    assert noise_share([], update, {}, released=update, stepped=9.0) == pytest.approx(1 - (2 / 30_000) ** 0.5)
+
+
+def test_no_noise_is_told_of_where_the_law_tells_none_or_its_scale_is_changed_behind_it():
+    update = layered()
+    told = lambda *transforms, **more: noise_share(transforms, update, {}, released=update, **more)  # noqa: E731
+    assert told() == told(Prune(share=0.5), Clip(bound=0.1)) == told(AddNoise(std=0.0)) == told(Halved()) == 0.0
+    assert told(AddNoise(), Clip(bound=0.1)) == told(AddNoise(), SignOnly()) == told(Clip(bound=0.1), stepped=0.1) == 0.0 < told(stepped=0.1)
+    assert told(AddNoise(), Clip(bound=1e6)) == told(AddNoise()) > 0  # nothing was clipped
+    assert noise_share([AddNoise()], {"a": torch.zeros(3)}, {}, released=None) == 0.0
 
 
 def test_trust_is_the_law_s_by_hand():
