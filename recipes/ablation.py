@@ -19,6 +19,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -45,7 +46,7 @@ RECIPE = Recipe(
         **{f"level alone {place}": LearnedPerturbation(dependence_weight=0.0, cut=cut) for place, cut in PLACES.items()},
         **{f"isotropic 1 {place}": IsotropicNoise(std=1.0, cut=cut) for place, cut in PLACES.items()},
     },
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "decoder": PostHocDecoder(steps=500)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000), "decoder": PostHocDecoder(steps=500)},
     evaluation=Evaluation(num_victims=32, checkpoints=("final",)),
     seeds=(0, 1, 2),
 )  # fmt: skip
@@ -53,7 +54,7 @@ SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), seeds=(0,), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
     only=("undefended", "isotropic 1", "level alone", "full", "decoder fourfold", "measure cka", "full before the head", "isotropic 1 before the head"),
-    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "decoder": PostHocDecoder(steps=40)},
+    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "read-latent": ReadLatent(iterations=100), "decoder": PostHocDecoder(steps=40)},
 )  # fmt: skip
 
 main(RECIPE, small=SMALL)

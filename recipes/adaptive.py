@@ -44,6 +44,7 @@ from gidef.config import (
     Precode,
     Pruning,
     Quantisation,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -82,7 +83,7 @@ SMALL = replace(
     only=("undefended", "isotropic", "learned", "CVB", "pruning", "Soteria", "MixUp", "secure sum"),
     attacks={
         "naive": NaiveMatching(iterations=100), "EoT": EotMatching(iterations=40, samples=2), "skip layers": SkipLayers(iterations=100),
-        "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "analytic": Analytic(), "latent": LatentDecoding(front="known", iterations=60, steps=60),
+        "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "read-latent": ReadLatent(iterations=100), "analytic": Analytic(), "latent": LatentDecoding(front="known", iterations=60, steps=60),
         "decoder-aware": DecoderAware(iterations=60), "learned inversion": LearnedInversion(steps=60, gradients=200),
         "generative": GenerativePrior(iterations=60, fit_steps=60), "two rounds": MultiRound(iterations=60, rounds=2), "imprint": ImprintServer(),
         "zeroed level": ZeroedLevel(iterations=60), "decoder": PostHocDecoder(steps=60),

@@ -20,6 +20,7 @@ from gidef.config import (
     Model,
     ModernInvertingGradients,
     NaiveMatching,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -37,14 +38,14 @@ RECIPE = Recipe(
         "naive": NaiveMatching(iterations=1000), "labels recovered": NaiveMatching(iterations=1000, labels="recovered"),
         "Inverting Gradients": InvertingGradients(iterations=1000), "its later settings": ModernInvertingGradients(iterations=1000),
         "GradInversion": GradInversion(iterations=1000, restarts=2), "joint": JointMatching(iterations=1000),
-        "read-noise": ReadNoise(iterations=1000),
+        "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000),
     },
     evaluation=Evaluation(num_victims=32, checkpoints=("early",), judges=("judge@2", "judge@12", "small@6", "resnet18@4", "vit_tiny_patch16_224@6")),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2, judges=("judge@1", "small@2", "resnet10t@1")), only=("undefended", "isotropic"),
-    attacks={"naive": NaiveMatching(iterations=60), "Inverting Gradients": InvertingGradients(iterations=60), "joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60)},
+    attacks={"naive": NaiveMatching(iterations=60), "Inverting Gradients": InvertingGradients(iterations=60), "joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60), "read-latent": ReadLatent(iterations=60)},
 )  # fmt: skip
 
 main(RECIPE, small=SMALL)

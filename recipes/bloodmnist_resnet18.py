@@ -13,6 +13,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -29,7 +30,7 @@ RECIPE = Recipe(
     defences={"undefended": Undefended(), "learned": LearnedPerturbation(dependence_weight=1.0)},
     share_policy="full",
     attacks={
-        "naive": NaiveMatching(iterations=4800), "joint": JointMatching(iterations=4800, restarts=3), "read-noise": ReadNoise(iterations=4800, restarts=3),
+        "naive": NaiveMatching(iterations=4800), "joint": JointMatching(iterations=4800, restarts=3), "read-noise": ReadNoise(iterations=4800, restarts=3), "read-latent": ReadLatent(iterations=4800, restarts=3),
         "decoder": PostHocDecoder(steps=4000),
     },
     evaluation=Evaluation(num_victims=64, num_tuning=64, checkpoints=("untrained", "early", "final")),

@@ -1,6 +1,7 @@
 """CIFAR-10, 10 Dirichlet clients, small net: the same question as recipes/bloodmnist.py on natural images.
 
-Shows:  undefended and defended clients under the naive (A0) and the joint (A3) attack, this with the noise searched and with it read, and the post-hoc decoder (A12).
+Shows:  undefended and defended clients under the naive (A0) and the joint (A3) attack, this with the noise searched and with it read; where there is none, with the
+        latent read (A5); and the post-hoc decoder (A12).
 Costs:  minutes on 2 CPU cores with the 5,000 images of a subset; half an hour with all 50,000.
 """
 
@@ -14,6 +15,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -29,7 +31,7 @@ RECIPE = Recipe(
     defences={"undefended": Undefended(), "learned": LearnedPerturbation(dependence_weight=1.0)},
     share_policy="full",
     attacks={
-        "naive": NaiveMatching(iterations=600), "joint": JointMatching(iterations=600), "read-noise": ReadNoise(iterations=600),
+        "naive": NaiveMatching(iterations=600), "joint": JointMatching(iterations=600), "read-noise": ReadNoise(iterations=600), "read-latent": ReadLatent(iterations=600),
         "decoder": PostHocDecoder(steps=150, batch_size=32),
     },
     evaluation=Evaluation(num_victims=16, checkpoints=("early",), judge_epochs=4),

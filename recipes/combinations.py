@@ -21,6 +21,7 @@ from gidef.config import (
     NaiveMatching,
     Pruning,
     Quantisation,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -50,14 +51,14 @@ RECIPE = Recipe(
         "learned + secure sum": (LearnedPerturbation(), SecureAggregation()),
         "learned + client DP + secure sum": (LearnedPerturbation(), DPSGD(target_epsilon=8.0, level="client"), SecureAggregation()),
     },
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
     seeds=(0, 1, 2),
 )
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), seeds=(0,), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
-    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80)},
+    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80), "read-latent": ReadLatent(iterations=80)},
 )  # fmt: skip
 
 main(RECIPE, small=SMALL)

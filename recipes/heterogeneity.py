@@ -18,6 +18,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     QuantitySkew,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -30,13 +31,13 @@ RECIPE = Recipe(
     clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
     rounds=Rounds(count=30),
     defences={"undefended": Undefended(), "learned": LearnedPerturbation()},
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000)},
     evaluation=Evaluation(num_victims=64, checkpoints=("early",)),
 )
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), evaluation=Evaluation(num_victims=8, checkpoints=("final",), judge_epochs=2),
-    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80)},
+    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80), "read-latent": ReadLatent(iterations=80)},
 )  # fmt: skip
 SPREADS = {
     **{f"alpha {alpha:g}": Data(partition=Dirichlet(alpha=alpha), min_examples=8) for alpha in (0.05, 0.1, 0.5, 1.0, math.inf)},

@@ -19,6 +19,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -37,13 +38,13 @@ RECIPE = Recipe(
     clients=LocalTraining(epochs=1, batch_size=32, optimiser="adam", lr=1e-3),
     rounds=Rounds(count=20),
     defences={"undefended": Undefended(), "isotropic": IsotropicNoise(), "learned": LearnedPerturbation()},
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "decoder": PostHocDecoder(steps=500)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000), "decoder": PostHocDecoder(steps=500)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), evaluation=Evaluation(num_victims=4, num_tuning=4, checkpoints=("final",), judge_epochs=1),
-    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80), "decoder": PostHocDecoder(steps=30)},
+    attacks={"naive": NaiveMatching(iterations=80), "joint": JointMatching(iterations=80), "read-noise": ReadNoise(iterations=80), "read-latent": ReadLatent(iterations=80), "decoder": PostHocDecoder(steps=30)},
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -53,7 +54,7 @@ RECIPE = Recipe(
     },
     attacks={
         "naive": Tuned(attack=NaiveMatching(iterations=2000), grid=TV), "joint": Tuned(attack=JointMatching(iterations=2000), grid=TV),
-        "read-noise": ReadNoise(iterations=2000), "joint-guessed": JointMatching(iterations=2000, decoder="surrogate"),
+        "read-noise": ReadNoise(iterations=2000), "read-latent": ReadLatent(iterations=2000), "joint-guessed": JointMatching(iterations=2000, decoder="surrogate"),
         "read-noise-guessed": ReadNoise(iterations=2000, decoder="surrogate"), "EoT": EotMatching(iterations=500), "decoder": PostHocDecoder(steps=1000),
     },
     evaluation=Evaluation(num_victims=64, num_tuning=8, checkpoints=("early", "final")),
@@ -65,7 +66,7 @@ SMALL = replace(
     defences={key: replace(one, trials=3) if isinstance(one, Matched) else one for key, one in RECIPE.defences.items()},
     attacks={
         "naive": Tuned(attack=NaiveMatching(iterations=100), grid={"tv": (1e-3, 1e-2)}), "joint": JointMatching(iterations=150),
-        "read-noise": ReadNoise(iterations=150), "decoder": PostHocDecoder(steps=60),
+        "read-noise": ReadNoise(iterations=150), "read-latent": ReadLatent(iterations=150), "decoder": PostHocDecoder(steps=60),
     },
 )  # fmt: skip
 

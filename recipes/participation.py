@@ -20,6 +20,7 @@ from gidef.config import (
     LocalTraining,
     Model,
     NaiveMatching,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -36,13 +37,13 @@ RECIPE = Recipe(
     clients=LocalTraining(epochs=1, batch_size=64, optimiser="adam", lr=1e-3),
     rounds=Rounds(count=40),
     defences={"undefended": Undefended(), "learned": LearnedPerturbation()},
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
 )
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2, cohort_size=4), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
-    attacks={"naive": NaiveMatching(iterations=60), "joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60)},
+    attacks={"naive": NaiveMatching(iterations=60), "joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60), "read-latent": ReadLatent(iterations=60)},
 )  # fmt: skip
 
 

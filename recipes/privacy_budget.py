@@ -25,6 +25,7 @@ from gidef.config import (
     NaiveMatching,
     PostHocDecoder,
     Precode,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -43,7 +44,7 @@ RECIPE = Recipe(
         "epsilon inf": DPSGD(noise_multiplier=0.0, target_epsilon=None),
         **{f"lambda {value:g}": LearnedPerturbation(dependence_weight=value) for value in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
     },
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early", "final")),
     seeds=(0, 1, 2),
 )  # fmt: skip
@@ -70,7 +71,7 @@ SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), seeds=(0,), only=("undefended", "epsilon 8", "epsilon 50", "lambda 1"),
     evaluation=Evaluation(num_victims=8, checkpoints=("final",), judge_epochs=2),
-    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100)},
+    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "read-latent": ReadLatent(iterations=100)},
 )  # fmt: skip
 SMALL_BASELINES = replace(SMALL, defences=BASELINES.defences, only=("undefended", "isotropic 1", "isotropic 4", "CVB 0.1", "PRECODE 0.1"))
 SMALL_BITS = replace(

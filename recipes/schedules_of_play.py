@@ -17,6 +17,7 @@ from gidef.config import (
     LocalTraining,
     Model,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -40,7 +41,7 @@ RECIPE = Recipe(
         **{f"{name} alternating": game for name, game in GAMES.items()},
         **{f"{name} simultaneous": replace(game, schedule="simultaneous") for name, game in GAMES.items()},
     },
-    attacks={"joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "decoder": PostHocDecoder(steps=1000)},
+    attacks={"joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000), "decoder": PostHocDecoder(steps=1000)},
     evaluation=Evaluation(num_victims=32, checkpoints=("final",)),
     seeds=(0, 1, 2),
 )
@@ -48,7 +49,7 @@ SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), seeds=(0,), evaluation=Evaluation(num_victims=4, checkpoints=("final",), judge_epochs=2),
     only=("undefended", "default alternating", "default simultaneous", "one scalar simultaneous"),
-    attacks={"joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60), "decoder": PostHocDecoder(steps=40)},
+    attacks={"joint": JointMatching(iterations=60), "read-noise": ReadNoise(iterations=60), "read-latent": ReadLatent(iterations=60), "decoder": PostHocDecoder(steps=40)},
 )  # fmt: skip
 
 main(RECIPE, small=SMALL)

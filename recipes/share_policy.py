@@ -24,6 +24,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -41,7 +42,7 @@ RECIPE = Recipe(
         "capacity 0.005": CapacityNoise(bits_weight=5e-3), "capacity 0.02": CapacityNoise(bits_weight=2e-2),
     },
     attacks={
-        "naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000),
+        "naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000),
         "latent": LatentDecoding(front="known", steps=1000), "decoder": PostHocDecoder(steps=1000),
     },
     evaluation=Evaluation(num_victims=64, checkpoints=("final",)),

@@ -18,6 +18,7 @@ from gidef.config import (
     Model,
     NaiveMatching,
     PostHocDecoder,
+    ReadLatent,
     ReadNoise,
     Recipe,
     Rounds,
@@ -34,14 +35,14 @@ RECIPE = Recipe(
         "undefended": Undefended(),
         **{f"lambda {value:g}": LearnedPerturbation(dependence_weight=value) for value in (0.0, 0.1, 0.3, 1.0, 3.0, 10.0)},
     },
-    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "decoder": PostHocDecoder(steps=500)},
+    attacks={"naive": NaiveMatching(iterations=1000), "joint": JointMatching(iterations=1000), "read-noise": ReadNoise(iterations=1000), "read-latent": ReadLatent(iterations=1000), "decoder": PostHocDecoder(steps=500)},
     evaluation=Evaluation(num_victims=32, checkpoints=("early", "final"), strengths=(0.0, 0.25, 0.5, 1.0, 2.0, 4.0)),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=2), only=("undefended", "lambda 0", "lambda 3"),
     evaluation=Evaluation(num_victims=8, checkpoints=("final",), judge_epochs=2, strengths=(0.0, 1.0, 4.0)),
-    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "decoder": PostHocDecoder(steps=40)},
+    attacks={"naive": NaiveMatching(iterations=100), "joint": JointMatching(iterations=100), "read-noise": ReadNoise(iterations=100), "read-latent": ReadLatent(iterations=100), "decoder": PostHocDecoder(steps=40)},
 )  # fmt: skip
 
 
