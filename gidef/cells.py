@@ -13,6 +13,7 @@ from typing import Any
 from gidef import config, observe
 from gidef.attack import Calibration
 from gidef.defence.bido import BiDODefence
+from gidef.defence.clipping import Clip
 from gidef.defence.encode import searched_of
 from gidef.defence.instahide import Hide
 from gidef.defence.mixup import Mix
@@ -182,13 +183,20 @@ def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> 
         return "it needs a latent without noise, and where there is noise read-noise reads it"
     if isinstance(attack, config.READS) and one.training.defence.secure is not None:
         return "it reads the latent of one client's update, and secure aggregation sums those of several"
-    if isinstance(attack, config.ReadLatent) and (one.training.defence.transforms or one.training.defence.encoders or one.training.defence.budget is not None):
-        return "it reads the latent of an update that leaves as it was computed, and a defence changes it or the images"
+    if isinstance(attack, config.ReadLatent) and not _leaves_as_computed(one, attack):
+        return "it reads the latent of an update that leaves as it was computed, but for its length, and a defence changes it or the images"
     if isinstance(attack, config.ReadNoise) and isinstance(one.training.defence.decoder, SeeingDecoder):
         return "it reads the latent off the gradient of the cross-entropy alone, and the decoder's term is in the predictor's"
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     return ""
+
+
+def _leaves_as_computed(one: Trained, attack: config.ReadLatent) -> bool:
+    """Whether clients send their gradient of their own images, but for a length that the attack's distance does not see."""
+    defence = one.training.defence
+    shortened = all(isinstance(change, Clip) and not change.per_tensor for change in defence.transforms) and attack.distance == "cosine"
+    return (not defence.transforms or shortened) and not defence.encoders and defence.budget is None
 
 
 def beyond(run: Run, one: Trained, attack: Any) -> list[str]:

@@ -35,6 +35,7 @@ from gidef.config import (
     NaiveMatching,
     Pruning,
     Quantisation,
+    ReadLatent,
     SecureAggregation,
     Sign,
     SkipLayers,
@@ -395,6 +396,22 @@ def test_an_ensemble_takes_codes_of_a_generator_where_updates_carry_noise_and_wh
     assert "alone" in made and ("smoke - generative" in made) is takes
     reasons = {row["attack"]: row["reason"] for row in cells.not_applicable(run, {(name, 0): one})}
     assert reasons.get("smoke - generative") == (None if takes else "the updates carry no noise that a prior could see through")
+
+
+@pytest.mark.parametrize(("name", "distance", "reads"), [("clipping", "cosine", True), ("clipping", "l2", False), ("per tensor", "cosine", False), ("pruning", "cosine", False)])
+def test_a_latent_is_read_of_an_update_that_was_shortened_and_of_none_that_was_changed_otherwise(name, distance, reads, trained, tmp_path):
+    run, one = trained(name)
+    attack = ReadLatent(iterations=1, distance=distance)
+    recipe = dataclasses.replace(run.recipe, attacks={"read": attack, "naive": NaiveMatching()}, defences={name: Undefended()})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    assert [cell.name for cell in cells.make_cells(run, {(name, 0): one}, tmp_path)] == (["read", "naive"] if reads else ["naive"])
+    if not reads:
+        return
+    victims = released(run, one)
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0))
+    assert f"{len(plan.observations)} of {len(plan.observations)}" in plan.note
+    matching = dataclasses.replace(plan.matching, start=lambda o, r: (victims.images[o], None), iterations=0, snapshots=0)
+    assert all(found.fit < 1e-3 for found in attacks.run(plan.observations, plan.make_simulate, matching, seed=0))
 
 
 def recovered(run, one, attack):
