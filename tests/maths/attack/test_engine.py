@@ -317,7 +317,7 @@ def test_labels_that_are_not_granted_are_recovered_and_used(case):
 def test_the_private_images_cannot_reach_an_attack(case):
     """They are no field of the observation; overwriting them, after it was made, changes no bit."""
     observations, simulate, settings, truth = case
-    assert {field.name for field in dataclasses.fields(Observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched", "scaled", "trust"}
+    assert {field.name for field in dataclasses.fields(Observation)} == {"params", "update", "num_examples", "kind", "labels", "known", "unmatched", "scaled", "trust", "noise"}
     before = run(observations, lambda: simulate, settings, **DOUBLE)
     for images in truth:
         images.copy_(images.flip(0).roll(1, 2))
