@@ -310,10 +310,14 @@ def _same_work(run: Run, one: Trained, other: Cell, attack: Any) -> bool:
     return smooth[0] == smooth[1] and all(getattr(other.attack, name) == getattr(attack, name) for name in shared)
 
 
+def evaluated(run: Run) -> dict[str, Any]:
+    """What results depend on of the evaluation, as JSON."""
+    return {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
+
+
 def mark(run: Run, cell: Cell) -> str:
     """SHA-256 of everything that a cell's saved result depends on: recipe and data, attack, evaluation, defence, seed, checkpoint."""
-    evaluation = {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
-    text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluation, cell.defence, cell.seed, cell.checkpoint, cell.control and BLIND], sort_keys=True)
+    text = json.dumps([run.fingerprint, config.to_json(cell.attack), evaluated(run), cell.defence, cell.seed, cell.checkpoint, cell.control and BLIND], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

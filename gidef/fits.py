@@ -23,7 +23,7 @@ from gidef.attack.learned import fit_inverter, invert_learned, seen_length
 from gidef.attack.predictor import Predictor
 from gidef.attack.shadow import fit_shadow, front_latents
 from gidef.attack.unmix import UNMIXED, most_steps
-from gidef.cells import Cell, Task, mark
+from gidef.cells import BLIND, Cell, Task, evaluated, mark
 from gidef.checkpoint import load_file, save_file
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
@@ -413,13 +413,13 @@ def _read_slices(cell: Cell) -> list[range]:
 
 
 def _read_path(cell: Cell, victims: range) -> Path:
-    """Shared by all attacks on one defence, seed and checkpoint that are granted the same of the labels."""
-    return cell.folder.parent / f"latents-{cell.attack.labels}-{victims.start:05d}-{len(victims):03d}.safetensors"
+    """Shared by all attacks on one defence, seed and checkpoint that are granted the same of the labels, and by no control, whose updates are others."""
+    whose = "control-" if cell.control else ""
+    return cell.folder.parent / f"latents-{whose}{cell.attack.labels}-{victims.start:05d}-{len(victims):03d}.safetensors"
 
 
 def _read_mark(run: Run, cell: Cell) -> str:
-    evaluation = {name: value for name, value in config.to_json(run.recipe.evaluation).items() if name != "control"}
-    parts = [run.fingerprint, evaluation, cell.attack.labels, cell.defence, cell.seed, cell.checkpoint]
+    parts = [run.fingerprint, evaluated(run), cell.attack.labels, cell.defence, cell.seed, cell.checkpoint, cell.control and BLIND]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -427,13 +427,9 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
     behind = {*frozen.parts["predictor"], *(name for name in names if name.startswith("perturbation.back."))}
 
     def told(one: Observation, latents: Tensor, loss: float, labels: Tensor) -> Observation:
-        read = loss <= READ
         weights = {name: tensor for name, tensor in {**one.known, **one.params}.items() if name in names}
         place = _code(latents, weights, perturbation.channel_dim) if isinstance(perturbation, Bottleneck) else latents
-        share = latents.new_tensor(float(read))
-        update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
-        granted = labels if read and one.labels is None else one.labels  # what they would be recovered from is nought there
-        return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: place, SHARE: share})
+        return _with_place(one, place, labels, behind, read=loss <= READ)
 
     def made() -> Simulate:
         simulate, model = make(), mine()
@@ -458,6 +454,14 @@ def _read(case: Case, seen: list[Observation]) -> list[tuple[Tensor, float, Tens
     return case.fitted.get("latents") or [latents_of(case, one, number) for number, one in enumerate(seen)]
 
 
+def _with_place(one: Observation, place: Tensor, labels: Tensor, behind: set[str], *, read: bool) -> Observation:
+    """With what was read in `known`, and, where it counts as read, without the part of the update that it explains."""
+    share = place.new_tensor(float(read))
+    update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
+    granted = labels if read and one.labels is None else one.labels  # what they would be recovered from is nought there
+    return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: place, SHARE: share})
+
+
 def _read_in(each: list[Observation], otherwise: str) -> str:
     """For a row's note."""
     count = sum(int(one.known[SHARE]) for one in each)
@@ -476,14 +480,12 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
         return functional_call(mine(), weights, (images, None), {"full": True}).latent
 
     def told(one: Observation, latents: Tensor, loss: float, labels: Tensor) -> Observation:
-        read, targets = loss <= READ, F.one_hot(labels, case.num_classes).to(latents)
+        targets = F.one_hot(labels, case.num_classes).to(latents)
         weights = {name: tensor.float() for name, tensor in {**one.known, **one.params}.items() if name in behind}
         predictor.to(latents.device, torch.float32)
         backward = grad(lambda z: predictor.loss(weights, z, targets))(latents)
-        share = latents.new_tensor(float(read))
-        update = {name: tensor * (1 - share) if name in behind else tensor for name, tensor in one.update.items()}
-        granted = labels if read and one.labels is None else one.labels
-        return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: latents, BACKWARD: backward, SHARE: share})
+        one = dataclasses.replace(one, known={**one.known, BACKWARD: backward})
+        return _with_place(one, latents, labels, behind, read=loss <= READ)
 
     each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
     note, shares = _read_in(each, "it is A0"), {float(one.known[SHARE]) for one in each}

@@ -588,6 +588,20 @@ def test_latents_are_read_once_for_all_who_may_and_kept_for_another_life(trained
         fits.fitted(run, dataclasses.replace(cells[0], seed=1), tmp_path)
 
 
+def test_a_control_reads_the_latents_of_its_own_updates(trained, tmp_path, monkeypatch):
+    run, found = trained
+    monkeypatch.setattr(methods, "READING", 2)
+    run = evaluated(with_speed(run, attacks={"read": reading()}), control=True)
+    cells = cells_of(run, found, tmp_path, "learned")
+    assert [cell.control for cell in cells] == [False, True]
+    tasks = fits.later_tasks(run, cells)
+    assert len({task.path for task in tasks}) == 2
+    for task in tasks:
+        task.do(0, lambda units: None)
+    own, control = ([losses for _, losses, _ in fits.fitted(run, cell, tmp_path)["latents"]] for cell in cells)
+    assert max(own) < methods.READ < min(control)
+
+
 def test_latents_that_raise_while_they_are_read_fail_their_attacks_alone(trained, tmp_path, monkeypatch):
     run, found = trained
     heard = Heard()
