@@ -268,7 +268,7 @@ def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> st
     if any(observe.hidden_names(one, snapshot, attack) for snapshot in one.snapshots.values()):
         said.append("the layer whose columns Soteria prunes is not matched: which they are is not to be seen")
     if isinstance(attack, config.MultiRound):
-        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one, attack.rounds)}")
+        said.append(f"{attack.rounds} releases of the same images at one checkpoint's weights{_common(run, one, attack)}")
     if isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head":
         said.append({"shadow": "front guessed on public images", "known": "private front known: a bound"}[attack.front])
     if isinstance(attack, config.ImprintServer):
@@ -281,14 +281,16 @@ def note_of(run: Run, one: Trained, attack: Any, *, progress: float = 1.0) -> st
     return "; ".join(said)
 
 
-def _common(run: Run, one: Trained, rounds: int) -> str:
+def _common(run: Run, one: Trained, attack: config.MultiRound) -> str:
     """What the releases that A9 reads have in common, or are taken to have; "" where every draw is fresh, and searched by itself."""
     defence, said = one.training.defence, []
     if observe.keeps_noise(run, one):
         said.append("the same noise on the latent" if defence.random else "all the same, as the noise is drawn once for ever")
-    if any(isinstance(encoder, (Mix, Hide)) and encoder.random for encoder in defence.encoders):
+    if observe.taken_apart(one, attack) is not None:
+        said.append("each of another mixture, which is searched by itself; of all of them the image, by the labels' shares and means of public images by class")
+    elif any(isinstance(encoder, (Mix, Hide)) and encoder.random for encoder in defence.encoders):
         said.append("each of another encoding, for all of which one image is searched")
-    if rounds > 1 and observe.settles(run, one):
+    if attack.rounds > 1 and observe.settles(run, one):
         said.append("read as one: exact where two agree bit for bit, averaged elsewhere")
     return "".join(f", {text}" for text in said)
 

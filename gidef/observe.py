@@ -20,7 +20,7 @@ from gidef.attack.surgery import STATISTICS, norm_names
 from gidef.clients.local import load_parameters
 from gidef.clients.participate import DECODER
 from gidef.defence.base import Defence
-from gidef.defence.encode import imitating
+from gidef.defence.encode import Encoder, imitating
 from gidef.defence.perturbation import LearnedDefence, still_parts
 from gidef.defence.share import imitated, left_out, noise_share, revealed, settled, trust_of, trusted
 from gidef.models import moving, moving_statistics
@@ -143,6 +143,14 @@ def keeps_noise(run: Run, trained: Trained) -> bool:
     """Whether every image keeps one draw of the noise on the latent for ever, in all releases."""
     data = run.setting.dataset.val
     return trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0) is not None
+
+
+def taken_apart(trained: Trained, attack: Any) -> Encoder | None:
+    """The encoder whose mixtures A9 takes apart (see `defence.encode.Encoder`). None where there is none, where others stand beside it or clients are summed, and
+    where labels are not known, which tell the shares."""
+    encoders = trained.training.defence.encoders
+    alone = isinstance(attack, config.MultiRound) and len(encoders) == 1 and trained.training.defence.secure is None
+    return encoders[0] if alone and hasattr(encoders[0], "unmixed") and attack.labels == "known" else None
 
 
 def settles(run: Run, trained: Trained) -> bool:

@@ -68,6 +68,7 @@ class Searched:
     """A further unknown of an attack, merged into `known` under its name: α of a surrogate model, a latent, …
 
     shape: of one attack's.  start: its first value, or draw(shape, generator).  lr: first step size.  low, high: it is kept in between.
+    smooth: of images (B, C, H, W), what their total variation weighs beside the candidate's.
     """
 
     shape: tuple[int, ...] = ()
@@ -75,6 +76,7 @@ class Searched:
     lr: float = 0.1
     low: float = -math.inf
     high: float = math.inf
+    smooth: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,6 +92,8 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
         factors = {name.removeprefix(TRUST): tensor.to(given[2].dtype) for name, tensor in given[1].items() if name.startswith(TRUST)}
         return {name: tensor * factors[name] if name in factors else tensor for name, tensor in update.items()}
 
+    pictures = {name: one.smooth for name, one in matching.searched.items() if one.smooth}
+
     def in_context(knobs: Tensors) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
         if "width" in knobs:
@@ -105,7 +107,7 @@ def one_attack(simulate: Simulate, matching: Matching, precision: str = "float32
     def rest(searched: Tensors, given: tuple, knobs: Tensors) -> tuple[Tensor, Tensor]:
         """Everything but the distance: as it is descended, and at the final weights."""
         params, known, images, labels, noise = unpacked(searched, given)
-        roughness = total_variation(images).mean()
+        roughness = total_variation(images).mean() + sum(weight * total_variation(searched[name]).mean() for name, weight in pictures.items())
         now, last = knobs["tv"] * roughness, matching.tv * roughness
         if noise is not None:
             power = noise.square().mean()

@@ -214,8 +214,9 @@ def merge_rounds(observations: Sequence[Observation]) -> Observation:
     return dataclasses.replace(first, **merged, scaled=all(one.scaled for one in observations))
 
 
-def rounds_apart(update: Tensors, target: Tensors, scale: Tensor) -> Tensor:
-    """A distance for `multi_round`: the mean over rounds of 1 − cos, so that no round drowns another."""
+def rounds_apart(update: Tensors, target: Tensors, scale: Tensor, *, length: float = 0.0) -> Tensor:
+    """A distance for `multi_round`: the mean over rounds of 1 − cos, so that no round drowns another. length: weight of (‖u‖ / ‖t‖ − 1)² beside it, where
+    the released update's length tells something, as of labels that are searched."""
     numbers = sorted({name.partition("/")[0] for name in target})
     apart = torch.zeros_like(scale)
     for number in numbers:
@@ -224,6 +225,8 @@ def rounds_apart(update: Tensors, target: Tensors, scale: Tensor) -> Tensor:
         goal = torch.where(power > 0, power, 1.0).rsqrt()
         own = (sum((update[name] * scale).square().sum() for name in names) + 1e-12 * power + 1e-24).rsqrt() * scale
         apart = apart + 0.5 * sum((update[name] * own - target[name] * goal).square().sum() for name in names)
+        if length:
+            apart = apart + length * (scale * goal / own - 1).square()
     return apart / len(numbers)
 
 

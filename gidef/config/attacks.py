@@ -213,9 +213,10 @@ class GenerativePrior(JointMatching):
 @_config
 class MultiRound(JointMatching):
     """A9: A3 over several rounds that released the same images at the checkpoint's weights, all that a defence draws drawn afresh: noise on the latent or
-    on updates, what quantisation rounds, how images are encoded. Each round's draw is searched by itself, as far as A3 searches it. Of MixUp and InstaHide
-    it is not: A3 takes the candidate for the mixture, and here one candidate stands for the rounds' different ones. Where nothing is drawn there is nothing
-    to gain, and it is left out; noise that every image keeps for ever is searched as the one draw that it is. Where a defence leaves part of an update as it
+    on updates, what quantisation rounds, how images are encoded. Each round's draw is searched by itself, as far as A3 searches it. So are the mixtures of
+    MixUp or InstaHide, where labels are known and no other change of images stands beside: the image is then the likeliest behind them all, by the shares that their
+    soft labels tell and the means of public images by class (`defence.encode.from_mixtures`). Elsewhere one candidate stands for the rounds' different ones. Where nothing
+    is drawn there is nothing to gain, and it is left out; noise that every image keeps for ever is searched as the one draw that it is. Where a defence leaves part of an update as it
     is, another in every release (GradDefense), and nothing else is drawn, the releases are matched as one: entries on which two agree bit for bit are exact,
     the others averaged, and trusted by their spread."""
 

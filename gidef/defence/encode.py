@@ -52,6 +52,9 @@ class Encoder(Protocol):
     With an attribute `needs_model = True`, encode takes two more keywords: model, the client's network, and params, its weights now.
     `random` says whether encode draws anything, so that another release of the same images differs, as for `share.Transform`; without the attribute it
     counts as True.
+    Whose encodings mix the images with others, one for one, may say what several of them tell of the images (A9): unmixed(encoded (T, B, C, H, W),
+    labels (T, B, K) they were trained under, granted (B, K), means (K, C, H, W) of public images by class) → (B, C, H, W); and with `smooth = False` that
+    encodings are no pictures, whose total variation would be small.
     """
 
     def encode(self, images: Tensor, labels: Tensor, *, client: Client, generator: Generator) -> tuple[Tensor, Tensor]: ...
@@ -111,6 +114,35 @@ def partners(client: Client, count: int, *, num_classes: int, generator: Generat
 def softened(labels: Tensor, logits: Tensor, trust: float = 0.5) -> Tensor:
     """Labels of an attacker who knows one image's class of a mixture: softmax(log(trust · y + (1 − trust) / K) + logits), (B, K)."""
     return (labels * trust + (1 - trust) / labels.shape[-1]).log().add(logits).softmax(-1)
+
+
+def from_mixtures(encoded: Tensor, labels: Tensor, granted: Tensor, means: Tensor, *, mixed: int, largest: float, signs: bool = False) -> Tensor:
+    """The likeliest private images behind T mixtures of each with k − 1 others, whose labels tell the shares.
+
+        e_t = λ_t x + (1 − λ_t) r_t,   x ~ N(μ_y, s²),   r_t ~ N(ρ_t, s² / (k − 1))
+        x = (μ_y + Σ_t p_t (e_t − (1 − λ_t) ρ_t) / λ_t) / (1 + Σ_t p_t),   p_t = (k − 1) λ_t² / (1 − λ_t)²
+
+    with μ the means of public images by class, y the image's own, and ρ_t their mean by what the label holds beside λ_t of y. λ_t is y's share of the label;
+    half of it above `largest`, where another image of y must be in the mixture. With signs, every entry of e_t − ½ has the one of λ_t x + (1 − λ_t) ρ_t − ½, x
+    from a pass before.
+
+    Args:    encoded: (T, B, C, H, W) on [0, 1].  labels: (T, B, K).  granted: (B, K), y.  means: (K, C, H, W).  mixed: k ≥ 2.  largest: of λ.
+    Returns: (B, C, H, W) in [0, 1].
+    Source:  ours.
+    """
+    share = (labels * granted).sum(-1)
+    share = torch.where(share > largest, share / 2, share).clamp(0.02, largest)
+    beside = (labels - share[..., None] * granted).clamp(min=1e-6)
+    own, others = torch.einsum("bk,kchw->bchw", granted, means), torch.einsum("tbk,kchw->tbchw", beside / beside.sum(-1, keepdim=True), means)
+    share = share[..., None, None, None]
+    trust, found = (mixed - 1) * (share / (1 - share)).square(), own
+    for _ in range(3 if signs else 1):
+        shown = encoded
+        if signs:
+            expected = share * found + (1 - share) * others - 0.5
+            shown = torch.where(expected * (encoded - 0.5) < 0, 1 - encoded, encoded)
+        found = (own + (trust * (shown - (1 - share) * others) / share).sum(0)) / (1 + trust.sum(0))
+    return found.clamp(0, 1)
 
 
 class EncodedPlayer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad
 
-from gidef import applications, build, cells, fits, methods, observe
+from gidef import applications, build, cells, config, fits, methods, observe
 from gidef import attack as attacks
 from gidef.attack import Searched
+from gidef.attack.matching import Point
 from gidef.config import (
     ATS,
     DCS,
@@ -34,6 +36,7 @@ from gidef.config import (
 )
 from gidef.defence.encode import ENCODED
 from gidef.errors import InputError
+from gidef.metrics import psnr_db
 from gidef.rng import generator
 from tests.small_run import RECIPE, evaluated, trained_once
 
@@ -57,12 +60,12 @@ def released(run, one, **more):
     return observe.release(run, one, one.snapshots["final"], seed=0, **more)
 
 
-def trained_on(run, one, victims, batch):
+def trained_on(run, one, victims, batch, *repeat):
     """What the victims' client trained on instead of a batch, by the law of the draws that the docs state."""
     snapshot, defence = one.snapshots["final"], one.training.defence
     return defence.encode(
         victims.images[batch], F.one_hot(victims.labels[batch], 8).float(), client=run.setting.clients[victims.owners[batch]],
-        generator=generator(0, "victim-encode", "final", batch), model=defence.model, params=snapshot.params,
+        generator=generator(0, "victim-encode", "final", batch, *repeat), model=defence.model, params=snapshot.params,
     )  # fmt: skip
 
 
@@ -184,8 +187,55 @@ def test_several_releases_are_attacked_where_they_differ(name, trained, tmp_path
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
     made = cells.make_cells(run, {(name, 0): one}, tmp_path)
     assert [cell.name for cell in made] == ["rounds"] * (name in ALONE)
-    assert all(("each of another encoding" in cell.note) == (name in ("mixup", "instahide")) for cell in made)
+    assert all(("each of another mixture" in cell.note) == (name in ("mixup", "instahide")) for cell in made)
     assert len(cells.not_applicable(run, {(name, 0): one})) == (name in NOTHING)
+
+
+@pytest.mark.parametrize("name", ["mixup", "instahide"])
+def test_a9_searches_every_mixture_by_itself_and_the_image_is_what_they_tell_together(name, trained):
+    run, one = trained(name)
+    releases, attack, encoder = [released(run, one, repeat=repeat) for repeat in range(3)], MultiRound(rounds=3), one.training.defence.encoders[0]
+    plan = methods.plan(methods.make_case(run, one, one.snapshots["final"], attack, releases, seed=0))
+    (weight, apart_from),  = plan.matching.priors
+    public, observation, granted = run.setting.dataset.val, plan.observations[0], F.one_hot(releases[0].labels[0], 8).float()
+    means = torch.stack([public.images[public.labels == k if (public.labels == k).any() else ...].float().div(255).mean(0) for k in range(8)])
+    mixtures, labels, found = [], [], {}
+    for number, victims in enumerate(releases):
+        images, soft = trained_on(run, one, victims, 0, *([number] if number else []))
+        mixtures.append(images)
+        labels.append(soft)
+        found |= {f"{number}/mixture": images, f"{number}/{ENCODED}0/labels": (soft + 1e-12).log() - (0.5 * granted + 0.5 / 8).log()}
+    found = {key: found[key] for key in plan.matching.searched}  # these and no others
+    # whatever the candidate, the truth of the mixtures explains the updates, in direction and length
+    update = plan.make_simulate()(observation.params, {**observation.known, **found}, torch.zeros(2, 3, 16, 16), granted, None)
+    assert apart(update, observation.update) < 1e-4
+    power = sum(tensor.square().sum() for tensor in observation.update.values()).sqrt()
+    target = {key: tensor / power for key, tensor in observation.update.items()}
+    assert plan.matching.distance(update, target, 1 / power) < 1e-6
+    assert plan.matching.distance({key: 2 * tensor for key, tensor in update.items()}, target, 1 / power) > 0.09
+    told = encoder.unmixed(torch.stack(mixtures), torch.stack(labels), granted, means)
+    point = Point(told, granted, None, observation.params, found)
+    assert weight == 1.0 and apart_from(point) < 1e-9 and apart_from(point._replace(images=told + 0.1)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixtures_are_taken_apart_only_where_their_shares_are_told(trained):
+    run, one = trained("mixup")
+    for name, attack, taken in (("mixup", MultiRound(), True), ("mixup", MultiRound(labels="recovered"), False), ("mixup", JointMatching(), False),
+                                ("all", MultiRound(), False), ("bido", MultiRound(), True), ("ats", MultiRound(), False)):  # fmt: skip
+        assert (observe.taken_apart(trained(name)[1], attack) is not None) == taken, (name, attack)
+    summed = copy.copy(one.training.defence)
+    object.__setattr__(summed, "secure", config.SecureAggregation())
+    one = dataclasses.replace(one, training=dataclasses.replace(one.training, defence=summed))
+    assert observe.taken_apart(one, MultiRound()) is None
+
+
+def test_four_rounds_of_mixup_give_far_more_than_the_class_does(trained):
+    run, one = trained("mixup")
+    releases = [released(run, one, repeat=repeat) for repeat in range(4)]
+    case = methods.make_case(run, one, one.snapshots["final"], MultiRound(rounds=4, iterations=200), releases, seed=0)
+    plan, truth = methods.plan(case), releases[0].images[1]
+    (found,) = attacks.run(plan.observations[1:], plan.make_simulate, plan.matching, seed=0)
+    assert psnr_db(found.images, truth).mean() > psnr_db(case.means[releases[0].labels[1]], truth).mean() + 3
 
 
 def test_one_alternative_without_directions_draws_nothing(trained):

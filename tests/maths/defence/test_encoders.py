@@ -12,7 +12,7 @@ from torch import nn
 from gidef.config import ATS
 from gidef.config.defences import ATS_POLICIES, ATS_TRANSFORMATIONS
 from gidef.defence.concealing import SPREAD, Conceal, beside
-from gidef.defence.encode import encode_all, imitating, searched_of, softened
+from gidef.defence.encode import encode_all, from_mixtures, imitating, searched_of, softened
 from gidef.defence.instahide import Hide, coefficients
 from gidef.defence.mixup import Mix
 from gidef.defence.transformations import TRANSFORMATIONS, Transformed
@@ -65,6 +65,45 @@ def test_mixup_is_the_papers_mixture_with_shares_of_its_beta_law(alpha):
 def test_a_batch_of_one_is_mixed_too():
     images, labels = encoded(Mix(CLASSES), count=1)
     assert 0 < labels[0, -1] < 1 and images.max() < 1
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_the_image_behind_several_mixtures_is_the_likeliest_one(signs):
+    """Against the least squares of its docstring, a pixel at a time."""
+    rng, (rounds, classes) = np.random.default_rng(0), (5, 3)
+    means, encoded = rng.uniform(0.6, 0.9, (classes, 1, 2, 2)), rng.uniform(0.55, 0.95, (rounds, 1, 1, 2, 2))
+    labels = np.array([[0.3, 0.7, 0.0], [0.5, 0.2, 0.3], [0.64, 0.0, 0.36], [1.0, 0.0, 0.0], [0.1, 0.0, 0.9]])
+    found = from_mixtures(
+        *(torch.from_numpy(array).float() for array in (np.where(rng.random(encoded.shape) < 0.5, 1 - encoded, encoded) if signs else encoded, labels[:, None], np.eye(classes)[:1], means)),
+        mixed=4, largest=0.65, signs=signs,
+    )  # fmt: skip
+    shares = [0.3, 0.5, 0.64, 0.5, 0.1]  # the fourth label is of two images of the class
+    for place in np.ndindex(1, 2, 2):
+        rows, goals = [1.0], [means[0][place]]
+        for share, label, picture in zip(shares, labels, encoded[:, 0], strict=True):
+            beside = label - share * np.eye(classes)[0]
+            others = sum(weight * mean[place] for weight, mean in zip(beside / beside.sum(), means, strict=True))
+            deviation = (1 - share) / np.sqrt(3)
+            rows.append(share / deviation)
+            goals.append((picture[place] - (1 - share) * others) / deviation)
+        (expected,), *_ = np.linalg.lstsq(np.array(rows)[:, None], np.array(goals), rcond=None)
+        assert abs(float(found[(0, *place)]) - min(max(expected, 0), 1)) < 1e-4
+
+
+def test_many_encodings_of_instahide_give_the_image_better_than_its_class_does():
+    truth, means = torch.rand(1, 1, 8, 8, generator=generator(0)), torch.full((CLASSES, 1, 8, 8), 0.5)
+    means[0] = (0.4 + 0.2 * truth[0]).clamp(0, 1)
+    encoder = Hide(CLASSES, mixed=2)
+    shares, draw = torch.tensor([0.6, 0.5, 0.4] * 10)[:, None], generator(1)
+    others = torch.rand(30, 1, 1, 8, 8, generator=draw)
+    encoded = torch.lerp(others, truth, shares[..., None, None, None])
+    encoded = torch.where(torch.rand(encoded.shape, generator=draw) < 0.5, 1 - encoded, encoded)
+    labels = torch.zeros(30, 1, CLASSES)
+    labels[:, 0, 0], labels[:, 0, 1] = shares[:, 0], 1 - shares[:, 0]
+    told = encoder.unmixed(encoded, labels, torch.eye(CLASSES)[:1], means)
+    assert (told - truth).square().mean() < 0.5 * (means[:1] - truth).square().mean()
+    alone = Hide(CLASSES, mixed=1).unmixed(torch.where(torch.rand(4, 1, 1, 8, 8, generator=draw) < 0.5, 1 - truth, truth), labels[:4], torch.eye(CLASSES)[:1], means)
+    assert torch.equal(alone, torch.where((means[:1] - 0.5) * (truth - 0.5) < 0, 1 - truth, truth)) and not encoder.smooth
 
 
 @pytest.mark.parametrize(("mixed", "largest"), [(2, 0.65), (4, 0.65), (6, 0.3)])
