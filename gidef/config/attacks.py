@@ -307,7 +307,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5), learned (A7), under noise on updates codes of a
+    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5; behind a private front decoded by a guessed one), learned (A7), under noise on updates codes of a
     generator (A8), multi-round (A9), post-hoc decoder (A12); the worst case per victim counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -401,6 +401,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
         "read noise": ReadNoise(**matching),
         "read noise guessed decoder": ReadNoise(**matching, decoder="surrogate", surrogate_steps=surrogate),
         "read latent": ReadLatent(**matching),
+        "latent": LatentDecoding(iterations=max(1, iterations // 4), steps=decoder, shadow_steps=surrogate, labels=labels),
         "generative": GenerativePrior(iterations=iterations, fit_steps=decoder, **few),
         "rounds": MultiRound(iterations=max(1, iterations // 2), rounds=rounds, **few),
         "analytic": Analytic(labels=labels),

@@ -40,6 +40,7 @@ from gidef.config import (
     InvertingGradients,
     IsotropicNoise,
     JointMatching,
+    LatentDecoding,
     LearnedInversion,
     LearnedPerturbation,
     LocalTraining,
@@ -483,14 +484,14 @@ def test_a_models_options_survive_json_and_its_dropout_is_refused():
 
 # --- the fixed ensemble --------------------------------------------------------------------------------------------------
 
-MEMBERS = ("naive", "eot", "joint", "joint smooth", "joint smoother", "joint guessed decoder", "read noise", "read noise guessed decoder", "read latent", "generative", "rounds", "analytic", "learned", "decoder")
+MEMBERS = ("naive", "eot", "joint", "joint smooth", "joint smoother", "joint guessed decoder", "read noise", "read noise guessed decoder", "read latent", "latent", "generative", "rounds", "analytic", "learned", "decoder")
 VERSIONS = {
     "standard": (
         NaiveMatching(iterations=4000, restarts=4, halving=2), EotMatching(iterations=1000, restarts=1, samples=16), JointMatching(iterations=4000, restarts=4, halving=2),
         JointMatching(iterations=4000, restarts=4, halving=2, tv=3e-3), JointMatching(iterations=4000, restarts=4, halving=2, tv=1e-2),
         JointMatching(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600),
         ReadNoise(iterations=4000, restarts=4, halving=2), ReadNoise(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600), ReadLatent(iterations=4000, restarts=4, halving=2),
-        GenerativePrior(iterations=4000, restarts=1, fit_steps=3000), MultiRound(iterations=2000, restarts=1, rounds=4), Analytic(),
+        LatentDecoding(iterations=1000, steps=3000, shadow_steps=600), GenerativePrior(iterations=4000, restarts=1, fit_steps=3000), MultiRound(iterations=2000, restarts=1, rounds=4), Analytic(),
         LearnedInversion(steps=3000, gradients=4000, surrogate_steps=600), PostHocDecoder(steps=3000),
     ),
     "quick": (
@@ -498,7 +499,7 @@ VERSIONS = {
         JointMatching(iterations=300, restarts=1, halving=2, tv=3e-3), JointMatching(iterations=300, restarts=1, halving=2, tv=1e-2),
         JointMatching(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150),
         ReadNoise(iterations=300, restarts=1, halving=2), ReadNoise(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150), ReadLatent(iterations=300, restarts=1, halving=2),
-        GenerativePrior(iterations=300, restarts=1, fit_steps=150), MultiRound(iterations=150, restarts=1, rounds=2), Analytic(),
+        LatentDecoding(iterations=75, steps=150, shadow_steps=150), GenerativePrior(iterations=300, restarts=1, fit_steps=150), MultiRound(iterations=150, restarts=1, rounds=2), Analytic(),
         LearnedInversion(steps=200, gradients=400, surrogate_steps=150), PostHocDecoder(steps=150),
     ),
     "smoke": (
@@ -506,7 +507,7 @@ VERSIONS = {
         JointMatching(iterations=3, restarts=2, halving=2, tv=3e-3), JointMatching(iterations=3, restarts=2, halving=2, tv=1e-2),
         JointMatching(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2),
         ReadNoise(iterations=3, restarts=2, halving=2), ReadNoise(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2), ReadLatent(iterations=3, restarts=2, halving=2),
-        GenerativePrior(iterations=3, restarts=1, fit_steps=2), MultiRound(iterations=1, restarts=1, rounds=2), Analytic(),
+        LatentDecoding(iterations=1, steps=2, shadow_steps=2), GenerativePrior(iterations=3, restarts=1, fit_steps=2), MultiRound(iterations=1, restarts=1, rounds=2), Analytic(),
         LearnedInversion(steps=2, gradients=40, surrogate_steps=2), PostHocDecoder(steps=2),
     ),
 }  # fmt: skip

@@ -341,15 +341,18 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
         "smoke goes without decoder, eot, read noise, read noise guessed decoder: it needs a defence with noise on the latent.",
         "smoke goes without generative: the updates carry no noise that a prior could see through.",
         "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
+        "smoke goes without latent: the front is shared, and other members invert it.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
     ]  # fmt: skip
+    head = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, share_policy="head")))
+    assert "smoke - latent" in {cell.name for cell in make_cells(head, found, tmp_path, tell=False)}
     evaluation = dataclasses.replace(run.recipe.evaluation, release="delta", batch_size=2, local_steps=2)
     deltas = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, evaluation=evaluation)))
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
     assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
     assert heard.notices == [
-        "smoke goes without analytic, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
+        "smoke goes without analytic, latent, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
         "smoke goes without generative: the updates carry no noise that a prior could see through.",
     ]  # fmt: skip
 
