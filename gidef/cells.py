@@ -55,6 +55,8 @@ class Cell:
     control: bool = False
     """Matches a shuffled update, of public images: what the attacker's priors draw by themselves."""
     note: str = ""
+    read: int | None = None
+    """Observations whose latent the attack read first, see `methods.Plan`."""
     twin: Cell | None = None
     releases: list[observe.Victims] = field(default_factory=list)
     reconstructions: list[Reconstruction] = field(default_factory=list)
@@ -181,8 +183,12 @@ def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> 
         return "it needs a noise level that the server sends"
     if isinstance(attack, (config.ImprintServer, config.ZeroedLevel, config.SkipLayers, *config.READS)) and run.recipe.share_policy == "head":
         return "it needs a front that is shared, and share_policy is head"
-    if isinstance(attack, config.ReadLatent) and noisy:
+    if isinstance(attack, config.ReadLatent) and noisy and not _silent(one):
         return "it needs a latent without noise, and where there is noise read-noise reads it"
+    if isinstance(attack, config.ReadNoise) and _silent(one):
+        return "the noise is none at this strength, and read-latent reads the latent"
+    if isinstance(attack, config.ReadLatent) and one.training.defence.decoder is not None and run.recipe.evaluation.released_loss == "client":
+        return "it matches the front's gradient of the cross-entropy, and the decoder's term is in the released one"
     if isinstance(attack, config.READS) and one.training.defence.secure is not None:
         return "it reads the latent of one client's update, and secure aggregation sums those of several"
     if isinstance(attack, config.ReadLatent) and not _leaves_as_computed(one, attack):
@@ -192,6 +198,12 @@ def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> 
     if isinstance(attack, config.ImprintServer) and run.recipe.evaluation.local_optimiser == "adam":
         return "it reads an image off the ratio of two changes, and steps of Adam are as long for both"
     return ""
+
+
+def _silent(one: Trained) -> bool:
+    """Whether the noise on the latent is multiplied by 0, its floor as well."""
+    layer = one.training.defence.model.perturbation
+    return getattr(layer, "strength", 1.0) == 0 and getattr(layer, "std_floor", 1.0) == 0
 
 
 def _leaves_as_computed(one: Trained, attack: config.ReadLatent) -> bool:

@@ -91,17 +91,19 @@ def _row(run: Run, group: list[Cell], values: dict[str, Tensor], *, releases: in
         "note": "; ".join(filter(None, (note, tuned_attacks.words(first.tuned) if first.tuned else "", _beyond_epsilon(first), said, cut))), **({"tuned": first.tuned} if first.tuned else {}),
         **({"in_loop_psnr_db": sum(gap) / len(gap)} if gap else {}),
         **({"fit_first": float(fits[:, 0].median()), "fit": float(fits[:, 1].median())} if len(fits) else {}),
-        **({"noise": noise} if (noise := _noise(first)) else {}),
+        **({"noise": noise} if (noise := _noise(group)) else {}),
         **({"ensemble": first.ensemble} if first.ensemble else {}), **({"of": _shuffles(run, first)} if first.control else {}),
         **({"calibration": dataclasses.asdict(first.calibration)} if first.calibration is not None else {}),
     }  # fmt: skip
 
 
-def _noise(cell: Cell) -> str:
-    """What an attack that matches does about the noise on the latent, where there is any: "searched" with the images, or "read" first; else ""."""
-    if cell.trained.training.defence.noise_shape is None or cell.control or not isinstance(cell.attack, config.JointMatching):
+def _noise(group: list[Cell]) -> str:
+    """What an attack that matches does about the noise on the latent, where there is any: "read" first, in all observations of all seeds, or "searched" with the
+    images; else ""."""
+    first = group[0]
+    if first.trained.training.defence.noise_shape is None or first.control or not isinstance(first.attack, config.JointMatching):
         return ""
-    return "read" if isinstance(cell.attack, config.ReadNoise) else "searched"
+    return "read" if all((cell.twin or cell).read == len(cell.victims.rows) for cell in group) else "searched"
 
 
 def _shuffles(run: Run, control: Cell) -> str:

@@ -62,6 +62,7 @@ def _planned(run: Run, cell: Cell, fitted: Callable[[Cell], dict[str, Any]]) -> 
         return None
     try:
         plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=cell.seed, fitted=fitted(cell)))
+        cell.read = plan.read
         if plan.note and plan.note not in cell.note:
             cell.note = "; ".join(filter(None, (cell.note, plan.note)))
         return plan

@@ -24,7 +24,7 @@ from gidef import attack as attacks
 from gidef import config, observe
 from gidef.attack import Matching, Searched, Simulate
 from gidef.attack.labels import LocalSteps
-from gidef.attack.latent import read_latent
+from gidef.attack.latent import match_latent, read_latent
 from gidef.attack.matching import HELD, Point, Unordered
 from gidef.attack.optimisers import Adam
 from gidef.attack.predictor import Predictor
@@ -50,6 +50,8 @@ PLACE, SHARE, BACKWARD = "read/place", "read/share", "read/backward"
 """In `known`, of attacks that read: the latent, or where the noise leads to; 1 where that was read, else 0; ∂ cross-entropy / ∂ latent there."""
 READ = 1e-4
 """Cosine distance from the predictor's gradient up to which a latent counts as read."""
+ALIKE = 0.1
+"""Relative distance up to which two searches for a latent have found the same."""
 CODES, TIGHTNESS = f"{HELD}images", f"{HELD}weight"
 """Of `GenerativePrior` under noise on updates: the images of its codes, and the weight of a candidate's distance to them."""
 MIXTURE = "mixture"
@@ -67,13 +69,14 @@ SNAPSHOTS = 8
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What the engine is given. refine: settings of a second stage, which starts where the first one ended; None for none.
-    note: what was found on the way to it, for the attack's row."""
+    note: what was found on the way to it, for the attack's row.  read: observations whose latent was read first; None for attacks that read none."""
 
     observations: list[Observation]
     make_simulate: Callable[[], Simulate]
     matching: Matching
     refine: Matching | None = None
     note: str = ""
+    read: int | None = None
 
     @property
     def stages(self) -> list[Matching]:
@@ -469,13 +472,26 @@ def latents_of(case: Case, one: Observation, number: int) -> tuple[Tensor, float
 
 def reading(case: Case, one: Observation, number: int) -> Generator[float, None, tuple[Tensor, float, Tensor]]:
     """Reads float32 (B, *latent) on the observation's device, as A5 does, how far from the predictor's gradient its own is, and the labels int64 (B,) on the CPU it
-    was read with; yields the share that is over. number: the observation's, from which it draws."""
+    was read with; yields the share that is over. number: the observation's, from which it draws.
+
+    A latent that is to be matched itself (`ReadLatent`) has to be told, not only explain the gradient: where nothing but a search has found it, one from
+    another start must find the same, within ALIKE, or it is as far as any, ∞. Behind a pooling layer, or of a ViT's tokens, starts differ by what stays as it began.
+    """
     whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
-    device = next(iter(one.params.values())).device
-    matched = yield from read_latent(
-        [dataclasses.replace(one, **whole)], Predictor(case.model), seed=case.seed, iterations=READING, device=device, numbers=[number]
-    )  # fmt: skip
-    return matched.latents[0].to(device, torch.float32), float(matched.loss[0]), matched.labels[0]
+    seen, predictor, common = [dataclasses.replace(one, **whole)], Predictor(case.model), {"iterations": READING, "device": next(iter(one.params.values())).device, "numbers": [number]}
+    matched = yield from read_latent(seen, predictor, seed=case.seed, **common)
+    latents, loss = matched.latents[0], float(matched.loss[0])
+    if isinstance(case.attack, config.ReadLatent) and loss <= READ and bool(matched.free[0]):
+        again = match_latent(seen, predictor, seed=stream_seed(case.seed, "again"), **common)
+        while True:
+            try:
+                next(again)
+            except StopIteration as end:
+                other = end.value.latents[0].double()
+                break
+            yield 1.0
+        loss = loss if float((other - latents).norm()) <= ALIKE * float(latents.norm()) else math.inf
+    return latents.to(common["device"], torch.float32), loss, matched.labels[0]
 
 
 def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
@@ -506,7 +522,7 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
         return with_noise_read
 
     each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
-    return Plan(each, made, case.matching(noise_shape=case.noise_shape), note=_read_in(each, "its noise is searched, as by A3"))
+    return Plan(each, made, case.matching(noise_shape=case.noise_shape), **_read_in(each, "its noise is searched, as by A3"))
 
 
 def _read(case: Case, seen: list[Observation]) -> list[tuple[Tensor, float, Tensor]]:
@@ -522,10 +538,10 @@ def _with_place(one: Observation, place: Tensor, labels: Tensor, behind: set[str
     return dataclasses.replace(one, update=update, labels=granted, known={**one.known, PLACE: place, SHARE: share})
 
 
-def _read_in(each: list[Observation], otherwise: str) -> str:
-    """For a row's note."""
+def _read_in(each: list[Observation], otherwise: str) -> dict[str, Any]:
+    """Of a plan: in how many observations the latent was read, and a note of it."""
     count = sum(int(one.known[SHARE]) for one in each)
-    return f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else f"; in the others {otherwise}")
+    return {"read": count, "note": f"the latent was read in {count} of {len(each)} observations" + ("" if count == len(each) else f"; in the others {otherwise}")}
 
 
 def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
@@ -548,9 +564,9 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
         return _with_place(one, latents, labels, behind, read=loss <= READ)
 
     each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
-    note, shares = _read_in(each, "it is A0"), {float(one.known[SHARE]) for one in each}
+    told, shares = _read_in(each, "it is A0"), {float(one.known[SHARE]) for one in each}
     if shares == {0.0}:
-        return Plan(seen, make, case.matching(), note=note)
+        return Plan(seen, make, case.matching(), **told)
     scale = 1.0 if case.local is None else -case.local.lr  # of a delta of one step
 
     def made() -> Simulate:
@@ -570,7 +586,7 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
         place = point.known[PLACE]
         return point.known[SHARE] * (latent(point.params, point.known, point.images) - place).square().sum() / place.square().sum()
 
-    return Plan(each, made, case.matching(priors=((case.attack.closeness, apart),)), note=note)
+    return Plan(each, made, case.matching(priors=((case.attack.closeness, apart),)), **told)
 
 
 def _code(latents: Tensor, weights: Tensors, channel_dim: int) -> Tensor:

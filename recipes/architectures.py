@@ -18,6 +18,8 @@ from gidef.config import (
     LocalTraining,
     Model,
     NaiveMatching,
+    ReadLatent,
+    ReadNoise,
     Recipe,
     Rounds,
     Undefended,
@@ -34,14 +36,17 @@ RECIPE = Recipe(
         **{f"isotropic {place}": IsotropicNoise(cut=cut) for place, cut in PLACES.items()},
         **{f"learned {place}": LearnedPerturbation(cut=cut) for place, cut in PLACES.items()},
     },
-    attacks={"naive": NaiveMatching(iterations=2000), "joint": JointMatching(iterations=2000), "analytic": Analytic()},
+    attacks={
+        "naive": NaiveMatching(iterations=2000), "joint": JointMatching(iterations=2000), "read-noise": ReadNoise(iterations=2000), "read-latent": ReadLatent(iterations=2000),
+        "analytic": Analytic(),
+    },
     evaluation=Evaluation(num_victims=32, checkpoints=("early",)),
 )  # fmt: skip
 SMALL = replace(
     RECIPE,
     rounds=Rounds(count=1), evaluation=Evaluation(num_victims=2, num_tuning=2, checkpoints=("untrained",), judge_epochs=1),
     only=("undefended", "isotropic", "isotropic before the head"),
-    attacks={"naive": NaiveMatching(iterations=30), "joint": JointMatching(iterations=30), "analytic": Analytic()},
+    attacks={"naive": NaiveMatching(iterations=30), "joint": JointMatching(iterations=30), "read-noise": ReadNoise(iterations=30), "read-latent": ReadLatent(iterations=30), "analytic": Analytic()},
 )  # fmt: skip
 NETS = {"small": Model(name="small"), "resnet18": Model(name="resnet18"), "vit": Model(name="vit_small_patch16_224")}
 TINY = {"small": Model(name="small"), "vit": Model(name="vit_tiny_patch16_224")}

@@ -34,7 +34,8 @@ ITERATIONS, AT_ONCE, STARTS = 400, 16, 32
 class Matched(NamedTuple):
     """latents: (O, B, *latent), of the best start by the attacker's own loss.  loss: (O,), of it, ∞ where every start failed.
     losses: (O, starts), the lowest of each.  curve: (O, points), of the best start.  restart: int64 (O,), which it is.  labels: int64 (O, B).
-    iterations: int64 (O, starts), evaluated for each; none for a start that was not needed, or of an update that cannot be matched."""
+    iterations: int64 (O, starts), evaluated for each; none for a start that was not needed, or of an update that cannot be matched.
+    free: bool (O,), whether nothing told the span of the latents, so that what the gradient does not tell of them is as it began."""
 
     latents: Tensor
     loss: Tensor
@@ -43,6 +44,7 @@ class Matched(NamedTuple):
     restart: Tensor
     labels: Tensor
     iterations: Tensor
+    free: Tensor
 
 
 def match_latent(
@@ -119,7 +121,7 @@ def match_latent(
     restart = every_loss.argmin(1)
     chosen = torch.arange(len(observations)) * restarts + restart
     spent = torch.cat(spent).view(len(observations), restarts)
-    return Matched(torch.cat(latents)[chosen], every_loss.min(1).values, every_loss, torch.cat(curves)[chosen], restart, labels, spent)
+    return Matched(torch.cat(latents)[chosen], every_loss.min(1).values, every_loss, torch.cat(curves)[chosen], restart, labels, spent, torch.ones(len(observations), dtype=torch.bool))
 
 
 def read_latent(
@@ -160,6 +162,7 @@ def read_latent(
         (latents[index], *_), taken = yield from _shared(running, over, most_steps(tries), total)
         over, unmixed[index] = over + most_steps(tries), taken
         loss[index] = _fit(observations[index], predictor, latents[index].to(device), labels[index])
+    unspanned = torch.tensor([index not in spans for index in range(len(observations))])
     losses, curve, restart = loss[:, None].repeat(1, spent.shape[1]), loss[:, None], torch.zeros(len(observations), dtype=torch.int64)
     left = [index for index in able if not loss[index] <= enough]
     if left:
@@ -179,10 +182,10 @@ def read_latent(
             for found in tried:
                 fit = _fit(observation, predictor, found.to(device), labels[index])
                 if fit < loss[index]:
-                    latents[index], loss[index], restart[index] = found, fit, free.restart[place]
+                    latents[index], loss[index], restart[index], unspanned[index] = found, fit, free.restart[place], True
                     losses[index], curve[index] = free.losses[place], free.curve[place]
     spent[torch.arange(len(observations)), restart] += unmixed
-    return Matched(latents, loss, losses, curve, restart, labels, spent)
+    return Matched(latents, loss, losses, curve, restart, labels, spent, unspanned)
 
 
 @torch.no_grad()
@@ -291,7 +294,7 @@ def _targets(observations: Sequence[Observation], names: Sequence[str], cast: di
     device = cast["device"]
     observed = {name: torch.stack([o.update[name].detach() for o in observations]).to(device, torch.float64) for name in names}
     sign = torch.tensor([1.0 if o.kind == "gradient" else -1.0 for o in observations], device=device, dtype=torch.float64)
-    norm = sum(t.flatten(1).square().sum(1) for t in observed.values()).sqrt()
+    norm = sum((t.flatten(1).square().sum(1) for t in observed.values()), torch.zeros_like(sign)).sqrt()  # 0 where nothing lies behind the latent
     alive = norm.isfinite() & (norm > 0)
     target = {name: torch.where(_rows(alive, t), t * _rows(sign / norm, t), 0.0).to(cast["dtype"]) for name, t in observed.items()}
     return target, torch.where(alive, 1 / norm, 0.0).to(cast["dtype"]), alive

@@ -49,7 +49,8 @@
                   attacker_accuracy_by: {name of a further judge: as attacker_accuracy}, where there are any
                   label_recovery: share of the labels that attacks which did not fail had right (null if all failed);  oracle_restart_psnr_db: had the truth chosen the start
                   fit_first, fit: median distance of the matched updates at the start and at the end
-                  noise: "searched" | "read": what an attack that matches does about the noise on the latent, not there of others and where there is none
+                  noise: "searched" | "read": what an attack that matches does about the noise on the latent, not there of others and where there is none; "read" if it
+                  was of every observation
                   of: the attack that a control repeats
                   ensemble: name of the ensemble that the attack is a member of;  version, members, worst_by: of an ensemble's own row, which counts failed
                   attempts on a victim only where all failed;  without: of its row without bounds, the members that were left out;  threat.beyond: {member:

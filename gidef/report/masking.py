@@ -62,9 +62,11 @@ def _ambiguous(results: dict[str, Any], rows: list[Row]) -> list[str]:
     if not lost:
         return []
     reads = max((row for row in rows if row.get("noise") == "read"), key=lambda row: mean_of(row["psnr_db"]), default=None)
-    better = "an attack that reads the noise (read-noise) or sees several releases (A9) may do better"
+    further = [] if any(row["attack_id"] == "A9" for row in lost) else ["several releases (A9)"]
     if reads is not None:
-        better = f"{reads['attack']}, which reads the noise, gets {mean_of(reads['psnr_db']):.1f} dB, see its row, and several releases (A9) may do better too"
+        better = f"{reads['attack']}, which reads the noise, gets {mean_of(reads['psnr_db']):.1f} dB, see its row" + "".join(f", and {what} may do better too" for what in further)
+    else:
+        better = f"{' or '.join(['an attack that reads the noise (read-noise)', *further])} may do better"
     return [
         f"the search of {_named(lost)}, which explains the update almost exactly (distance {lost[0]['fit']:.1g}) with images worse than the class mean "
         f"({mean_of(lost[0]['psnr_db']):.1f} against {guess:.1f} dB): many pairs of image and noise do, so the search is underdetermined and shows no protection; {better}"

@@ -114,16 +114,17 @@ def test_a_row_says_what_became_of_the_noise_on_the_latent(attacked):
     run, cells, scored = attacked
     some = [cell for cell in cells if cell.name == "naive"]
 
-    def said(attack, *, noise_shape=(4, 2, 2), control=False):
-        defence = SimpleNamespace(noise_shape=noise_shape)
-        return findings._noise(SimpleNamespace(attack=attack, control=control, trained=SimpleNamespace(training=SimpleNamespace(defence=defence))))
+    def said(attack, *, noise_shape=(4, 2, 2), control=False, read=(None, None)):
+        trained, victims = SimpleNamespace(training=SimpleNamespace(defence=SimpleNamespace(noise_shape=noise_shape))), SimpleNamespace(rows=[0, 1, 2])
+        return findings._noise([SimpleNamespace(attack=attack, control=control, trained=trained, victims=victims, twin=None, read=count) for count in read])
 
-    assert [said(attack()) for attack in (JointMatching, DecoderAware, GenerativePrior, MultiRound, ReadNoise)] == [*["searched"] * 4, "read"]
+    assert [said(attack()) for attack in (JointMatching, DecoderAware, GenerativePrior, MultiRound)] == ["searched"] * 4
+    assert [said(ReadNoise(), read=read) for read in ((3, 3), (3, 2), (0, 0))] == ["read", "searched", "searched"]
     assert [said(attack()) for attack in (NaiveMatching, LatentDecoding, PostHocDecoder)] == [""] * 3
     assert said(JointMatching(), noise_shape=None) == said(ReadNoise(), noise_shape=None) == said(JointMatching(), control=True) == ""
     assert all("noise" not in row for row in findings.rows(run, cells, scored))  # of the undefended net
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(findings, "_noise", lambda cell: "searched")
+        patch.setattr(findings, "_noise", lambda group: "searched")
         assert [row["noise"] for row in findings.rows(run, some, scored)] == ["searched"]
         ensemble = [row for row in findings.rows(run, cells, scored) if row["attack_id"] == "standard"]
     assert ensemble and all("noise" not in row for row in ensemble)

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
+from torch import nn
+from torch.func import functional_call, grad
 
 from gidef import attack as attacks
 from gidef import build, config, methods, models, observe
@@ -36,11 +37,12 @@ from gidef.config import (
 )
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.errors import InputError
-from gidef.models import decoder_for
+from gidef.models import SplitModel, decoder_for
 from gidef.parallel import World
 from gidef.report import Console
 from gidef.runs import Run
 from gidef.training import train
+from gidef.types import Observation
 
 SHORT = {"iterations": 3}
 MATCHING = {
@@ -496,6 +498,33 @@ def test_at_the_true_images_the_front_s_gradient_at_the_read_latent_is_the_obser
         torch.testing.assert_close(found[name], expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()) + 1e-12)
     other, further = simulated(release.images[1].flip(-1))
     assert max(float((other[name] - one.update[name]).abs().max()) for name in set(one.update) - behind) > 1e-4 and further > 0.01
+
+
+class Behind(nn.Module):
+    """A front, a latent of (3, 4, 4), and what is given behind it."""
+
+    def __init__(self, *behind):
+        super().__init__()
+        self.front, self.behind = nn.Conv2d(2, 3, 3, 3), nn.Sequential(*behind, nn.Flatten(), nn.LazyLinear(20), nn.Tanh(), nn.Linear(20, 6))
+
+    def forward(self, images):
+        return self.behind(self.front(images))
+
+
+@pytest.mark.parametrize(("behind", "told"), [((), True), ((nn.Tanh(),), True), ((nn.AvgPool2d(2),), False)], ids=["read", "found", "pooled"])
+def test_a_latent_is_read_only_if_the_gradient_tells_it(behind, told):
+    """Behind a pooling layer a search explains the gradient as well, with a latent that differs within the windows as its start did."""
+    torch.manual_seed(0)
+    model, (images, labels) = Behind(*behind), (torch.rand(1, 2, 12, 12), torch.tensor([3]))
+    model(images)
+    model = SplitModel(model, cut="front", image_shape=(2, 12, 12), num_classes=6).requires_grad_(False)
+    params = dict(model.named_parameters())
+    seen = Observation(params, grad(lambda p: F.cross_entropy(functional_call(model, p, (images,)), labels))(params), 1, labels=labels)
+    latent = model.run(images, None).latent
+    for attack, trusted in ((config.ReadLatent(), told), (config.ReadNoise(), True)):
+        found, loss, _ = methods.latents_of(SimpleNamespace(model=model, seed=0, attack=attack), seen, 0)
+        assert (loss <= methods.READ) == trusted
+        assert (float((found - latent).norm() / latent.norm()) < 0.1) == told
 
 
 @pytest.mark.parametrize("count", [0, 1])

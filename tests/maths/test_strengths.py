@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gidef import attack as attacks
-from gidef import build, cli, config, job, methods, observe, strengths
+from gidef import build, cells, cli, config, job, methods, observe, strengths
 from gidef.config import CVB, CapacityNoise, IsotropicNoise, JointMatching, LearnedPerturbation, NaiveMatching, PostHocDecoder, Precode, Undefended
 from gidef.errors import InputError
 from gidef.metrics import auc, psnr_db
@@ -82,6 +82,25 @@ def test_at_strength_nought_attacks_score_as_on_the_normed_net_without_noise(att
         found.append(float(psnr_db(images.flatten(0, 1), victims.images.flatten(0, 1)).mean()))
     expected, nought, loud = found
     assert nought == pytest.approx(expected, abs=0.02) and loud < expected - 0.5
+
+
+def test_at_strength_nought_the_latent_is_read_and_matched_as_it_has_no_noise(trained, tmp_path):
+    run, _ = trained("isotropic")
+    run = evaluated(run, strengths=(0.0, 4.0), released_loss="client")
+    recipe = dataclasses.replace(run.recipe, attacks={"noise": config.ReadNoise(iterations=3), "latent": config.ReadLatent(iterations=3)})
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    for defence, expected in (("isotropic", {"0": "latent", "4": "noise"}), ("learned", {"4": "noise"})):  # the learned one's decoder is in what is released
+        noisy = strengths.evaluated(run, {(defence, 0): trained(defence)[1]})
+        made = cells.make_cells(run, noisy, tmp_path)
+        assert {(cell.defence, cell.name) for cell in made} == {(f"{defence} at strength {strength}", name) for strength, name in expected.items()}
+        for cell in (cell for cell in made if cell.name == "latent"):
+            cell.releases = [observe.release(run, cell.trained, cell.snapshot, seed=0)]
+            plan = methods.plan(methods.make_case(run, cell.trained, cell.snapshot, cell.attack, cell.releases, seed=0))
+            assert plan.read == len(plan.observations)
+            one, truth = plan.observations[0], cell.releases[0].images[0]
+            update = plan.make_simulate()(one.params, one.known, truth, torch.nn.functional.one_hot(cell.releases[0].labels[0], 8).float(), None)
+            for name, tensor in one.update.items():
+                torch.testing.assert_close(update[name] * one.update[name].ne(0), tensor, rtol=1e-2, atol=2e-3 * float(tensor.abs().max()) + 1e-12)
 
 
 def test_the_release_at_a_strength_is_the_gradient_with_the_noise_times_it(trained):

@@ -403,6 +403,11 @@ def test_a_latent_that_is_matched_before_a_norm_layer_has_its_scale_polished():
     assert found.loss < free.loss and apart(found.latents[0], latents).max() < 0.8 * apart(free.latents[0], latents).max()
 
 
+def test_with_nothing_behind_the_latent_none_is_read():
+    observation, *_ = observe(split(cut="head"))
+    assert observation.update == {} and result(read_latent([observation], Predictor(split(cut="head")), seed=0)).loss.isinf().all()
+
+
 def test_broken_updates_fail_alone_with_mid_grey_images():
     model = split(dtype=torch.float32)
     good, latents, _ = observe(model)

@@ -42,7 +42,7 @@ def test_an_update_that_is_explained_by_a_wrong_image_is_ambiguous_and_no_protec
     assert sentence == (
         'Warning, "learned" at the untrained checkpoint is ambiguous to the search of joint, which explains the update almost exactly (distance 0.002) with images worse than '
         "the class mean (12.1 against 19.0 dB): many pairs of image and noise do, so the search is underdetermined and shows no protection; an attack that reads the noise "
-        "(read-noise) or sees several releases (A9) may do better."
+        "(read-noise) or several releases (A9) may do better."
     )
 
 
@@ -66,6 +66,11 @@ def test_who_reads_the_noise_in_the_same_table_is_pointed_to(results, make_row):
     [sentence] = [said for said in warnings(results) if "ambiguous" in said]
     assert "ambiguous to the search of joint and other, which" in sentence
     assert "shows no protection; read-noise, which reads the noise, gets 13.5 dB, see its row, and several releases (A9) may do better too." in sentence
+
+
+def test_who_saw_several_releases_is_not_told_to(results):
+    [sentence] = warnings(searching(results, attack_id="A9"))
+    assert "A9" not in sentence and sentence.endswith("an attack that reads the noise (read-noise) may do better.")
 
 
 def test_an_ambiguous_update_of_the_undefended_net_or_without_a_class_mean_is_not_spoken_of(results):
