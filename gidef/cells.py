@@ -189,8 +189,10 @@ def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> 
         return "the noise is none at this strength, and read-latent reads the latent"
     if isinstance(attack, config.ReadLatent) and one.training.defence.decoder is not None and run.recipe.evaluation.released_loss == "client":
         return "it matches the front's gradient of the cross-entropy, and the decoder's term is in the released one"
-    if isinstance(attack, config.READS) and one.training.defence.secure is not None:
-        return "it reads the latent of one client's update, and secure aggregation sums those of several"
+    if isinstance(attack, config.READS) and one.training.defence.secure is not None and one.training.defence.own_terms:
+        return "it reads the latents of a sum as those of one batch, and the defence's own terms are of each client's batch"
+    if isinstance(attack, config.StatisticsMatching) and all(observe.statistics_known(run, one, snapshot, attack) == "none" for snapshot in one.snapshots.values()):
+        return "it needs BatchNorm's statistics, of the batch or running ones, and nothing is known of any"
     if isinstance(attack, config.ReadLatent) and not _leaves_as_computed(one, attack):
         return "it reads the latent of an update that leaves as it was computed, but for its length, and a defence changes it or the images"
     if isinstance(attack, config.ReadNoise) and isinstance(one.training.defence.decoder, SeeingDecoder):

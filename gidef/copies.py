@@ -62,7 +62,7 @@ def check(run: Run, chosen: dict[str, Any], path: Path) -> list[dict[str, Any]]:
 
 def _compared(run: Run, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     recipe, dataset, seed = run.recipe, run.setting.dataset, run.recipe.seeds[0]
-    statistics = any(isinstance(attack, config.GradInversion) and attack.statistics != "none" for attack in recipe.attacks.values())
+    statistics = any(isinstance(attack, config.Standard) or (isinstance(attack, config.GradInversion) and attack.statistics != "none") for attack in recipe.attacks.values())
     nets: dict[str, dict[str, Any]] = {}
     for key, one in chosen.items():
         defence = build.make_defence(one.at(one.low) if isinstance(one, config.Matched) else one, recipe, dataset, seed=seed)

@@ -145,6 +145,12 @@ def keeps_noise(run: Run, trained: Trained) -> bool:
     return trained.training.defence.frozen_noise(Client(-1, data.images[:1], data.labels[:1]), seed=0) is not None
 
 
+def cross_entropy_behind(run: Run, trained: Trained) -> bool:
+    """Whether the predictor's released gradient is that of the cross-entropy, and of no term of the defence's own, which vanish where a step has one image."""
+    evaluation = run.recipe.evaluation
+    return not trained.training.defence.own_terms or evaluation.released_loss == "utility" or evaluation.batch_size // evaluation.local_steps == 1
+
+
 def taken_apart(trained: Trained, attack: Any) -> Encoder | None:
     """The encoder whose mixtures A9 takes apart (see `defence.encode.Encoder`). None where there is none, where others stand beside it or clients are summed, and
     where labels are not known, which tell the shares."""
@@ -587,10 +593,10 @@ def keeps_decoder(run: Run, trained: Trained) -> bool:
 
 
 def terms(run: Run, trained: Trained, attack: Any, *, progress: float) -> str:
-    """Which of the client's loss terms an attack simulates: the naive one cross-entropy only, the joint one and one's own what was released; A1 that too, but
-    where a decoder is in it that stays with the client. progress: share of the rounds that were over at the release."""
+    """Which of the client's loss terms an attack simulates: the naive one cross-entropy only, the joint one and one's own what was released; A1, and A5 by
+    matching, that too, but where a decoder is in it that stays with the client. progress: share of the rounds that were over at the release."""
     released = run.recipe.evaluation.released_loss
     if granted_as_joint(attack):
         return "utility" if decoder_of(attack) == "unused" else released
     hidden = keeps_decoder(run, trained) and trained.training.defence.needs_decoder(progress)
-    return released if isinstance(attack, config.EotMatching) and not hidden else "utility"
+    return released if isinstance(attack, (config.EotMatching, config.ReadLatent)) and not hidden else "utility"

@@ -90,7 +90,7 @@ def known(run: Run, cells: Sequence[Cell]) -> list[str]:
         "the client's loss": lambda attack: more_than_cross_entropy and terms(attack) == "client",
         "the change of updates": lambda attack: (bool(defence.transforms) or defence.budget is not None) and adapts(attack),
         "the encoding of images": lambda attack: encoded and adapts(attack),
-        "public images": lambda attack: isinstance(attack, FROM_PUBLIC) or (getattr(attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, trained)),
+        "public images": lambda attack: isinstance(attack, FROM_PUBLIC) or observe.taken_apart(trained, attack) is not None or (getattr(attack, "decoder", "") == "surrogate" and observe.keeps_decoder(run, trained)),
         "the local steps": lambda attack: simulates(attack) or told_steps(attack),
         "the order of the local batches": lambda attack: simulates(attack) and evaluation.local_steps > 1 and labels(attack) == "known",
         "who of the cohort has which label": lambda attack: labels(attack) == "known" and observe.places(run, trained, attack, progress=progress)[1] > 1,

@@ -37,6 +37,7 @@ from gidef.config.attacks import (  # noqa: F401  (the page of attacks, under th
     ReadNoise,
     SkipLayers,
     Standard,
+    StatisticsMatching,
     SurrogateModel,
     Tuned,
     ZeroedLevel,

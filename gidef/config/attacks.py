@@ -132,6 +132,25 @@ class GradInversion(NaiveMatching):
 
 
 @_config
+class StatisticsMatching(GradInversion):
+    """A0 with GradInversion's prior on BatchNorm's statistics, and tuned settings for all else: those of `NaiveMatching`. Left out where nothing is known of the
+    statistics, as it is A0 there. Batches of 4 on a net of three layers with BatchNorm, synthetic cells of 16 px, released statistics, 150 iterations: 23.6 dB, where
+    A0 has 15.4 and, in 200 iterations, `GradInversion` 18.2; after training 26.5 in 200, A0 20.7 in 400."""
+
+    iterations: int = 2000
+    restarts: int = 1
+    distance: Literal["cosine", "l2", "cosine_layers"] = "cosine"
+    langevin: float = 0.0
+    decay: Literal["constant", "step", "linear", "quadratic", "cosine"] = "quadratic"
+    warmup: int = 0
+    tv: float = 3e-3
+    tv_boost: float = 100.0
+    kink_width: tuple[float, float] | None = (1.0, 0.1)
+    pixel_norm: float = 0.0
+    group: float = 0.0
+
+
+@_config
 class EotMatching(NaiveMatching):
     """A1: match the mean gradient over draws of the noise, fresh in every iteration (expectation over transformation): that of the released loss, or where a
     decoder is in it that stays with the client, of its cross-entropy alone."""
@@ -187,7 +206,9 @@ class ReadNoise(JointMatching):
 class ReadLatent(NaiveMatching):
     """A5 with the front itself for a decoder, where the latent z has no noise: z is read off the predictor's gradient, as by A5. Then of a candidate x the front's
     gradient at z, ∂⟨m(x), ∂L/∂z⟩/∂θ, is matched, which holds what lies behind at its true value, and its own latent m(x) is drawn to z. Where z cannot be read
-    (as for `ReadNoise`), it is A0, and the run says for how many. Ours; a feature inversion (Mahendran and Vedaldi 2015) beside gradient matching."""
+    (as for `ReadNoise`) or the gradient does not tell it, it is A0, by all terms of the client's loss, and what layers read of a candidate is held to the row
+    spaces of their weights' gradients, as far as these tell them (`attack.row_spaces`); the run says for how many. Ours; a feature inversion (Mahendran and
+    Vedaldi 2015) beside gradient matching."""
 
     closeness: float = 1.0
     """Weight of ‖m(x) − z‖² / ‖z‖²."""
@@ -307,7 +328,7 @@ class ZeroedLevel(JointMatching):
 class Standard:
     """version="standard": the fixed ensemble with fixed budgets, so that nobody evaluates a defence with a weak attack by accident.
 
-    Naive (A0), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5; behind a private front decoded by a guessed one), learned (A7), under noise on updates codes of a
+    Naive (A0; where they are known, with BatchNorm's statistics), EoT (A1), joint (A3, with three weights of the total variation, and with the noise read), analytic (A4), the latent read (A5; behind a private front decoded by a guessed one), learned (A7), under noise on updates codes of a
     generator (A8), multi-round (A9), post-hoc decoder (A12); the worst case per victim counts, and a control that matches a shuffled gradient tells what the priors alone would draw.
     """
 
@@ -363,7 +384,8 @@ GRANTED = ("labels", "decoder", "rounds", "front")
 MATCHING = (NaiveMatching,)
 ATTACKS = (NaiveMatching, Analytic, LatentDecoding, LearnedInversion, PostHocDecoder, ImprintServer, Standard)
 IDS = {
-    NaiveMatching: "A0", InvertingGradients: "A0", ModernInvertingGradients: "A0", DeepLeakage: "A0", GradInversion: "A0", EotMatching: "A1", SkipLayers: "A2",
+    NaiveMatching: "A0", InvertingGradients: "A0", ModernInvertingGradients: "A0", DeepLeakage: "A0", GradInversion: "A0",
+    StatisticsMatching: "A0", EotMatching: "A1", SkipLayers: "A2",
     JointMatching: "A3", ReadNoise: "A3", Analytic: "A4", LatentDecoding: "A5", ReadLatent: "A5", DecoderAware: "A6", LearnedInversion: "A7", GenerativePrior: "A8", MultiRound: "A9",
     SurrogateModel: "A10", ImprintServer: "A11", ZeroedLevel: "A11", PostHocDecoder: "A12", Standard: "standard",
 }  # fmt: skip
@@ -393,6 +415,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
     few = {"restarts": 1, "labels": labels}
     return {
         "naive": NaiveMatching(**matching),
+        "statistics": StatisticsMatching(**matching),
         "eot": EotMatching(iterations=max(1, iterations // 4), samples=draws, **few),
         "joint": JointMatching(**matching),
         "joint smooth": JointMatching(**matching, tv=3e-3),  # of the total variation no weight is the best on every net
@@ -412,7 +435,7 @@ def standard(version: str = "standard", labels: str = "known") -> dict[str, obje
 
 PRESETS = {
     "naive": NaiveMatching(), "inverting-gradients": InvertingGradients(), "modern": ModernInvertingGradients(), "dlg": DeepLeakage(),
-    "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(restarts=4, halving=2),
+    "idlg": DeepLeakage(labels="recovered"), "gradinversion": GradInversion(), "statistics": StatisticsMatching(), "eot": EotMatching(), "skip": SkipLayers(), "joint": JointMatching(restarts=4, halving=2),
     "read-noise": ReadNoise(restarts=4, halving=2), "read-latent": ReadLatent(),
     "analytic": Analytic(), "latent": LatentDecoding(), "decoder-aware": DecoderAware(), "learned": LearnedInversion(), "generative": GenerativePrior(),
     "rounds": MultiRound(), "surrogate-model": SurrogateModel(), "imprint": ImprintServer(), "zeroed": ZeroedLevel(), "decoder": PostHocDecoder(),

@@ -392,6 +392,18 @@ def test_gradinversion_matches_the_statistics_that_were_released_and_stays_at_th
     assert observe.statistics_known(kept("head")[0], headed, headed.snapshots["final"], attack) == "batch"
 
 
+def test_statistics_beside_tuned_settings_are_a0_and_that_prior_and_in_the_ensembles(kept):
+    run, trained, _ = kept()
+    snapshot, victims = trained.snapshots["final"], [observe.release(run, trained, trained.snapshots["final"], seed=0)]
+    with_prior, plain = (methods.plan(methods.make_case(run, trained, snapshot, attack, victims, seed=0)) for attack in (config.StatisticsMatching(), config.NaiveMatching()))
+    (nought, _), (weight, prior) = with_prior.matching.priors
+    assert (nought, weight, prior.source) == (0.0, 0.1, "batch") and plain.matching.priors == ()
+    assert dataclasses.replace(with_prior.matching, priors=()) == plain.matching
+    recipe = dataclasses.replace(run.recipe, attacks={"smoke": config.Standard(version="smoke")})
+    again = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
+    assert "smoke - statistics" in {cell.name for cell in make_cells(again, {("undefended", 0): trained}, run.folder, tell=False)}
+
+
 def test_the_control_of_gradinversion_is_told_statistics_of_public_images_and_nothing_of_the_victims(kept):
     """Its reconstructions keep every bit when the victims' images change; those of the attack itself do not."""
     run, trained, _ = kept()

@@ -66,6 +66,7 @@ from gidef.config import (
     SingleGradient,
     Soteria,
     Speed,
+    StatisticsMatching,
     SurrogateModel,
     Undefended,
     from_json,
@@ -484,10 +485,10 @@ def test_a_models_options_survive_json_and_its_dropout_is_refused():
 
 # --- the fixed ensemble --------------------------------------------------------------------------------------------------
 
-MEMBERS = ("naive", "eot", "joint", "joint smooth", "joint smoother", "joint guessed decoder", "read noise", "read noise guessed decoder", "read latent", "latent", "generative", "rounds", "analytic", "learned", "decoder")
+MEMBERS = ("naive", "statistics", "eot", "joint", "joint smooth", "joint smoother", "joint guessed decoder", "read noise", "read noise guessed decoder", "read latent", "latent", "generative", "rounds", "analytic", "learned", "decoder")
 VERSIONS = {
     "standard": (
-        NaiveMatching(iterations=4000, restarts=4, halving=2), EotMatching(iterations=1000, restarts=1, samples=16), JointMatching(iterations=4000, restarts=4, halving=2),
+        NaiveMatching(iterations=4000, restarts=4, halving=2), StatisticsMatching(iterations=4000, restarts=4, halving=2), EotMatching(iterations=1000, restarts=1, samples=16), JointMatching(iterations=4000, restarts=4, halving=2),
         JointMatching(iterations=4000, restarts=4, halving=2, tv=3e-3), JointMatching(iterations=4000, restarts=4, halving=2, tv=1e-2),
         JointMatching(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600),
         ReadNoise(iterations=4000, restarts=4, halving=2), ReadNoise(iterations=4000, restarts=4, halving=2, decoder="surrogate", surrogate_steps=600), ReadLatent(iterations=4000, restarts=4, halving=2),
@@ -495,7 +496,7 @@ VERSIONS = {
         LearnedInversion(steps=3000, gradients=4000, surrogate_steps=600), PostHocDecoder(steps=3000),
     ),
     "quick": (
-        NaiveMatching(iterations=300, restarts=1, halving=2), EotMatching(iterations=75, restarts=1, samples=4), JointMatching(iterations=300, restarts=1, halving=2),
+        NaiveMatching(iterations=300, restarts=1, halving=2), StatisticsMatching(iterations=300, restarts=1, halving=2), EotMatching(iterations=75, restarts=1, samples=4), JointMatching(iterations=300, restarts=1, halving=2),
         JointMatching(iterations=300, restarts=1, halving=2, tv=3e-3), JointMatching(iterations=300, restarts=1, halving=2, tv=1e-2),
         JointMatching(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150),
         ReadNoise(iterations=300, restarts=1, halving=2), ReadNoise(iterations=300, restarts=1, halving=2, decoder="surrogate", surrogate_steps=150), ReadLatent(iterations=300, restarts=1, halving=2),
@@ -503,7 +504,7 @@ VERSIONS = {
         LearnedInversion(steps=200, gradients=400, surrogate_steps=150), PostHocDecoder(steps=150),
     ),
     "smoke": (
-        NaiveMatching(iterations=3, restarts=2, halving=2), EotMatching(iterations=1, restarts=1, samples=2), JointMatching(iterations=3, restarts=2, halving=2),
+        NaiveMatching(iterations=3, restarts=2, halving=2), StatisticsMatching(iterations=3, restarts=2, halving=2), EotMatching(iterations=1, restarts=1, samples=2), JointMatching(iterations=3, restarts=2, halving=2),
         JointMatching(iterations=3, restarts=2, halving=2, tv=3e-3), JointMatching(iterations=3, restarts=2, halving=2, tv=1e-2),
         JointMatching(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2),
         ReadNoise(iterations=3, restarts=2, halving=2), ReadNoise(iterations=3, restarts=2, halving=2, decoder="surrogate", surrogate_steps=2), ReadLatent(iterations=3, restarts=2, halving=2),

@@ -343,6 +343,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
         "smoke goes without joint guessed decoder: it needs a defence with a decoder.",
         "smoke goes without latent: the front is shared, and other members invert it.",
         "smoke goes without rounds: it needs a defence that draws something in every release.",
+        "smoke goes without statistics: it needs BatchNorm's statistics, of the batch or running ones, and nothing is known of any.",
     ]  # fmt: skip
     head = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, share_policy="head")))
     assert "smoke - latent" in {cell.name for cell in make_cells(head, found, tmp_path, tell=False)}
@@ -354,6 +355,7 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     assert heard.notices == [
         "smoke goes without analytic, latent, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
         "smoke goes without generative: the updates carry no noise that a prior could see through.",
+        "smoke goes without statistics: it needs BatchNorm's statistics, of the batch or running ones, and nothing is known of any.",
     ]  # fmt: skip
 
 

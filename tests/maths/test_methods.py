@@ -474,10 +474,9 @@ def read_latent(trained, defence="undefended", **changes):
 
     def simulated(images):
         labels = F.one_hot(release.labels[1], case.num_classes).float()
-        [(weight, prior)] = plan.matching.priors
-        assert weight == 1.0
-        apart = prior(attacks.Point(images=images, labels=labels, noise=None, params=one.params, known=one.known))
-        return plan.make_simulate()(one.params, one.known, images, labels, None), float(apart)
+        point = attacks.Point(images=images, labels=labels, noise=None, params=one.params, known=one.known)
+        assert {weight for weight, _ in plan.matching.priors} == {1.0}
+        return plan.make_simulate()(one.params, one.known, images, labels, None), *(float(prior(point)) for _, prior in plan.matching.priors)
 
     return case, plan, release, simulated
 
@@ -522,7 +521,7 @@ def test_a_latent_is_read_only_if_the_gradient_tells_it(behind, told):
     seen = Observation(params, grad(lambda p: F.cross_entropy(functional_call(model, p, (images,)), labels))(params), 1, labels=labels)
     latent = model.run(images, None).latent
     for attack, trusted in ((config.ReadLatent(), told), (config.ReadNoise(), True)):
-        found, loss, _ = methods.latents_of(SimpleNamespace(model=model, seed=0, attack=attack), seen, 0)
+        found, loss, _ = methods.latents_of(SimpleNamespace(model=model, seed=0, attack=attack, readable=True), seen, 0)
         assert (loss <= methods.READ) == trusted
         assert (float((found - latent).norm() / latent.norm()) < 0.1) == told
 
@@ -537,8 +536,8 @@ def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatc
         return latents, loss if number < count else 1.0, labels
 
     monkeypatch.setattr(methods, "latents_of", some)
-    case, plan, release, simulated = read_latent(trained) if count else (*case_of(trained, "undefended", config.ReadLatent(**SHORT))[:1], None, None, None)
-    plan = plan or methods.plan(case)
+    case, _, releases = case_of(trained, "undefended", config.ReadLatent(**SHORT))
+    _, plan, _, simulated = read_latent(trained) if count else (case, methods.plan(case), None, None)
     assert f"{count} of {len(plan.observations)}" in plan.note and "in the others it is A0" in plan.note
     naive = methods.plan(dataclasses.replace(case, attack=config.NaiveMatching(**SHORT)))
     one, seen = plan.observations[1], naive.observations[1]
@@ -548,10 +547,15 @@ def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatc
     expected, found = (each.make_simulate()(its.params, its.known, *given) for each, its in ((naive, seen), (plan, one)))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
+    assert "layers tell of their inputs" in plan.note and plan.matching.tv == pytest.approx(methods.SMOOTHER * case.attack.tv)
+    [*_, (weight, within)] = plan.matching.priors
+    truth, other = (attacks.Point(images=x, labels=given[1], noise=None, params=one.params, known=one.known) for x in (releases[0].images[1], images))
+    assert weight == 1.0 and within(truth) < 1e-4 and within(other) > 0.01
     if count:
-        assert simulated(images)[1] == 0.0
+        assert simulated(images)[1] == 0.0  # its latent was not read
+        assert within(truth._replace(images=images, known=plan.observations[0].known)) == 0.0  # of which it was, nothing is held to rows
     else:
-        assert plan.matching.priors == ()
+        assert len(plan.matching.priors) == 1
 
 
 def test_reading_the_latent_finds_more_than_the_naive_attack(trained):

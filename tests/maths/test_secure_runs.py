@@ -39,6 +39,8 @@ from gidef.config import (
     PostHocDecoder,
     Precode,
     Pruning,
+    ReadLatent,
+    ReadNoise,
     Recipe,
     Rounds,
     SecureAggregation,
@@ -419,6 +421,42 @@ def test_everybodys_latents_are_read_off_the_sum(policy, trained, tmp_path, monk
     predictor = Predictor(model)
     update = predictor.gradient({key: seen.params[key] for key in predictor.names}, torch.cat(latents), F.one_hot(victims.all_labels(0), 8).float())
     assert seen.num_examples == 8 and apart(update, {key: seen.update[key] for key in update}) < 1e-3
+
+
+@pytest.mark.parametrize(("name", "attack"), [("sum", ReadLatent(iterations=2)), ("learned sum", ReadNoise(iterations=2))], ids=["latent", "noise"])
+def test_the_sum_is_read_as_one_batch_of_everybodys_images_and_matched_there(name, attack, trained, monkeypatch):
+    """Given everybody's latents, as they would be read off the gradient of a batch."""
+    run, one = trained(name, "full")
+    run = evaluated(run, batch_size=1)
+    assert [cell.name for cell in cells_of(run, one, {"read": attack})] == ["read"]
+    victims = released(run, one)
+    case = methods.make_case(run, one, one.snapshots["final"], attack, [victims], seed=0)
+    assert case.members == 4 and case.readable
+
+    def read(case, observation, number):
+        weights, (images, noise) = {name: t for name, t in {**observation.known, **observation.params}.items() if name in case.model.state_dict()}, whole(victims, number)
+        return functional_call(case.model, weights, (images, noise), {"full": True}).perturbed, 0.0, observation.labels
+
+    monkeypatch.setattr(methods, "latents_of", read)
+    plan = methods.plan(case)
+    assert plan.read == len(plan.observations) and plan.observations[0].num_examples == 4
+    seen, (images, noise), labels = plan.observations[0], whole(victims, 0), victims.all_labels(0)
+    nowhere = None if noise is None else torch.zeros_like(noise)  # the noise that is searched does not matter: it is read
+    update = plan.make_simulate()(seen.params, seen.known, images, F.one_hot(labels, 8).float(), nowhere)
+    assert apart(update, seen.update) < 5e-3
+    other = plan.make_simulate()(seen.params, seen.known, images.flip(-1), F.one_hot(labels, 8).float(), nowhere)
+    assert apart(other, seen.update) > 0.05
+
+
+def test_a_sum_of_coupled_losses_is_not_read_as_a_batch(trained):
+    run, one = trained("bido sum", "full")
+    assert cells_of(run, one, {"latent": ReadLatent()}) == []
+    assert not observe.cross_entropy_behind(evaluated(run, batch_size=2), one) and observe.cross_entropy_behind(evaluated(run, batch_size=2, released_loss="utility"), one)
+
+
+def cells_of(run, one, attacks):
+    run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, attacks=attacks)))
+    return [cell for cell in cells.make_cells(run, {("d", 0): one}, run.folder) if cell.checkpoint == "final"]
 
 
 def test_a_closed_form_is_handed_the_sum_with_everybodys_labels(trained, tmp_path, monkeypatch):
