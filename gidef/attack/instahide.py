@@ -10,12 +10,19 @@ to mixing, and an image that stands in several encodings makes them alike:
        again by the fit of |Λ X| itself, until they stay
     4  at each pixel all images have one sign in common that |Λ X| does not show: it is carried from neighbour to neighbour where their values agree most
        (a spanning tree in each channel), and the last one is that of the public mean image
+    5  the likeliest images: least squares takes no two pixels for neighbours, so few or inexact encodings leave it to chance. From the images of 4, and
+       again from the public mean image, X descends on
 
-Source:  Carlini et al. 2021, "Is Private Learning Possible with Instance Encoding?", IEEE S&P, arXiv:2011.05315, section 4; the absolute values and the four
-         steps are theirs.
+           J(X) = N/2 · log(‖ |Λ X| − |e| ‖² / N + σ₀²) + Σ |differences of neighbours in X| / b,   N entries in all encodings
+
+       (errors of encodings normal and of unknown size, differences of neighbours Laplace), by which starts and members are compared. Members are searched
+       in the same way beside 3: in turn with a descent from the public mean image
+
+Source:  Carlini et al. 2021, "Is Private Learning Possible with Instance Encoding?", IEEE S&P, arXiv:2011.05315, section 4; the absolute values and steps
+         1 to 3 are theirs.
 Deviates: weights are known, encoding by encoding, but not of which image, where the paper reads them off the mixed labels; the number of images is known;
          similarity is a fixed cosine, where theirs is a network trained on public images, so that images which look alike are told apart less well; members
-         come from alternating least squares instead of cliques and a minimum-cost flow; step 4 is ours. Encodings are given as they are: in federated
+         come from alternating least squares instead of cliques and a minimum-cost flow; steps 4 and 5 are ours. Encodings are given as they are: in federated
          learning each has to be taken out of a gradient first (A3 gets them back at batch 1), which is not done here.
 """
 
@@ -38,16 +45,23 @@ ENOUGH = 1e-3
 """Of the fit: further restarts are left out."""
 _STEPS = 60
 """Of alternating between signs and least squares; most pixels settle within thirty."""
+_LEAST, _SCALE, _RATE = 0.02, 0.1, 0.05
+"""σ₀ and b of J on [−1, 1], and the rate of Adam on it."""
+_ITERATIONS = 200
+"""Of the descent in step 5."""
 
 
 @dataclass(frozen=True, slots=True)
 class Undone:
     """images: float64 (n, C, H, W) in [0, 1], in no order.  members: int64 (m, k), which of them stand in each encoding, beside its weights.
-    fit: ‖ |Λ X| − |e| ‖² / ‖e‖², by which the attacker knows whether it worked."""
+    fit: ‖ |Λ X| − |e| ‖² / ‖e‖²; few encodings are fitted by wrong images as well.  held: ‖ |Λ X| − |e| ‖² over a quarter of the encodings, by images
+    that were searched without them, over what the mean of the other |e| leaves of it. By both the attacker knows whether it worked: near 1 of `held` the
+    images foretell no encoding, and are worth no more than the public mean image; near 0 they do, but for signs, which leave no trace in either."""
 
     images: Tensor
     members: Tensor
     fit: float
+    held: float
 
 
 def similarity(encodings: Tensor) -> Tensor:
@@ -64,8 +78,8 @@ def undo_instahide(
     """The private images behind encodings of them.
 
     Args:    encodings: (m, C, H, W) on [0, 1], ½ standing for nought, with or without signs.  weights: (m, k), λ of each encoding, in any order of
-             its images.  num_images: n.  public: (C, H, W), the mean of public images.  restarts: of step 2; with the best quarter of them, in turn, step
-             3 is taken until one fits.  rounds: of images and members in turn, at most.  starts: of every pixel, four times as many in the end.
+             its images.  num_images: n.  public: (C, H, W), the mean of public images.  restarts: of step 2; with the best quarter of them, in turn, steps
+             3 to 5 are taken until one fits.  rounds: of images and members in turn, at most.  starts: of every pixel in step 3, four times as many before step 5.
     Raises:  InputError for shapes that do not fit, fewer encodings than images, or n^k above MOST_CHOICES.
     """
     m, k = weights.shape
@@ -76,27 +90,29 @@ def undo_instahide(
     if num_images**k > MOST_CHOICES:
         raise InputError(f"num_images={num_images} in mixtures of {k}: {num_images**k} memberships are more than the {MOST_CHOICES} that are tried. Take fewer images.")
     seen, weights, draw = _absolute(encodings), weights.double().cpu(), generator(seed, "instahide")
-    choices = torch.tensor(list(itertools.product(range(num_images), repeat=k)))
+    choices, blank = torch.tensor(list(itertools.product(range(num_images), repeat=k))), 2 * public.double().cpu() - 1
     centred = _centred(seen)
     alike = _cosine(centred)
     tried = sorted((_grouped(centred, alike, weights, choices, num_images, draw) for _ in range(restarts)), key=lambda one: one[0])
-    scale, best = float(seen.square().sum()), None
-    for _, members in tried[: -(-restarts // 4)]:
-        for _ in range(rounds):
-            values, _ = _retrieved(seen, _mixing(members, weights, num_images), starts, draw)
-            fits = torch.stack([(torch.einsum("mk,kp->mp", weights, values[choice]).abs() - seen).square().sum(1) for choice in choices])
-            fit, chosen = fits.min(0)
-            if best is None or float(fit.sum()) < best[0]:
-                best = float(fit.sum()), values, choices[chosen]
-            if choices[chosen].equal(members):
-                break
-            members = choices[chosen]
-        if best[0] < ENOUGH * scale:
+    scale, best, fits = float(seen.square().sum()), None, False
+    for (_, grouped), settle in itertools.product(tried[: -(-restarts // 4)], (_by_squares, _by_descent)):
+        members = settle(seen, weights, grouped, choices, blank, rounds, starts, draw)
+        mixing = _mixing(members, weights, num_images)
+        loss, values = _likeliest(seen, mixing, blank, 4 * starts, draw)
+        if best is None or loss < best[0]:
+            best, fits = (loss, values, members), float(_residual(seen, mixing, values)) < ENOUGH * scale
+        if fits:
             break
+    for _ in range(rounds):
+        _, members = _chosen(seen, weights, best[1], choices)
+        again = *_likeliest(seen, _mixing(members, weights, num_images), blank, 4 * starts, draw), members
+        if members.equal(best[2]) or again[0] >= best[0]:
+            break
+        best = again
     _, values, members = best
-    values, fit = _retrieved(seen, _mixing(members, weights, num_images), 4 * starts, draw)
-    images = _signed(values.view(num_images, *encodings.shape[1:]), 2 * public.double().cpu() - 1)
-    return Undone((images / 2 + 0.5).clamp(0, 1), members, fit / scale)
+    mixing = _mixing(members, weights, num_images)
+    images = (values.view(num_images, *public.shape) / 2 + 0.5).clamp(0, 1)
+    return Undone(images, members, float(_residual(seen, mixing, values)) / scale, _held(seen, weights, mixing, choices, blank, starts, draw))
 
 
 def _absolute(encodings: Tensor) -> Tensor:
@@ -137,6 +153,84 @@ def _grouped(centred: Tensor, alike: Tensor, weights: Tensor, choices: Tensor, c
         mixing = _mixing(members, weights, count)
         values = torch.linalg.solve(mixing.T @ mixing + 1e-3 * torch.eye(count, dtype=torch.float64), mixing.T @ centred)
     return float(least.sum()), members
+
+
+def _residual(seen: Tensor, mixing: Tensor, values: Tensor) -> Tensor:
+    """‖ |Λ X| − |e| ‖²."""
+    return ((mixing @ values).abs() - seen).square().sum()
+
+
+def _chosen(seen: Tensor, weights: Tensor, values: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """(m,) least squares left of each encoding, and the members (m, k) that leave them, of given images."""
+    fits = torch.stack([(torch.einsum("mk,kp->mp", weights, values[choice]).abs() - seen).square().sum(1) for choice in choices])
+    fit, chosen = fits.min(0)
+    return fit, choices[chosen]
+
+
+def _by_squares(seen: Tensor, weights: Tensor, members: Tensor, choices: Tensor, blank: Tensor, rounds: int, starts: int, draw: Generator) -> Tensor:
+    """Members that fit best among those met by least squares (step 3) and members in turn."""
+    best, count = None, int(choices.max()) + 1
+    for _ in range(rounds):
+        values, _ = _retrieved(seen, _mixing(members, weights, count), starts, draw)
+        fit, found = _chosen(seen, weights, values, choices)
+        if best is None or float(fit.sum()) < best[0]:
+            best = float(fit.sum()), found
+        if found.equal(members):
+            break
+        members = found
+    return best[1]
+
+
+def _by_descent(seen: Tensor, weights: Tensor, members: Tensor, choices: Tensor, blank: Tensor, rounds: int, starts: int, draw: Generator) -> Tensor:
+    """Members after descents on J from the public mean image (step 5) and members in turn."""
+    count = int(choices.max()) + 1
+    values = _near(blank, count, draw)
+    for _ in range(rounds):
+        values = _descended(seen, _mixing(members, weights, count), values, blank.shape, _ITERATIONS // 2)
+        _, found = _chosen(seen, weights, values, choices)
+        if found.equal(members):
+            break
+        members = found
+    return members
+
+
+def _near(blank: Tensor, count: int, draw: Generator) -> Tensor:
+    """(count, pixels): the public mean image, and noise by which images part."""
+    return blank.flatten() + 0.1 * torch.randn(count, blank.numel(), generator=draw, dtype=torch.float64)
+
+
+def _likeliest(seen: Tensor, mixing: Tensor, blank: Tensor, starts: int, draw: Generator) -> tuple[float, Tensor]:
+    """(J, X) of the lower J: descended from signed least squares, or from the public mean image."""
+    squares = _signed(_retrieved(seen, mixing, starts, draw)[0].view(-1, *blank.shape), blank).flatten(1)
+    tried = [_descended(seen, mixing, start, blank.shape, _ITERATIONS) for start in (squares, _near(blank, mixing.shape[1], draw))]
+    return min(((float(_loss(seen, mixing, values, blank.shape)), values) for values in tried), key=lambda one: one[0])
+
+
+def _loss(seen: Tensor, mixing: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    """J of step 5."""
+    images = values.view(-1, *shape)
+    rough = images.diff(dim=-1).abs().sum() + images.diff(dim=-2).abs().sum()
+    return seen.numel() / 2 * torch.log(_residual(seen, mixing, values) / seen.numel() + _LEAST**2) + rough / _SCALE
+
+
+def _descended(seen: Tensor, mixing: Tensor, values: Tensor, shape: torch.Size, iterations: int) -> Tensor:
+    """X by Adam on J, its rate falling to nought."""
+    values = values.clone().requires_grad_(True)
+    optimiser = torch.optim.Adam([values], _RATE)
+    for iteration in range(iterations):
+        optimiser.param_groups[0]["lr"] = _RATE * (1 - iteration / iterations)
+        (values.grad,) = torch.autograd.grad(_loss(seen, mixing, values, shape), values)
+        optimiser.step()
+    return values.detach()
+
+
+def _held(seen: Tensor, weights: Tensor, mixing: Tensor, choices: Tensor, blank: Tensor, starts: int, draw: Generator) -> float:
+    """`Undone.held`; encodings left out take the members that fit best."""
+    order = torch.randperm(len(seen), generator=draw)
+    left, rest = order[: -(-len(seen) // 4)], order[-(-len(seen) // 4) :]
+    _, values = _likeliest(seen[rest], mixing[rest], blank, starts, draw)
+    fit, _ = _chosen(seen[left], weights[left], values, choices)
+    return float(fit.sum() / (seen[rest].mean(0) - seen[left]).square().sum())
 
 
 def _retrieved(seen: Tensor, mixing: Tensor, starts: int, draw: Generator) -> tuple[Tensor, float]:

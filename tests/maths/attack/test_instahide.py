@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import torch
 
+from gidef.attack import instahide
 from gidef.attack.instahide import similarity, undo_instahide
+from gidef.data import synthetic_blood_cells
 from gidef.defence.instahide import Hide, coefficients
 from gidef.errors import InputError
 from gidef.metrics import pair, psnr_db
@@ -25,13 +30,13 @@ def smooth(count, seed):
     return ((0.58 + 0.2 * found).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def encoded(seed, *, mixed=2, signs=True):
-    """(encodings, weights, members, the private images): every image is hidden TIMES times, in batches of all, as the defence draws it."""
-    pixels = smooth(IMAGES, seed)
+def encoded(seed, *, mixed=2, signs=True, times=TIMES, pixels=None):
+    """(encodings, weights, members, the private images): every image is hidden `times` times, in batches of all, as the defence draws it."""
+    pixels = smooth(IMAGES, seed) if pixels is None else pixels
     client = Client(0, pixels, torch.zeros(IMAGES, dtype=torch.int64))
     hide, draw, again = Hide(1, mixed=mixed, signs=signs), generator(seed, "hide"), generator(seed, "hide")
     private, found, weights, members = pixels.float() / 255, [], [], []
-    for _ in range(TIMES):
+    for _ in range(times):
         found.append(hide.encode(private, torch.zeros(IMAGES, dtype=torch.int64), client=client, generator=draw)[0])
         weights.append(coefficients(IMAGES, mixed, hide.largest, generator=again))
         members.append(torch.stack([torch.arange(IMAGES), *(torch.randint(IMAGES, (IMAGES,), generator=again) for _ in range(mixed - 1))], 1))
@@ -71,6 +76,67 @@ def test_private_images_come_back_far_above_the_mean_image():
     single = psnr_db(encodings[:IMAGES].double(), truth).mean()
     assert psnr_db(best, truth).mean() > mean + 15 and single < mean
     assert found.fit < 0.01 and found.members.shape == members.shape
+    assert found.held < 0.2
+
+
+def cells():
+    """(private, the public mean image): blood cells, of which all are alike."""
+    data = synthetic_blood_cells(train=8, val=24, test=8, size=SIDE)
+    return data.train.images[:IMAGES], (data.val.images.double() / 255).mean(0)
+
+
+@functools.lru_cache
+def undone(*, times, noise):
+    """(dB of every image, dB of the public mean image, what was found) of cells, with normal errors of that size on their encodings."""
+    pixels, public = cells()
+    encodings, weights, _, private = encoded(0, times=times, pixels=pixels)
+    errors = noise * torch.randn(encodings.shape, generator=generator(0, "errors"))
+    found = undo_instahide((encodings + errors).clamp(0, 1), weights, num_images=IMAGES, public=public, restarts=4)
+    truth = private.double()
+    return psnr_db(found.images[pair(found.images, truth)], truth), psnr_db(public.expand_as(truth), truth).mean(), found
+
+
+@pytest.mark.parametrize(("times", "noise", "above"), [(4, 0.05, 1.0), (2, 0.0, 1.0), (1, 0.0, -1.0)])
+def test_few_or_inexact_encodings_give_no_worse_than_the_public_mean_image(times, noise, above):
+    each, mean, _ = undone(times=times, noise=noise)
+    assert each.mean() > mean + above
+    assert each.min() > mean - 6  # no negative, nor noise
+
+
+def test_images_that_are_alike_come_back_far_above_the_mean_image():
+    each, mean, found = undone(times=TIMES, noise=0.0)
+    assert each.mean() > mean + 10 and found.fit < 0.003
+
+
+def test_what_was_left_out_tells_few_encodings_where_the_fit_does_not():
+    many, few = undone(times=TIMES, noise=0.0)[2], undone(times=1, noise=0.0)[2]
+    assert few.held > 0.8 > 4 * many.held
+    assert few.fit < 0.05  # wrong images fit six encodings of six
+
+
+def test_the_loss_of_the_descent_is_the_formula():
+    seen, mixing, values = (torch.rand(shape, generator=generator(0, name), dtype=torch.float64) for name, shape in (("e", (5, 12)), ("m", (5, 2)), ("x", (2, 12))))
+    values = values - 0.5
+    square = sum((abs(sum(float(mixing[j, a] * values[a, p]) for a in range(2))) - float(seen[j, p])) ** 2 for j in range(5) for p in range(12))
+    rough = 0.0
+    for image in values.view(2, 1, 3, 4)[:, 0].tolist():
+        rough += sum(abs(image[row][column] - image[row][column + 1]) for row in range(3) for column in range(3))
+        rough += sum(abs(image[row][column] - image[row + 1][column]) for row in range(2) for column in range(4))
+    expected = 30 * math.log(square / 60 + instahide._LEAST**2) + rough / instahide._SCALE
+    assert float(instahide._loss(seen, mixing, values, torch.Size((1, 3, 4)))) == pytest.approx(expected)
+
+
+def test_the_descent_stays_at_the_truth():
+    pixels, public = cells()
+    encodings, weights, members, private = encoded(0, pixels=pixels)
+    truth = 2 * private.double() - 1
+    mixing = torch.zeros(len(members), IMAGES, dtype=torch.float64).scatter_add_(1, members, weights.double())
+    seen = (2 * encodings.double() - 1).abs().flatten(1)
+    found = instahide._descended(seen, mixing, truth.flatten(1), truth.shape[1:], 100)
+    assert psnr_db((found.view_as(truth) / 2 + 0.5).clamp(0, 1), private.double()).min() > 40
+    choices = torch.cartesian_prod(torch.arange(IMAGES), torch.arange(IMAGES))
+    kept = instahide._by_descent(seen, weights.double(), members, choices, 2 * public - 1, 3, 1, generator(0, "start"))
+    assert (kept == members).all(1).double().mean() > 0.9
 
 
 def test_without_signs_it_is_the_same():
@@ -86,7 +152,8 @@ def test_encodings_of_nothing_in_common_do_not_fit():
     public = (smooth(64, 100).double() / 255).mean(0)
     options = {"num_images": IMAGES, "public": public, "restarts": 2, "rounds": 2, "starts": 4}
     noise = torch.rand(encodings.shape, generator=generator(0, "noise"))
-    assert undo_instahide(noise, weights, **options).fit > 0.05
+    found = undo_instahide(noise, weights, **options)
+    assert found.fit > 0.05 and found.held > 0.5
 
 
 def test_what_cannot_be_undone_is_refused():
