@@ -1,6 +1,9 @@
 """For tests that call `gidef.main` in their own process; imported, the fixture serves the whole file."""
 
+import contextlib
+import io
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,3 +20,15 @@ def by_itself(monkeypatch):
     yield
     signal.signal(signal.SIGTERM, handler)
     torch.set_num_threads(threads)
+
+
+def ended(start, *arguments, check=True):
+    """The exit status and stderr of a command in this process, where one of its own takes seconds more."""
+    said, status = io.StringIO(), 0
+    with contextlib.redirect_stderr(said):
+        try:
+            start(*arguments)
+        except SystemExit as left:
+            status = left.code or 0
+    assert not check or status == 0, said.getvalue()
+    return SimpleNamespace(returncode=status, stderr=said.getvalue())

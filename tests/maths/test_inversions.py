@@ -30,6 +30,7 @@ from gidef.runs import Run
 from gidef.scores import Scorer
 from gidef.training import train
 from gidef.types import Reconstruction
+from tests.hasty import hasty, of_fewer
 from tests.small_run import Heard, evaluated
 
 NAIVE = config.NaiveMatching(iterations=4, restarts=2)
@@ -201,8 +202,9 @@ def test_an_attack_without_matching_that_raises_is_a_row_with_its_error(trained,
     assert {one["error"] for one in cell.attempts} == {"ArithmeticError: the matrix is singular"} and any("singular" in text for text in heard.notices)
 
 
-def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path):
+def test_attacks_without_matching_cannot_see_the_truth_either(trained, tmp_path, monkeypatch):
     """A4, A5 and A7: the victims' images and the training set are overwritten after the release, and no reconstruction changes in any bit."""
+    hasty(monkeypatch)
     run, found = trained
     attacks = {
         "analytic": config.Analytic(labels="recovered"), "latent": config.LatentDecoding(iterations=2, steps=2, labels="recovered"),
@@ -565,7 +567,7 @@ def reading(iterations=4, **changes):
 def test_latents_are_read_once_for_all_who_may_and_kept_for_another_life(trained, tmp_path, monkeypatch):
     """In slices that do not depend on the number of ranks; each as by itself."""
     run, found = trained
-    monkeypatch.setattr(methods, "READING", 5)
+    hasty(monkeypatch, read=True)
     monkeypatch.setattr(fits, "READ_AT_ONCE", 3)
     attacks = {"read": reading(), "guessed": reading(decoder="surrogate", surrogate_steps=2), "recovered": reading(labels="recovered")}
     run, read = with_speed(run, attacks=attacks), methods.reading
@@ -596,7 +598,7 @@ def test_latents_are_read_once_for_all_who_may_and_kept_for_another_life(trained
 def test_a_control_reads_the_latents_of_its_own_updates(trained, tmp_path, monkeypatch):
     run, found = trained
     monkeypatch.setattr(methods, "READING", 2)
-    run = evaluated(with_speed(run, attacks={"read": reading()}), control=True)
+    run = of_fewer(evaluated(with_speed(run, attacks={"read": reading()}), control=True), 2)
     cells = cells_of(run, found, tmp_path, "learned")
     assert [cell.control for cell in cells] == [False, True]
     tasks = fits.later_tasks(run, cells)

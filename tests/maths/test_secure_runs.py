@@ -61,6 +61,7 @@ from gidef.scores import _recovered
 from gidef.training import train
 from gidef.types import Client, Update
 from gidef.updates import FixedPointSum
+from tests.hasty import hasty
 from tests.small_run import CELLS, RECIPE, Heard, evaluated, start, trained_once
 
 LEARNED = LearnedPerturbation(ramp=0.0, dependence="pearson2")
@@ -356,7 +357,8 @@ def test_a_surrogate_model_points_along_the_mean_of_everybodys_first_steps(train
 
 @pytest.mark.parametrize("changes", [{}, {**STEPS, "batch_size": 4}], ids=["gradient", "delta"])
 @pytest.mark.parametrize("policy", ["full", "all"])
-def test_everybodys_candidates_are_kept_near_what_his_own_decoder_makes_of_them(policy, changes, trained):
+def test_everybodys_candidates_are_kept_near_what_his_own_decoder_makes_of_them(policy, changes, trained, monkeypatch):
+    hasty(monkeypatch)
     run, one = trained("learned sum", policy)
     run = evaluated(run, **changes)
     victims = released(run, one)
@@ -400,6 +402,7 @@ def test_a_network_learns_from_sums_as_the_cohort_would_send_them(name, trained,
 
 @pytest.mark.parametrize("policy", ["full", "head"])
 def test_everybodys_latents_are_read_off_the_sum(policy, trained, tmp_path, monkeypatch):
+    hasty(monkeypatch)
     run, one = trained("learned sum", policy)
     recipe = dataclasses.replace(run.recipe, attacks={"latent": LatentDecoding(front="known", steps=2, iterations=3)}, evaluation=dataclasses.replace(run.recipe.evaluation, released_loss="utility"))
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))

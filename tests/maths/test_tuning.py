@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 import types
 
 import pytest
 
+from gidef.cli import main as command
 from gidef.config import (
     CVB,
     DCS,
@@ -17,6 +16,8 @@ from gidef.config import (
     CapacityNoise,
     Censor,
     Clipping,
+    Data,
+    Evaluation,
     GradDefense,
     InstaHide,
     IsotropicNoise,
@@ -24,19 +25,26 @@ from gidef.config import (
     LocalTraining,
     Matched,
     MixUp,
+    Model,
+    NaiveMatching,
     Precode,
     Pruning,
     Quantisation,
     Recipe,
+    Rounds,
     SecureAggregation,
     Soteria,
+    Speed,
     Undefended,
     problems,
 )
 from gidef.config.defences import DEFENCES, PROTECTS
+from gidef.data import synthetic_blood_cells
 from gidef.errors import InputError
+from gidef.main import main
 from gidef.tuning import _target, _tell, closest, missed, noted, outcome, search, undecided
-from tests.ranks.launch import ROOT, environment, results
+from tests.alone import by_itself  # noqa: F401  (serves every test here)
+from tests.ranks.launch import results
 
 TEXTS = ("cut", "layer")
 """Fields of defences whose default is None, and which are no numbers."""
@@ -334,39 +342,23 @@ def test_the_console_says_in_plain_words_how_a_search_ended(name, target, notice
     assert len(heard) == (notice is not None) and all(notice in text and text.startswith("noisy: ") for text in heard)
 
 
-SCRIPT = '''
-"""Mine."""
-from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Matched, Model, NaiveMatching, Pruning, Recipe, Rounds, Undefended
-from gidef.data import synthetic_blood_cells
-from gidef.main import main
+def few_cells():
+    return synthetic_blood_cells(train=96, val=40, test=16, size=16)
 
 
-def cells():
-    return synthetic_blood_cells(train=160, val=40, test=40)
-
-
-main(Recipe(
-    data=Data(name="{place}:cells", num_clients=2), model=Model(cut="blocks.1"), rounds=Rounds(count=3), clients=LocalTraining(batch_size=16, epochs=2, lr=3e-3),
-    defences={{
+RECIPE = Recipe(
+    data=Data(name=f"{__file__}:few_cells", num_clients=2), model=Model(cut="blocks.0"), rounds=Rounds(count=3), clients=LocalTraining(batch_size=16, epochs=2, lr=3e-3),
+    defences={
         "undefended": Undefended(),
         "noisy": Matched(defence=(LearnedPerturbation(dependence_weight=0.0), Pruning(share=0.5)), field="strength", low=0.1, high=1000.0, points=5.0, trials=3),
-    }},
-    attacks={{"naive": NaiveMatching(iterations=2)}}, evaluation=Evaluation(num_victims=2, judge_epochs=1),
-))
-'''
+    },
+    attacks={"naive": NaiveMatching(iterations=2)}, speed=Speed(device="cpu", workers=1), evaluation=Evaluation(num_victims=2, judge_epochs=1),
+)  # fmt: skip
 
 
-def test_a_recipe_trains_its_trials_and_goes_on_with_the_closest(tmp_path):
-    script = tmp_path / "mine.py"
-    script.write_text(SCRIPT.format(place=script))
-
-    def run(*arguments):
-        done = subprocess.run([sys.executable, str(script), *arguments], env=environment(), capture_output=True, text=True, timeout=240, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+def test_a_recipe_trains_its_trials_and_goes_on_with_the_closest(tmp_path, capsys):
     folder = tmp_path / "out"
-    run("--out", str(folder))
+    main(RECIPE, name="mine", args=["--out", str(folder)])
     told = results(folder)
     tuned = told["tuned"]["noisy"]
     values = dict(tuned["tried"])
@@ -381,17 +373,15 @@ def test_a_recipe_trains_its_trials_and_goes_on_with_the_closest(tmp_path):
     assert ("target not reached" in (folder / "log.txt").read_text()) == missed
     # a resumed run finds its trials again, and an attack on the finished run the strength
     before = told["weights_sha256"]
-    run("--out", str(folder), "--resume")
-    assert results(folder)["weights_sha256"] == before
-    again = subprocess.run(
-        [sys.executable, "-m", "gidef", "attack", str(folder), "--attack", "naive", "--allow-code", "--out", str(tmp_path / "again")],
-        env=environment(), capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
-    assert again.returncode == 0, again.stdout + again.stderr
+    (folder / "results.json").unlink()
+    main(RECIPE, name="mine", args=["--out", str(folder), "--resume"])
+    assert results(folder)["weights_sha256"] == before and results(folder)["tuned"] == told["tuned"]
+    again = ["attack", str(folder), "--attack", "naive", "--allow-code"]
+    command([*again, "--out", str(tmp_path / "again")])
     assert results(tmp_path / "again")["tuned"] == told["tuned"]
     (folder / "tuning.json").unlink()
-    lost = subprocess.run(
-        [sys.executable, "-m", "gidef", "attack", str(folder), "--attack", "naive", "--allow-code", "--out", str(tmp_path / "lost")],
-        env=environment(), capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
-    assert lost.returncode and "tuning.json" in lost.stderr and "Traceback" not in lost.stderr
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        command([*again, "--out", str(tmp_path / "lost")])
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and "tuning.json" in said and "Traceback" not in said

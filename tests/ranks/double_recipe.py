@@ -9,7 +9,9 @@ from gidef import inversions
 from gidef.config import Data, Evaluation, JointMatching, LearnedPerturbation, LocalTraining, Model, NaiveMatching, Recipe, Rounds, Tuned, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.main import main
+from gidef.report import pictures
 
+pictures._DPI = 10
 inversions.climb = functools.partial(inversions.climb, dtype=torch.float64)
 
 

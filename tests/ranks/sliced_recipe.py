@@ -1,6 +1,12 @@
 """A small job whose attacks go through the victims in slices of one or two, or four where latents are read, and search nothing on the module."""
 
 import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gidef import applications
 from gidef.config import (
@@ -19,7 +25,11 @@ from gidef.config import (
 )
 from gidef.data import Dataset, synthetic_blood_cells
 from gidef.main import main
+from gidef.report import pictures
+from tests.hasty import hasty
 
+hasty(pytest.MonkeyPatch())  # for the life of this process
+pictures._DPI = 10
 applications.KINDS = {attack: dataclasses.replace(kind, at_once=min(kind.at_once, 2)) for attack, kind in applications.KINDS.items()}
 
 

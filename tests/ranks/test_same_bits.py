@@ -18,19 +18,21 @@ from gidef.checkpoint import load_file
 from tests.ranks.launch import ROOT, environment, record, results, run, run_until
 
 pytestmark = pytest.mark.ranks
+RECIPE = "../tests/ranks/quick_recipe.py"
+SCRIPT = ROOT / "tests" / "ranks" / "quick_recipe.py"
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
-    run(1, "tiny.py", "--rounds.count", "3", "--out", str(folder))
+    run(1, RECIPE, "--out", str(folder))
     return folder
 
 
 @pytest.mark.parametrize(("ranks", "schedule", "only"), [(2, "static", ["undefended", "learned"]), (3, "dynamic", ["learned"]), (4, "longest_first", ["undefended"])])
 def test_two_three_and_four_ranks_end_with_the_bits_of_one(ranks, schedule, only, alone, tmp_path):
     expected = results(alone)
-    run(ranks, "tiny.py", "--rounds.count", "3", "--out", str(tmp_path / "run"), "--speed.clients-schedule", schedule, "--only", *only)
+    run(ranks, RECIPE, "--out", str(tmp_path / "run"), "--speed.clients-schedule", schedule, "--only", *only)
     found = results(tmp_path / "run")
     assert found["world_size"] == ranks
     assert found["weights_sha256"] == {f"{name}/0": expected["weights_sha256"][f"{name}/0"] for name in only}
@@ -53,19 +55,19 @@ def test_the_record_tells_what_each_client_took_and_the_checkpoint_keeps_it(alon
 
 def test_a_run_killed_in_training_and_resumed_on_other_ranks_ends_with_the_same_bits(alone, tmp_path):
     folder = tmp_path / "run"
-    arguments = ("--rounds.count", "3", "--out", str(folder))
-    run_until(lambda: (folder / "checkpoints" / "learned-0" / "round-000001.safetensors").exists(), 1, "tiny.py", *arguments)
+    arguments = ("--out", str(folder))
+    run_until(lambda: (folder / "checkpoints" / "learned-0" / "round-000001.safetensors").exists(), 1, RECIPE, *arguments)
     assert not (folder / "results.json").exists()
-    run(2, "tiny.py", *arguments, "--resume")
+    run(2, RECIPE, *arguments, "--resume")
     assert results(folder)["weights_sha256"] == results(alone)["weights_sha256"]
     _no_line_is_doubled(folder, alone)
 
 
 def test_a_run_killed_in_the_attacks_and_resumed_gives_the_same_reconstructions(alone, tmp_path):
     folder = tmp_path / "run"
-    arguments = ("--rounds.count", "3", "--out", str(folder))
-    run_until(lambda: any((folder / "attacks").glob("undefended-0/untrained/naive/*.safetensors")), 1, "tiny.py", *arguments)
-    run(1, "tiny.py", *arguments, "--resume")
+    arguments = ("--out", str(folder))
+    run_until(lambda: any((folder / "attacks").glob("undefended-0/untrained/naive/*.safetensors")), 1, RECIPE, *arguments)
+    run(1, RECIPE, *arguments, "--resume")
     found, expected = results(folder), results(alone)
     assert found["weights_sha256"] == expected["weights_sha256"]
     assert [row["psnr_db"] for row in found["rows"]] == [row["psnr_db"] for row in expected["rows"]]
@@ -74,7 +76,7 @@ def test_a_run_killed_in_the_attacks_and_resumed_gives_the_same_reconstructions(
 
 def test_sigterm_in_training_evaluation_and_attack_ends_soon_and_loses_nothing_that_was_saved(alone, tmp_path):
     folder = tmp_path / "run"
-    arguments = ("--rounds.count", "3", "--only", "undefended", "--out", str(folder))
+    arguments = ("--only", "undefended", "--out", str(folder))
     checkpoints = folder / "checkpoints" / "undefended-0"
     stages = {
         "training": lambda: (checkpoints / "round-000002.safetensors").exists(),
@@ -83,12 +85,12 @@ def test_sigterm_in_training_evaluation_and_attack_ends_soon_and_loses_nothing_t
     }
     for stage, ready in stages.items():
         more = () if stage == "training" else ("--resume",)
-        assert run_until(ready, 1, "tiny.py", *arguments, *more, end=signal.SIGTERM) == 143, stage
+        assert run_until(ready, 1, RECIPE, *arguments, *more, end=signal.SIGTERM) == 143, stage
         assert not (folder / "results.json").exists() and not list(folder.rglob("*.tmp")), stage
         if stage == "training":  # what is worse: the disk lost half of the newest checkpoint
             newest = sorted(checkpoints.glob("round-*.safetensors"))[-1]
             newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    done = run(2, "tiny.py", *arguments, "--resume")
+    done = run(2, RECIPE, *arguments, "--resume")
     assert results(folder)["weights_sha256"] == {"undefended/0": results(alone)["weights_sha256"]["undefended/0"]}, done.stdout
     assert list(checkpoints.glob("*.damaged"))
     assert "rank 1 of 2 on" in (folder / "logs" / "rank-00001.txt").read_text()
@@ -99,13 +101,13 @@ def test_sigterm_in_training_evaluation_and_attack_ends_soon_and_loses_nothing_t
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_by_torchrun_and_the_run_goes_on_without_being_told_where(alone, tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(ROOT / "recipes" / "tiny.py"),
-        "--rounds.count", "3", "--only", "undefended",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(SCRIPT),
+        "--only", "undefended",
     ]  # fmt: skip
     agent = subprocess.Popen(command, env=environment(PYTHONPATH=str(ROOT)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         deadline = time.monotonic() + 200
-        while not list(tmp_path.glob("runs/tiny/*/checkpoints/undefended-0/round-000001.safetensors")):
+        while not list(tmp_path.glob("runs/quick_recipe/*/checkpoints/undefended-0/round-000001.safetensors")):
             assert agent.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         worker = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()[-1]
@@ -114,7 +116,7 @@ def test_a_killed_worker_is_replaced_by_torchrun_and_the_run_goes_on_without_bei
     finally:
         agent.kill()
     assert agent.returncode == 0, said
-    (folder,) = (path.parent for path in tmp_path.glob("runs/tiny/*/recipe.json"))
+    (folder,) = (path.parent for path in tmp_path.glob("runs/quick_recipe/*/recipe.json"))
     assert results(folder)["weights_sha256"] == {"undefended/0": results(alone)["weights_sha256"]["undefended/0"]}
     assert [line["resumed"] for line in record(folder) if line["kind"] == "start"] == [False, True]
 
@@ -128,7 +130,7 @@ def test_ranks_that_do_not_see_the_same_folder_are_named(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, str(ROOT / "recipes" / "tiny.py"), "--rounds.count", "3", "--out", "run", "--resume"]
+    command = [sys.executable, str(SCRIPT), "--out", "run", "--resume"]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(command, env=environment(RANK=str(rank), **shared), cwd=tmp_path / str(rank), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

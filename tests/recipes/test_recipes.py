@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from gidef import importing
+from gidef.cli import main as gidef
 from gidef.config import from_json, problems, to_json
 from gidef.job import report_again
+from gidef.main import main
+from tests.alone import by_itself, ended  # noqa: F401  (serves every test here)
 from tests.ranks.launch import ROOT, record, results, run
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -30,6 +32,16 @@ def test_every_recipe_can_be_read_without_running_and_has_no_problem(name):
     recipe = load(name)
     assert problems(recipe) == []
     assert from_json(json.loads(json.dumps(to_json(recipe))), load=importing.load) == recipe
+
+
+@pytest.fixture(autouse=True)
+def recipes_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+
+
+def here(*arguments: str, check: bool = True):
+    """The tiny recipe in this process."""
+    return ended(lambda: main(load("tiny"), name="tiny", args=list(arguments)), check=check)
 
 
 @pytest.fixture(scope="module")
@@ -116,37 +128,28 @@ def test_a_run_resumes_only_under_the_same_science(tiny):
 
 def test_attack_and_report_take_up_a_finished_run(tiny, tmp_path):
     folder, _ = tiny
-    import subprocess
-    import sys
-
-    from tests.ranks.launch import environment
-
     out = tmp_path / "again"
-    base = [sys.executable, "-m", "gidef"]
-    place = environment(PYTHONPATH=os.pathsep.join([str(ROOT / "recipes"), str(ROOT)]))
     asked = ["attack", str(folder), "--attack", "naive", "--checkpoint", "untrained", "--victims", "4", "--iterations", "3", "--allow-code", "--out", str(out)]
-    done = subprocess.run([*base, *asked], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    ended(gidef, asked)
     rows = results(out)["rows"]
     assert {(row["attack"], row["victims"], row["iterations"]) for row in rows} == {("naive", 4, 3)}
     lines = len((out / "record.jsonl").read_text().splitlines())
     (out / "results.json").unlink()  # as if it had been killed right before its last step
-    done = subprocess.run([*base, *asked], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and results(out)["rows"][0]["psnr_db"] == rows[0]["psnr_db"], done.stderr
+    ended(gidef, asked)
+    assert results(out)["rows"][0]["psnr_db"] == rows[0]["psnr_db"]
     assert len((out / "record.jsonl").read_text().splitlines()) == lines
-    refused = subprocess.run([*base, *asked[:-3], "--out", str(tmp_path / "no")], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    refused = ended(gidef, [*asked[:-3], "--out", str(tmp_path / "no")], check=False)
     assert refused.returncode == 2 and "--allow-code" in refused.stderr
     picture = folder / "pictures" / "reconstructions-final.png"
     picture.unlink()
-    done = subprocess.run([*base, "report", str(folder)], env=place, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    ended(gidef, ["report", str(folder)])
     assert picture.exists()
 
 
 def test_speed_moves_nothing_past_tolerance(tiny, tmp_path):
     folder, _ = tiny
     other = tmp_path / "run"
-    run(1, "tiny.py", "--out", str(other), "--speed.workers", "1", "--speed.attacks-at-once", "3", "--speed.attack-mode", "loop")
+    here("--out", str(other), "--speed.workers", "1", "--speed.attacks-at-once", "3", "--speed.attack-mode", "loop")
     found, expected = results(other), results(folder)
     assert found["weights_sha256"] == expected["weights_sha256"]
     for mine, theirs in zip(found["rows"], expected["rows"], strict=True):
@@ -156,7 +159,7 @@ def test_speed_moves_nothing_past_tolerance(tiny, tmp_path):
 @pytest.mark.parametrize("policy", ["head", "all"])
 def test_the_other_share_policies_run_through(policy, tmp_path):
     folder = tmp_path / "run"
-    run(1, "tiny.py", "--out", str(folder), "--share-policy", policy, "--evaluation.checkpoints", "final", "--only", "learned")
+    here("--out", str(folder), "--share-policy", policy, "--evaluation.checkpoints", "final", "--only", "learned")
     found = results(folder)
     assert {row["share_policy"] for row in found["rows"]} == {policy}
     assert len(found["rows"]) == 3
@@ -165,7 +168,7 @@ def test_the_other_share_policies_run_through(policy, tmp_path):
 def test_a_released_delta_of_several_local_steps_is_attacked_with_recovered_labels(tmp_path):
     folder = tmp_path / "run"
     changes = ("--evaluation.release", "delta", "--evaluation.local-steps", "2", "--evaluation.batch-size", "2", "--attacks.joint.labels", "recovered")
-    run(1, "tiny.py", "--out", str(folder), "--evaluation.checkpoints", "untrained", *changes)
+    here("--out", str(folder), "--evaluation.checkpoints", "untrained", *changes)
     rows = results(folder)["rows"]
     assert {(row["threat"]["release"], row["threat"]["batch_size"], row["failed"]) for row in rows} == {("delta", 2, 0)}
     assert all(0 <= row["label_recovery"] <= 1 for row in rows)
@@ -185,9 +188,10 @@ def test_a_released_delta_of_several_local_steps_is_attacked_with_recovered_labe
         (["--only", "nothing"], "nothing"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_leaves_no_folder(arguments, said, tmp_path):
+def test_bad_input_is_one_clear_error_and_leaves_no_folder(arguments, said, tmp_path, monkeypatch):
     folder = Path(tmp_path) / "run"
-    done = run(1, "tiny.py", "--out", str(folder), *arguments, check=False)
+    monkeypatch.setenv("GIDEF_OFFLINE", "1")
+    done = here("--out", str(folder), *arguments, check=False)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
     assert not folder.exists()

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+from gidef.cli import main as gidef
 from gidef.config import IDS, PRESETS
+from tests.alone import by_itself, ended  # noqa: F401  (serves every test here)
 from tests.ranks.launch import ROOT, environment, record, results, run
 
 
@@ -19,12 +21,17 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def recipes_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+
+
 def attack(folder, out, *arguments, ranks=1, check=True):
+    asked = ["attack", str(folder), "--allow-code", "--checkpoint", "untrained", "--out", str(out), *arguments]
+    if ranks == 1:
+        return ended(gidef, asked, check=check)
     place = environment(PYTHONPATH=os.pathsep.join([str(ROOT / "recipes"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    start = [sys.executable, "-m", "gidef"]
-    if ranks > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "gidef"]
-    command = [*start, "attack", str(folder), "--allow-code", "--checkpoint", "untrained", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "gidef", *asked]
     done = subprocess.run(command, env=place, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert not check or done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
