@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gidef.attack.matching import Point, Prior
+from gidef.rng import generator
 from gidef.types import Tensors
 
 ROWS = "rows/"
@@ -18,6 +19,10 @@ LEAST = 3e-4
 """Least singular value that counts, of the largest one: below it, rounding turns the space."""
 APART = 1e-2
 """Up to which part of the least one the next must fall: else there are more inputs, or noise."""
+MOST = 8
+"""Layers, the earliest that tell theirs: the later a layer, the less it says of the pixels."""
+LARGE = 512
+"""Rows and columns from which on a weight's gradient is sketched first: its space and rank are the sketch's, whose singular values are spread up to 6 times as wide."""
 SHARE = 0.7
 """Of an input's entries that the space may span: beyond it, it says little."""
 
@@ -69,10 +74,14 @@ def row_spaces(model: nn.Module, update: Tensors, image_shape: tuple[int, int, i
         most = min(len(rows) - (len(rows) == num_classes), int(SHARE * rows.shape[1]))
         if count > most:
             continue
+        if min(rows.shape) > LARGE and 2 * count < len(rows):
+            rows = torch.randn(2 * count, len(rows), generator=generator(0, "row space", name), dtype=torch.float64).to(rows.device) @ rows
         _, singular, space = torch.linalg.svd(rows, full_matrices=False)
         last, beyond = float(singular[count - 1]), float(singular[count]) if count < len(singular) else 0.0
         if last > LEAST * float(singular[0]) and beyond <= APART * last:
             found[name] = space[:count].to(torch.float32)
+        if len(found) == MOST:
+            break
     return found
 
 
@@ -94,7 +103,7 @@ def within_rows(mine: Callable[[], nn.Module], names: list[str], weights: Callab
         total = torch.zeros_like(point.images.sum())
         for name in names:
             inputs, space = _inputs(module.get_submodule(name), given[name]), point.known[f"{ROWS}{name}"]
-            total = total + (inputs - (inputs @ space.T) @ space).square().sum() / inputs.square().sum()
+            total = total + (inputs - (inputs @ space.T) @ space).square().sum() / inputs.square().sum().clamp_min(torch.finfo(inputs.dtype).tiny)
         return total / len(names)
 
     return prior

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from gidef.attack import row_spaces as row_spaces_module
 from gidef.attack.matching import Point
 from gidef.attack.row_spaces import ROWS, row_spaces, within_rows
 
@@ -62,6 +63,17 @@ def test_layers_with_no_more_inputs_than_rows_tell_their_span_and_the_batch_lies
         other = F.unfold(torch.tanh(net.first(moved)), 3, stride=2, padding=1).mT.reshape(-1, 72)
         best = only["second"].double().T @ torch.linalg.lstsq(only["second"].double().T, other.T).solution
         assert residual(net, only, moved) == pytest.approx(float((other.T - best).square().sum() / other.square().sum()), rel=1e-4)
+
+
+def test_of_many_layers_the_first_are_taken_and_large_ones_are_sketched_to_the_same_space(monkeypatch):
+    net, images, update = released(4)
+    whole = row_spaces(net, update, SHAPE, 4, CLASSES)
+    monkeypatch.setattr(row_spaces_module, "LARGE", 8)
+    for name, space in row_spaces(net, update, SHAPE, 4, CLASSES).items():
+        torch.testing.assert_close(space.T @ space, whole[name].T @ whole[name], atol=1e-4, rtol=0)
+    assert residual(net, whole, torch.zeros_like(images)).isfinite()  # of inputs that are nought
+    monkeypatch.setattr(row_spaces_module, "MOST", 2)
+    assert list(row_spaces(net, update, SHAPE, 4, CLASSES)) == ["second", "third"]
 
 
 def test_whatever_the_loss_and_whose_images_they_are():
