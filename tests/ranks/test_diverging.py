@@ -19,7 +19,7 @@ def alone(tmp_path_factory):
     return results(folder)
 
 
-@pytest.mark.parametrize(("ranks", "schedule"), [(2, "dynamic"), (3, "longest_first")])
+@pytest.mark.parametrize(("ranks", "schedule"), [(2, "dynamic"), pytest.param(3, "longest_first", marks=pytest.mark.slow)])
 def test_ranks_end_with_what_one_rank_trained_and_left_out_also_when_resumed(ranks, schedule, alone, tmp_path):
     folder = tmp_path / "run"
     arguments = (ranks, RECIPE, "--out", str(folder), "--speed.clients-schedule", schedule)

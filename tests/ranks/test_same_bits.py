@@ -29,7 +29,7 @@ def alone(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "schedule", "only"), [(2, "static", ["undefended", "learned"]), (3, "dynamic", ["learned"]), (4, "longest_first", ["undefended"])])
+@pytest.mark.parametrize(("ranks", "schedule", "only"), [(2, "static", ["undefended", "learned"]), (3, "dynamic", ["learned"]), pytest.param(4, "longest_first", ["undefended"], marks=pytest.mark.slow)])
 def test_two_three_and_four_ranks_end_with_the_bits_of_one(ranks, schedule, only, alone, tmp_path):
     expected = results(alone)
     run(ranks, RECIPE, "--out", str(tmp_path / "run"), "--speed.clients-schedule", schedule, "--only", *only)

@@ -43,11 +43,12 @@ def test_every_preset_runs_on_a_finished_run_and_names_its_threat_model(finished
     rows = results(tmp_path / "out")["rows"]
     found = {(row["defence"], row["attack"]) for row in rows}
     idle = {(one["defence"], one["attack"]): one["reason"] for one in results(tmp_path / "out")["not_applicable"]}
-    assert {name for defence, name in found if defence == "learned"} == set(names) - {"analytic", "read-latent"}  # the latter where there is no noise
+    assert {name for defence, name in found if defence == "learned"} == set(names) - {"analytic", "statistics", "read-latent"}  # the last where there is no noise
     for defence in ("undefended", "learned"):
         assert "no closed form applies" in idle[defence, "analytic"]  # no biased layer sees the image
-    assert {(name, any(word in why for word in ("noise", "decoder", "draws something"))) for (defence, name), why in idle.items() if name != "analytic"} == {
-        (name, True) for name in set(names) - {name for defence, name in found if defence == "undefended"} - {"analytic"} | {"read-latent"}
+        assert "BatchNorm" in idle[defence, "statistics"]  # which the net has none of
+    assert {(name, any(word in why for word in ("noise", "decoder", "draws something"))) for (defence, name), why in idle.items() if name not in ("analytic", "statistics")} == {
+        (name, True) for name in set(names) - {name for defence, name in found if defence == "undefended"} - {"analytic", "statistics"} | {"read-latent"}
     }  # fmt: skip
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| undefended | zeroed |  | - |" in table and "not applicable: it needs a defence with noise" in table
