@@ -159,7 +159,7 @@ def test_every_observation_and_start_leaves_an_attempt_that_says_what_it_took(tr
     kept = read.reconstructions[2].restart
     other = read.attempts[2 * 2 + 1 - kept]
     assert other["iterations"] == 7 < read.attempts[2 * 2 + kept]["iterations"]  # the search in the span and the polish count to the start that is kept
-    assert read.attempts[2 * 2 + kept]["loss"] == read.reconstructions[2].loss < other["loss"]
+    assert read.attempts[2 * 2 + kept]["loss"] == read.reconstructions[2].loss <= other["loss"] * (1 + 1e-5)  # the other one's is in single precision
 
 
 def test_a_start_whose_loss_became_infinite_is_a_failed_attempt_beside_a_good_one(trained, tmp_path, monkeypatch):

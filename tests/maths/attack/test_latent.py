@@ -241,11 +241,12 @@ def test_eight_images_before_a_convolution_are_told_apart_though_gates_go_wrong_
     model = split(dtype=torch.float32)
     observation, latents, _ = observe(model, 8, labels=labels)
     predictor = Predictor(model)
-    basis, errors = latent_basis(observation.update, predictor.readers[0], model.latent_shape, 8), []
-    for settling in (0, 12):
-        found, loss, *_ = result(unmix(observation, predictor, basis, observation.labels, seed=0, starts=1, settling=settling))
-        errors.append(float(paired(found, latents.double())))
-    assert errors[1] < 1e-5 < 1e-3 < errors[0] and loss < 1e-10, errors  # least squares alone stop short
+    basis = latent_basis(observation.update, predictor.readers[0], model.latent_shape, 8)
+    searched = observation, predictor, basis, observation.labels
+    found, loss, tried, *_ = result(unmix(*searched, seed=0, starts=4))  # of which nearly every one gets there
+    assert paired(found, latents.double()) < 1e-5 and loss < 1e-10, (loss, tried)
+    found, loss, *_ = result(unmix(*searched, seed=0, starts=len(tried), settling=0))
+    assert paired(found, latents.double()) > 1e-3 and loss > 1e-6, (loss, tried)  # least squares alone stop short
 
 
 @pytest.mark.parametrize("size", [6, 8])
