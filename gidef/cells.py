@@ -163,8 +163,13 @@ def not_applicable(run: Run, trained: dict[tuple[str, int], Trained]) -> list[di
 def _hindrance(run: Run, one: Trained, attack: Any, *, member: bool = False) -> str:
     """Why an attack has nothing to do, or is not simulated; "" if it runs. member: of an ensemble, which takes A8 against noise on updates alone, and A5's decoder under `head`."""
     noisy = one.training.defence.noise_shape is not None
-    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, *config.READS, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
+    if isinstance(attack, (config.LearnedInversion, config.LatentDecoding, config.Analytic)) and config.is_more_than_a_step(run.recipe.evaluation):
         return "it reads single gradients, and evaluation.release is a delta of more than one step of SGD"
+    if isinstance(attack, config.READS) and config.is_more_than_a_step(run.recipe.evaluation):
+        if run.recipe.evaluation.local_optimiser == "adam" or run.recipe.evaluation.local_epochs > 1 or one.training.defence.secure is not None:
+            return "it reads the latents of steps of SGD in one epoch of one client"
+        if attack.labels != "known":
+            return "it reads the latent of every local step, and has to know the labels of each"
     reads_head = isinstance(attack, config.LatentDecoding) and run.recipe.share_policy == "head"
     if member and isinstance(attack, config.LatentDecoding) and not reads_head:
         return "the front is shared, and other members invert it"

@@ -27,7 +27,7 @@ from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import match_latent, read_latent
 from gidef.attack.matching import HELD, Point, Unordered
 from gidef.attack.optimisers import Adam
-from gidef.attack.predictor import Predictor
+from gidef.attack.predictor import Predictor, along
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
 from gidef.attack.row_spaces import ROWS, row_spaces, within_rows
 from gidef.attack.simulate import DRAWS, MEMBERS, of_round
@@ -101,7 +101,8 @@ class Case:
     attack: its dataclass.  rounds: observations of every batch, one list per release of the same batches; most attacks see one, as does
     A9 of releases that settle (`observe.settles`).
     simulator, gradient: factories of simulators of what was released, of the loss terms that this attack simulates (`observe.terms`), and of
-    one gradient of the cross-entropy.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
+    one gradient of the cross-entropy.  step, released: the first one's two halves, a factory of simulators of one pass's gradient, and what makes of such a
+    factory one of what was released.  noise_shape: of one observation's noise, or None.  draw_noise(count, generator=…): as the client draws it,
     (count, *latent_shape).  model, decoder: architectures, with the weights that training began with.
     fitted: what was trained on public images for this attack: "surrogate" (the decoder's tensors), "generator" (a module); and "latents", what
     `latents_of` read of each observation, where that was done beforehand.
@@ -111,6 +112,8 @@ class Case:
     rounds: list[list[Observation]]
     simulator: Callable[[], Simulate]
     gradient: Callable[[], Simulate]
+    step: Callable[[], Simulate]
+    released: Callable[[Callable[[], Simulate]], Callable[[], Simulate]]
     image_shape: tuple[int, int, int]
     num_classes: int
     noise_shape: tuple[int, ...] | None
@@ -192,10 +195,14 @@ def make_case(
     model, decoder = (copy.deepcopy(module) for module in (defence.model, defence.decoder))
     unknowns = searched_of(defence.encoders, run.setting.dataset.image_shape, recipe.evaluation.batch_size) if observe.adapts(attack) else {}
     mixes = observe.taken_apart(trained, attack)
+    step = defence.simulator(terms=observe.terms(run, trained, attack, progress=snapshot.progress), progress=snapshot.progress)
+    alone, cohort = observe.released_of(run, trained, adaptive=observe.adapts(attack)), observe.cohort_of(run, trained)
+
+    def released(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
+        return cohort(alone(make))
+
     return Case(
-        attack=attack, rounds=seen, simulator=observe.cohort_simulator(run, trained, observe.observed_simulator(
-            run, trained, snapshot, terms=observe.terms(run, trained, attack, progress=snapshot.progress), adaptive=observe.adapts(attack)
-        )),
+        attack=attack, rounds=seen, simulator=released(step), step=step, released=released,
         gradient=observe.cohort_simulator(run, trained, _without(defence.simulator(terms="utility", progress=snapshot.progress), SEEN, ENCODED), stepped=False),
         members=observe.members(run, trained), dealt=observe.dealt(run, trained, attack, progress=snapshot.progress), image_shape=run.setting.dataset.image_shape,
         num_classes=run.setting.dataset.num_classes, noise_shape=observe.noise_shape(run, trained, members=observe.members(run, trained)), latent_shape=defence.noise_shape,
@@ -276,7 +283,7 @@ def _planned(case: Case) -> Plan:
         case config.DecoderAware():
             return _decoder_aware(case, seen, make)
         case config.ReadNoise():
-            return _read_noise(case, seen, make)
+            return _read_noise(case, seen)
         case config.ReadLatent():
             return _read_latent(case, seen, _noise_free(make))
         case config.JointMatching():
@@ -485,7 +492,7 @@ def reading(case: Case, one: Observation, number: int) -> Generator[float, None,
     another start must find the same, within ALIKE, or it is as far as any, ∞. Behind a pooling layer, or of a ViT's tokens, starts differ by what stays as it began.
     """
     whole = {"params": {name: one.known[name] for name in one.unmatched} | one.params, "update": one.update | one.unmatched}
-    predictor, device = Predictor(case.model), next(iter(one.params.values())).device
+    predictor, device = Predictor(case.model, local=case.local), next(iter(one.params.values())).device
     if not case.readable:
         return torch.zeros(one.num_examples, *predictor.latent_shape, device=device), math.inf, torch.zeros(one.num_examples, dtype=torch.int64)
     seen, common = [dataclasses.replace(one, **whole)], {"iterations": READING, "device": device, "numbers": [number]}
@@ -504,8 +511,9 @@ def reading(case: Case, one: Observation, number: int) -> Generator[float, None,
     return latents.to(device, torch.float32), loss, matched.labels[0]
 
 
-def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate]) -> Plan:
-    """A3 in which z̃ is read first. Where it was, the noise is a function of the candidate, and what lies behind it is matched already: there both sides are nought."""
+def _read_noise(case: Case, seen: list[Observation]) -> Plan:
+    """A3 in which z̃ is read first, of every local step. Where it was, the noise is a function of the candidate and of the weights that it meets, and what lies behind it is
+    matched already: there both sides are nought."""
     frozen = copy.deepcopy(case.model).requires_grad_(False).eval()
     frozen.train(case.moves_statistics)
     mine = _per_thread(lambda: copy.deepcopy(frozen))
@@ -517,19 +525,29 @@ def _read_noise(case: Case, seen: list[Observation], make: Callable[[], Simulate
         place = _code(latents, weights, perturbation.channel_dim) if isinstance(perturbation, Bottleneck) else latents
         return _with_place(one, place, labels, behind, read=loss <= READ)
 
-    def made() -> Simulate:
-        simulate, model = make(), mine()
+    def step() -> Simulate:
+        gradient, model = case.step(), mine()
 
-        def with_noise_read(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor) -> Tensors:
-            place, share = known[PLACE], known[SHARE]
-            known = {name: tensor for name, tensor in known.items() if name not in (PLACE, SHARE)}
+        def with_noise_read(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, place: Tensor) -> Tensors:
+            share = known[SHARE]
+            known = {name: tensor for name, tensor in known.items() if name != SHARE}
             weights = {name: tensor for name, tensor in {**known, **params}.items() if name in names}
             out = functional_call(model, weights, (images, torch.zeros_like(place)), {"full": True})
             leading = (place - out.latent) / out.std.clamp(min=torch.finfo(place.dtype).tiny ** 0.5)
-            update = simulate(params, known, images, labels, share * leading + (1 - share) * noise)
-            return {name: tensor * (1 - share) if name in behind else tensor for name, tensor in update.items()}
+            return gradient(params, known, images, labels, share * leading + (1 - share) * place)
 
         return with_noise_read
+
+    def made() -> Simulate:
+        simulate = case.released(step)()
+
+        def released(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor) -> Tensors:
+            share, place = known[SHARE], known[PLACE].view_as(noise)
+            known = {name: tensor for name, tensor in known.items() if name != PLACE}
+            update = simulate(params, known, images, labels, share * place + (1 - share) * noise)  # in the noise's place, what it is to lead to
+            return {name: tensor * (1 - share) if name in behind else tensor for name, tensor in update.items()}
+
+        return released
 
     each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
     return Plan(each, made, case.matching(noise_shape=case.noise_shape), **_read_in(each, "its noise is searched, as by A3"))
@@ -558,7 +576,7 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
     """A5 by matching. Where z was read, the front's gradient at z is matched, a function of ∂L/∂z there, and what lies behind left out on both sides."""
     frozen = copy.deepcopy(case.model).requires_grad_(False).eval()
     frozen.train(case.moves_statistics)
-    mine, predictor = _per_thread(lambda: copy.deepcopy(frozen)), Predictor(case.model)
+    mine, predictor = _per_thread(lambda: copy.deepcopy(frozen)), Predictor(case.model, local=case.local)
     names, behind = set(frozen.state_dict()), {*frozen.parts["predictor"]}
 
     def latent(params: Tensors, known: Tensors, images: Tensor) -> Tensor:
@@ -569,8 +587,7 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
         targets = F.one_hot(labels, case.num_classes).to(latents)
         weights = {name: tensor.float() for name, tensor in {**one.known, **one.params}.items() if name in behind}
         predictor.to(latents.device, torch.float32)
-        backward = grad(lambda z: predictor.loss(weights, z, targets))(latents)
-        one = dataclasses.replace(one, known={**one.known, BACKWARD: backward})
+        one = dataclasses.replace(one, known={**one.known, BACKWARD: predictor.backward(weights, latents, targets)})
         return _with_place(one, latents, labels, behind, read=loss <= READ)
 
     each = [told(one, *found) for one, found in zip(seen, _read(case, seen), strict=True)]
@@ -579,10 +596,22 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
     said = _read_in(each, "it is A0" + (f", held to what the weights of {len(layers)} layers tell of their inputs" if layers else ""))
     if shares == {0.0} and not layers:
         return Plan(seen, make, case.matching(), **said)
-    scale = 1.0 if case.local is None else -case.local.lr  # of a delta of one step
+    scale = 1.0 if case.local is None else -case.local.lr  # of a delta
+
+    def walk(params: Tensors, known: Tensors, images: Tensor) -> tuple[Tensors, list[Tensors]]:
+        """Sum of the steps' gradients at the latents that were read, and the weights that each step met."""
+
+        def front(weights: Tensors, images: Tensor, backward: Tensor) -> Tensors:
+            return grad(lambda own: (latent(own, known, images) * backward).sum())(weights)
+
+        return along(front, params, images, known[BACKWARD], predictor.local)
+
+    gradient_of = _per_thread(case.step)
 
     def made() -> Simulate:
         simulate = make()
+        if layers and predictor.local:
+            gradient_of()  # the prior's, which cannot be made within a program
 
         def with_latent_read(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
             share, others = known[SHARE], {}
@@ -590,20 +619,28 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
                 others = simulate(params, {name: tensor for name, tensor in known.items() if not name.startswith(("read/", ROWS))}, images, labels, noise)
             if shares == {0.0}:
                 return others
-            found = grad(lambda own: (latent(own, known, images) * known[BACKWARD]).sum())(params)
+            found, _ = walk(params, known, images)
             if shares == {1.0}:
                 return {name: scale * tensor for name, tensor in found.items()}
             return {name: share * scale * found[name] + (1 - share) * tensor for name, tensor in others.items()}
 
         return with_latent_read
 
+    def passes(point: Point) -> list[tuple[Tensors, Tensor]]:
+        """Weights and images of every step of a candidate; the steps are taken as they are, not followed back."""
+        known = {name: tensor for name, tensor in point.known.items() if not name.startswith(("read/", ROWS))}
+        found = along(lambda weights, *rows: gradient_of()(weights, known, *rows, None), point.params, point.images, point.labels, predictor.local)[1] if predictor.local else [point.params]
+        each = ({name: tensor.detach() for name, tensor in {**known, **weights}.items() if name in names} for weights in found)
+        return list(zip(each, point.images.chunk(len(found)), strict=True))
+
     def apart(point: Point) -> Tensor:
-        place = point.known[PLACE]
-        return point.known[SHARE] * (latent(point.params, point.known, point.images) - place).square().sum() / place.square().sum()
+        place, path = point.known[PLACE], walk(point.params, point.known, point.images)[1] if predictor.local else [point.params]
+        own = [latent({name: tensor.detach() for name, tensor in weights.items()}, point.known, part) for weights, part in zip(path, point.images.chunk(len(path)), strict=True)]
+        return point.known[SHARE] * (torch.cat(own) - place).square().sum() / place.square().sum().clamp_min(torch.finfo(place.dtype).tiny)
 
     priors = [(case.attack.closeness, apart)] if shares != {0.0} else []
     if layers:
-        within = within_rows(mine, layers, lambda point: {name: tensor for name, tensor in {**point.known, **point.params}.items() if name in names})
+        within = within_rows(mine, layers, passes)
         priors.append((1.0, lambda point: (1 - point.known[SHARE]) * within(point)))
     matching = case.matching(priors=tuple(priors))
     return Plan(each, made, dataclasses.replace(matching, tv=SMOOTHER * matching.tv) if layers else matching, **said)

@@ -75,15 +75,24 @@ def observed_simulator(
     adaptive: with the changes before it leaves, and those of what is trained on.  drawn: as the client itself computes it, before these changes, with
     the noise of its steps from this generator where they have any.
     """
-    evaluation, defence = run.recipe.evaluation, trained.training.defence
-    make = defence.simulator(terms=terms, progress=snapshot.progress)
-    if adaptive or drawn is not None:
-        make = defence.stepped(make, generator=drawn)
-    moving = trained_names(trained)
-    unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make(), moving=moving)
-    if not adaptive:
-        return unrolled
-    return lambda: imitating(imitated(unrolled(), defence.transforms, summed=defence.secure is not None), defence.encoders)
+    return released_of(run, trained, adaptive=adaptive, drawn=drawn)(trained.training.defence.simulator(terms=terms, progress=snapshot.progress))
+
+
+def released_of(
+    run: Run, trained: Trained, *, adaptive: bool = False, drawn: Generator | None = None
+) -> Callable[[Callable[[], Simulate]], Callable[[], Simulate]]:
+    """From a factory of simulators of one pass's gradient that of `observed_simulator`. It is bound to numbers: attacks hold it, and a run holds the images."""
+    evaluation, defence, moving = run.recipe.evaluation, trained.training.defence, trained_names(trained)
+
+    def of(make: Callable[[], Simulate]) -> Callable[[], Simulate]:
+        if adaptive or drawn is not None:
+            make = defence.stepped(make, generator=drawn)
+        unrolled = make if evaluation.release == "gradient" else lambda: local_training(evaluation, make(), moving=moving)
+        if not adaptive:
+            return unrolled
+        return lambda: imitating(imitated(unrolled(), defence.transforms, summed=defence.secure is not None), defence.encoders)
+
+    return of
 
 
 def local_training(evaluation: config.Evaluation, gradient: Simulate, *, moving: frozenset[str] = frozenset()) -> Simulate:
@@ -111,14 +120,19 @@ def members(run: Run, trained: Trained) -> int:
 
 
 def cohort_simulator(run: Run, trained: Trained, make: Callable[[], Simulate], *, stepped: bool | None = None, in_turn: bool = False) -> Callable[[], Simulate]:
-    """A factory of simulators of what the server sees, from one of a client's update. It is bound to numbers: attacks hold it, and a run holds the images.
+    """A factory of simulators of what the server sees, from one of a client's update.
 
     stepped: whether the update's noise has a leading axis of local steps; None: if a delta is released.  in_turn: see `cohort_mean`.
     """
+    return cohort_of(run, trained, stepped=stepped, in_turn=in_turn)(make)
+
+
+def cohort_of(run: Run, trained: Trained, *, stepped: bool | None = None, in_turn: bool = False) -> Callable[[Callable[[], Simulate]], Callable[[], Simulate]]:
+    """What `cohort_simulator` makes of a factory. It is bound to numbers: attacks hold it, and a run holds the images."""
     if trained.training.defence.secure is None:
-        return make
+        return lambda make: make
     count, stepped = members(run, trained), run.recipe.evaluation.release == "delta" if stepped is None else stepped
-    return lambda: cohort_mean(make(), count, stepped=stepped, in_turn=in_turn)
+    return lambda make: lambda: cohort_mean(make(), count, stepped=stepped, in_turn=in_turn)
 
 
 def noise_shape(run: Run, trained: Trained, *, members: int = 1) -> tuple[int, ...] | None:

@@ -29,6 +29,8 @@ from gidef.types import Observation, Reconstruction, Tensors
 # K attacks (observation × restart), O observations, B images of one, r latents of a basis
 ITERATIONS, AT_ONCE, STARTS = 400, 16, 32
 """Of `match_latent` from each start; attacks in one program of it; starts of `unmix`, at most. Unless asked for otherwise."""
+STEPPED = 8
+"""Starts of `unmix` through local steps, at most, each of which takes about S times as long."""
 
 
 class Matched(NamedTuple):
@@ -60,7 +62,7 @@ def match_latent(
     Adam with steps that fall to zero as (1 − t)², all of a chunk's attacks in one program. z is not bounded.
 
     Args:    observations: alike in sizes; updates and params hold at least the predictor's tensors (others are ignored). A delta is taken
-             for one step of SGD; several local steps have no single latent.
+             for one step of SGD, or for the predictor's `local` steps, whose latents stand one step after another.
              predictor: owned by this thread.  restarts: chosen by their own loss.  distance, kink_width: as in `Matching`.
              start_scale: deviation of the first z. What the gradient does not tell (behind a pooling layer, differences within a window)
              stays about as it began, so that small starts give latents of small norm.
@@ -136,7 +138,7 @@ def read_latent(
 
     Args:    observations, predictor, seed, numbers, settings: as `match_latent`, whose iterations bound the free matching alone.
              starts: of `unmix`, 2 at most for one number, and for more than 16 behind a convolution
-             so few that they cost no more than at 16, or one. Above `UNMIXED` images there is free matching alone.
+             so few that they cost no more than at 16, or one, and at most `STEPPED` through local steps. Above `UNMIXED` images there is free matching alone.
     Yields:  shares by the steps that all of this takes at most; what ends earlier, or is not needed, counts as over at once.
     Returns: Matched, on the CPU, float64; loss and losses are cosine distances; the curve is a single point, the loss, where `unmix` alone
              gave it, and so are all starts' losses. Updates that are zero or not finite have an infinite loss. What `unmix` took counts to the start that is kept.
@@ -153,7 +155,8 @@ def read_latent(
         bases = ((reader, latent_basis(observations[index].update, reader, shape, size)) for reader in predictor.readers if size <= UNMIXED)
         reader, basis = next((one for one in bases if one[1] is not None), (None, None))
         if basis is not None:
-            spans[index] = basis, _tries(starts, size, len(basis), reader.kernel is None)
+            tries = _tries(starts, size, len(basis), reader.kernel is None)
+            spans[index] = basis, min(tries, STEPPED) if predictor.local else tries
         yield 0.0
     iterations, polish = settings.get("iterations", ITERATIONS), most_steps(1) if size <= UNMIXED else 0
     total, over = sum(most_steps(tries) for _, tries in spans.values()) + len(able) * (iterations * restarts + polish), 0

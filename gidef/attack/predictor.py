@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from gidef.attack.labels import LocalSteps
 from gidef.attack.matching import Simulate
 from gidef.models import SplitModel
 from gidef.types import Tensors
@@ -47,12 +48,17 @@ class Predictor:
     Attributes: names: of its parameters.  latent_shape, num_classes: of the model.  readers: layers that read z̃ itself.
                 told: how many numbers its gradient can tell at most; latents of more entries are not determined by it. A linear layer that gives
                 the logits tells an input less than it has weights, as the logits' gradients sum to zero.
+                couples: whether a norm looks at the batch.
+                local: the steps of SGD behind a delta, in one epoch; None for one gradient.
     Owns a copy of the model: threads must not share a predictor.
     """
 
-    def __init__(self, model: SplitModel) -> None:
+    def __init__(self, model: SplitModel, *, local: LocalSteps | None = None) -> None:
+        self.local = local if local is not None and local.steps > 1 else None
         self._module = _Behind(copy.deepcopy(model).requires_grad_(False))
         self.names, self.latent_shape, self.num_classes = model.parts["predictor"], model.latent_shape, model.num_classes
+        norms = [layer for layer in self._module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self.couples = any(layer.training or layer.running_mean is None for layer in norms)
         self.readers = _readers(self._module.model, self.names)
         self.told = _told(self._module.model, self.names)
 
@@ -65,13 +71,38 @@ class Predictor:
         return F.cross_entropy(self(params, latents), labels)
 
     def gradient(self, params: Tensors, latents: Tensor, labels: Tensor) -> Tensors:
-        """∂ cross-entropy / ∂ φ, by `names`. What a client releases under `head`: no other term of its loss reaches φ."""
-        return grad(self.loss)({name: params[name] for name in self.names}, latents, labels)
+        """∂ cross-entropy / ∂ φ, by `names`. What a client releases under `head`: no other term of its loss reaches φ. Of `local` steps, whose latents
+        stand one step after another, the delta of φ over −lr."""
+        return along(grad(self.loss), {name: params[name] for name in self.names}, latents, labels, self.local)[0]
+
+    def backward(self, params: Tensors, latents: Tensor, labels: Tensor) -> Tensor:
+        """∂ cross-entropy / ∂ z̃, (B, *latent); of `local` steps each at the φ that it met."""
+        path, parts = along(grad(self.loss), {name: params[name] for name in self.names}, latents, labels, self.local)[1], []
+        for weights, z, wanted in zip(path, latents.chunk(len(path)), labels.chunk(len(path)), strict=True):
+            parts.append(grad(self.loss, argnums=1)(weights, z, wanted))
+        return torch.cat(parts)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Predictor:
         """Moves its own copy of what is no parameter of the predictor, too."""
         self._module.to(device=device, dtype=dtype)
         return self
+
+
+def along(gradient: Callable[..., Tensors], params: Tensors, latents: Tensor, labels: Tensor, local: LocalSteps | None) -> tuple[Tensors, list[Tensors]]:
+    """Σ_t v_t of local SGD (v ← μ v + g_t, w ← w − η v), and the weights that each step met; of None the gradient.
+
+    gradient(weights, latents, labels) of one step, whose rows are a slice of the latents (N, …) and labels (N, …).
+    """
+    if local is None:
+        return gradient(params, latents, labels), [params]
+    weights, slots, total, path = params, {}, {}, []
+    for z, wanted in zip(latents.chunk(local.steps), labels.chunk(local.steps), strict=True):
+        path.append(weights)
+        found = gradient(weights, z, wanted)
+        slots = {name: local.momentum * slots[name] + tensor if slots else tensor for name, tensor in found.items()}
+        total = {name: total[name] + slot if total else slot for name, slot in slots.items()}
+        weights = {name: weights[name] - local.lr * slot for name, slot in slots.items()}
+    return total, path
 
 
 def latent_simulator(predictor: Predictor) -> Simulate:

@@ -61,8 +61,8 @@ def row_spaces(model: nn.Module, update: Tensors, image_shape: tuple[int, int, i
     The gradient of a weight is Σ δ uᵀ over the r = B · P inputs u that the layer reads, whatever loss lies behind and whatever couples the images: where r is
     no more than its rows, the row space of that gradient is the span of the inputs. It takes r singular values that stand out.
 
-    Args:    model: model(images (B, C, H, W)), in the client's mode.  update: gradient, mean of gradients, or delta of one step of SGD; a factor for each tensor
-             does not matter.  size: B, images in it.  num_classes: logits' gradients sum to zero, so a layer that gives these tells an input less.
+    Args:    model: model(images (B, C, H, W)), in the client's mode.  update: gradient, mean of gradients, or delta of steps of SGD, whose inputs are those at the
+             weights that each step met; a factor for each tensor does not matter.  size: B, images in it.  num_classes: logits' gradients sum to zero, so a layer that gives these tells an input less.
     Source:  as `unmix.latent_basis`, of which this is the part that needs no reading of the latent; ours.
     """
     found = {}
@@ -85,24 +85,28 @@ def row_spaces(model: nn.Module, update: Tensors, image_shape: tuple[int, int, i
     return found
 
 
-def within_rows(mine: Callable[[], nn.Module], names: list[str], weights: Callable[[Point], Tensors]) -> Prior:
+def within_rows(mine: Callable[[], nn.Module], names: list[str], passes: Callable[[Point], list[tuple[Tensors, Tensor]]]) -> Prior:
     """The mean over layers of ‖u − V Vᵀ u‖² / ‖u‖², u their inputs from a candidate, V the row spaces in `known`; 1 of a layer whose V is nought.
 
-    mine: the model, of each thread's own.  weights: its tensors at a point.
+    mine: the model, of each thread's own.  passes: of a point, its tensors and images in each of the client's passes, one for every local step.
     """
 
-    def prior(point: Point) -> Tensor:
+    def inputs_of(weights: Tensors, images: Tensor) -> Tensors:
         module, given, handles = mine(), {}, []
         for name in names:
             handles.append(module.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: given.__setitem__(name, inputs[0])))
         try:
-            functional_call(module, weights(point), (point.images,))
+            functional_call(module, weights, (images,))
         finally:
             for handle in handles:
                 handle.remove()
+        return {name: _inputs(module.get_submodule(name), given[name]) for name in names}
+
+    def prior(point: Point) -> Tensor:
+        each = [inputs_of(weights, images) for weights, images in passes(point)]
         total = torch.zeros_like(point.images.sum())
         for name in names:
-            inputs, space = _inputs(module.get_submodule(name), given[name]), point.known[f"{ROWS}{name}"]
+            inputs, space = torch.cat([one[name] for one in each]), point.known[f"{ROWS}{name}"]
             total = total + (inputs - (inputs @ space.T) @ space).square().sum() / inputs.square().sum().clamp_min(torch.finfo(inputs.dtype).tiny)
         return total / len(names)
 

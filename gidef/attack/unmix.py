@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gidef.attack.predictor import Predictor, Reader
+from gidef.attack.predictor import Predictor, Reader, along
 from gidef.errors import InputError
 from gidef.rng import generator
 from gidef.types import Observation, Tensors
@@ -88,6 +88,7 @@ def unmix(
 
         min over M (B, r)   ‖α w ⊙ ∂L/∂φ(M) − w ⊙ observed‖²,   w = 1 / each tensor's observed norm, α the best scalar
 
+    or through the predictor's `local` steps, whose images stand one step after another: the span of a delta is that of all of them.
     Levenberg–Marquardt with the Jacobian by central differences, whose step shrinks geometrically from `first_step` to 1e-6: with so
     few unknowns it is cheap, needs no second derivatives, and sees the gates that open and shut within a step, which derivatives of ReLU networks
     do not. Every other start takes twice the iterations of small steps, for smooth predictors whose images' gradients are nearly alike. Dampings of 1e-12 … 1 are tried at once, and the best point is kept. It mostly ends a few per cent from the truth, at a point where
@@ -95,7 +96,7 @@ def unmix(
     (iteratively reweighted), the reader's in coordinates of the patches at hand, where the gradient is a δ per gate, and a wrong gate one outlier.
 
     Args:    predictor: owned by this thread.  basis: (r, *latent), of order 1.  labels: int64 (B,).  stream: distinguishes observations.
-             starts: random M, one after another until the loss is below `enough`; the first is the identity where r = B.
+             starts: random M, one after another until the loss is below `enough`, or what rounding leaves of a delta; the first is the identity where r = B.
              at_once: images in one vectorised program; batches, for a predictor whose norms look at the batch.
     Returns: latents (B, *latent) and loss, float64 on the device; a list of losses, one per start; the curve of the best, a list; its number.
              A loss that is not of the order of rounding tells that the latents were not found; it tells nothing where `Predictor.told` is
@@ -109,6 +110,7 @@ def unmix(
     cast = {"device": torch.device(device), "dtype": torch.float64}
     size, flat = len(labels), basis.to(**cast).flatten(1)
     parts = _Parts(observation, predictor.to(**cast), flat, F.one_hot(labels, predictor.num_classes).to(**cast), at_once)
+    enough = max(enough, min(1e-6, 4 * parts.rounding))
     best, lowest, curve, chosen, tried, done = torch.zeros(size, len(flat), **cast), math.inf, [math.inf], 0, [], 0
     for start in range(starts):
         mix = torch.randn(size, len(flat), generator=generator(seed, "unmix", stream, start), dtype=torch.float64).to(**cast) * math.sqrt(size / len(flat))
@@ -170,14 +172,14 @@ class _Parts:
     image. A reader's weight gets Σ δ uᵀ over the positions, with u in the span of the basis's patches: its coordinates there have the same products.
 
     Attributes: beyond: the squared part of the observed gradient that no mix can explain, as it is outside of these coordinates.
+                rounding: what the weights, from whose difference a delta is taken, lose of it at most, squared.
     """
 
     def __init__(self, observation: Observation, predictor: Predictor, flat: Tensor, wanted: Tensor, at_once: int) -> None:
         cast, sign, names = {"device": flat.device, "dtype": flat.dtype}, 1.0 if observation.kind == "gradient" else -1.0, predictor.names
         self._flat, self._wanted, self._shape, self._names = flat, wanted, predictor.latent_shape, names
         self._module = copy.deepcopy(predictor._module)
-        norms = [layer for layer in self._module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-        self._apart = not any(layer.training or layer.running_mean is None for layer in norms)
+        self._apart, self._local = not predictor.couples, predictor.local
         self._params = {name: observation.params[name].detach().to(**cast) for name in names}
         self._read: dict[str, Tensor] = {}
         self._mixtures: dict[str, _Mixture] = {}
@@ -192,38 +194,57 @@ class _Parts:
                 images = len(wanted) * patches.shape[2]  # patches that the batch has; of more latents than it has, all others are made of them
                 span, rows = torch.linalg.svd(patches.mT.flatten(0, 1), full_matrices=False).Vh[:images], target[name].flatten(1)
                 target[name], self._read[name] = rows @ span.T, span @ patches  # (out, k) and (r, k, P)
+                self._params[name] = torch.zeros_like(target[name])  # its change since the first step
                 self.beyond += float(((rows - target[name] @ span) * self._scale[name]).square().sum())
                 given = latents if reader.kernel is not None else flat
+                weight = observation.params[name].detach().to(**cast)
                 silent = {} if layer.bias is None else {"bias": torch.zeros_like(layer.bias)}
-                self._mixtures[name] = _Mixture(layer, functional_call(layer, {"weight": self._params[name], **silent}, (given,)))
+                self._mixtures[name] = _Mixture(layer, functional_call(layer, {"weight": weight, **silent}, (given,)), self._read[name])
                 self._module.model.set_submodule(path, self._mixtures[name])
+        self.rounding = 0.0
+        if observation.kind == "delta":
+            lost = [torch.finfo(observation.update[name].dtype).eps * self._scale[name] * observation.params[name].double().norm() for name in names]
+            self.rounding = sum(float(one) ** 2 for one in lost)
         self._observed = torch.cat([(target[name] * self._scale[name]).flatten() for name in names])
         ends = torch.tensor([target[name].numel() for name in names]).cumsum(0).tolist()
         self._widths = [slice(first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]  # each tensor's place
         self._others = [name for name in names if name not in self._read]
-        self._each = vmap(self._part if self._apart else self._whole, chunk_size=at_once)
+        self._parts = vmap(self._part, in_dims=(None, 0, 0), chunk_size=None if self._local else at_once)
+        self._wholes = vmap(self._whole, chunk_size=at_once)
 
     def _loss(self, params: Tensors, zeros: Tensors, latents: Tensor, wanted: Tensor) -> Tensor:
         for name, mixture in self._mixtures.items():
-            mixture.zero = zeros[name]
+            mixture.zero, mixture.change = zeros[name], params[name] if self._local else None
         logits = functional_call(self._module, {f"model.{name}": params[name] for name in self._others}, (latents.unflatten(-1, self._shape),))
         return F.cross_entropy(logits, wanted)
 
-    def _part(self, row: Tensor, wanted: Tensor) -> Tensor:
-        """Of one image: (D,), from its row of M (r,)."""
+    def _part(self, params: Tensors, row: Tensor, wanted: Tensor) -> Tensors:
+        """Of one image, from its row of M (r,)."""
         for mixture in self._mixtures.values():
             mixture.row = row
         zeros = {name: torch.zeros_like(mixture.outputs[:1]) for name, mixture in self._mixtures.items()}
-        others = {name: self._params[name] for name in self._others}
-        own, deltas = grad(self._loss, argnums=(0, 1))(others, zeros, (row @ self._flat)[None], wanted[None])
+        others, held = ({name: params[name] for name in names} for names in (self._others, self._read))
+        own, deltas = grad(lambda *places: self._loss({**places[0], **held}, *places[1:]), argnums=(0, 1))(others, zeros, (row @ self._flat)[None], wanted[None])
         for name, coordinates in self._read.items():
             own[name] = deltas[name].view(deltas[name].shape[1], -1) @ torch.tensordot(row, coordinates, 1).T
-        return torch.cat([(own[name] * self._scale[name]).flatten() for name in self._names])
+        return own
 
     def _whole(self, mix: Tensor) -> Tensor:
-        """Of the batch: (D,), from M (B, r)."""
-        own = grad(self._loss)(self._params, {}, mix @ self._flat, self._wanted)
-        return torch.cat([(own[name] * self._scale[name]).flatten() for name in self._names])
+        """Of the batch, or of local steps: (D,), from M (B, r)."""
+        return self._flattened(along(self._gradient, self._params, mix, self._wanted, self._local)[0])
+
+    def _gradient(self, params: Tensors, mix: Tensor, wanted: Tensor) -> Tensors:
+        """Of a step's batch, from its rows of M."""
+        if self._apart:
+            return {name: tensor.mean(0) for name, tensor in self._parts(params, mix, wanted).items()}
+        return grad(self._loss)(params, {}, mix @ self._flat, wanted)
+
+    def _flattened(self, own: Tensors, start: int = 0) -> Tensor:
+        return torch.cat([(own[name] * self._scale[name]).flatten(start) for name in self._names], -1)
+
+    def _each(self, rows: Tensor, wanted: Tensor) -> Tensor:
+        """Of each image, (N, D), at the first weights."""
+        return self._flattened(self._parts(self._params, rows, wanted), 1)
 
     def _scaled(self, updates: Tensor) -> Tensor:
         """α u with the best α, of each update (N, D), in their place."""
@@ -232,8 +253,8 @@ class _Parts:
 
     def _updates(self, mixes: Tensor) -> Tensor:
         """(N, D) at mixes (N, B, r)."""
-        if not self._apart:
-            return self._each(mixes)
+        if not self._apart or self._local:
+            return self._wholes(mixes)
         return self._each(mixes.flatten(0, 1), self._wanted.repeat(len(mixes), 1)).unflatten(0, mixes.shape[:2]).mean(1)
 
     def residuals(self, mixes: Tensor) -> Tensor:
@@ -243,7 +264,7 @@ class _Parts:
     def _ends(self, mix: Tensor, step: float) -> tuple[Tensor, Tensor]:
         """Updates (B · r, D) a step ahead and behind along each entry of a mix (B, r)."""
         size, rank = mix.shape
-        if self._apart:
+        if self._apart and not self._local:
             axes = step * torch.eye(rank, dtype=mix.dtype, device=mix.device)
             rows = torch.cat([mix[:, None] + axes, mix[:, None] - axes, mix[:, None]], 1)  # (B, 2r + 1, r)
             parts = self._each(rows.flatten(0, 1), self._wanted.repeat_interleave(2 * rank + 1, 0)).unflatten(0, (size, -1))
@@ -251,7 +272,7 @@ class _Parts:
             ends = (parts[:, :-1] - parts[:, -1:]).div_(size).add_(whole)
             return ends[:, :rank].flatten(0, 1), ends[:, rank:].flatten(0, 1)
         axes = step * torch.eye(size * rank, dtype=mix.dtype, device=mix.device).view(-1, size, rank)
-        ahead, behind = self._each(torch.cat([mix + axes, mix - axes])).chunk(2)
+        ahead, behind = self._wholes(torch.cat([mix + axes, mix - axes])).chunk(2)
         return ahead, behind
 
     def slopes(self, mix: Tensor, step: float) -> Tensor:
@@ -291,15 +312,19 @@ class _Parts:
 
 
 class _Mixture(nn.Module):
-    """A reader of a mix of known latents: the mix of its outputs for them (r, out, …), its bias, and a zero whose gradient is δ."""
+    """A reader of a mix of known latents: the mix of its outputs for them (r, out, …), its bias, and a zero whose gradient is δ; with a change of its weight, (out, k)
+    in the coordinates of their patches (r, k, P)."""
 
     row: Tensor
     zero: Tensor
+    change: Tensor | None
 
-    def __init__(self, layer: nn.Module, outputs: Tensor) -> None:
+    def __init__(self, layer: nn.Module, outputs: Tensor, coordinates: Tensor) -> None:
         super().__init__()
-        self.bias, self.outputs = layer.bias, outputs
+        self.bias, self.outputs, self.coordinates = layer.bias, outputs, coordinates
 
     def forward(self, latents: Tensor) -> Tensor:
         output = torch.tensordot(self.row, self.outputs, 1)[None] + self.zero
+        if self.change is not None:
+            output = output + (self.change @ torch.tensordot(self.row, self.coordinates, 1)).view_as(output)
         return output if self.bias is None else output + self.bias.view(-1, *[1] * (output.ndim - 2))

@@ -195,7 +195,8 @@ class DecoderAware(JointMatching):
 @_config
 class ReadNoise(JointMatching):
     """A3 without a search for the noise, where A5 reads the perturbed latent z̃ off the predictor's gradient: of a candidate x the noise is then what leads from x
-    to z̃, (z̃ − m(x)) / σ(x), and the tensors before the noise alone are matched, since the others are explained. Where z̃ cannot be read (the reading does
+    to z̃, (z̃ − m(x)) / σ(x), and the tensors before the noise alone are matched, since the others are explained. Of a delta of several steps of SGD
+    in one epoch, with known labels, z̃ of every step is read, each at the weights that it met. Where z̃ cannot be read (the reading does
     not end within 1e-4 of the predictor's gradient, as in large batches or behind changes of the update), it is A3, and the run says for how many."""
 
     tv: float | None = 3e-3
@@ -205,8 +206,8 @@ class ReadNoise(JointMatching):
 @_config
 class ReadLatent(NaiveMatching):
     """A5 with the front itself for a decoder, where the latent z has no noise: z is read off the predictor's gradient, as by A5. Then of a candidate x the front's
-    gradient at z, ∂⟨m(x), ∂L/∂z⟩/∂θ, is matched, which holds what lies behind at its true value, and its own latent m(x) is drawn to z. Where z cannot be read
-    (as for `ReadNoise`) or the gradient does not tell it, it is A0, by all terms of the client's loss, and what layers read of a candidate is held to the row
+    gradient at z, ∂⟨m(x), ∂L/∂z⟩/∂θ, is matched, which holds what lies behind at its true value, and its own latent m(x) is drawn to z. Of several local steps
+    (as for `ReadNoise`) all of that holds at the weights that each met. Where z cannot be read (as there) or the gradient does not tell it, it is A0, by all terms of the client's loss, and what layers read of a candidate is held to the row
     spaces of their weights' gradients, as far as these tell them (`attack.row_spaces`); the run says for how many. Ours; a feature inversion (Mahendran and
     Vedaldi 2015) beside gradient matching."""
 

@@ -16,7 +16,7 @@ from gidef import applications, audit, build, config, findings, fits, inversions
 from gidef import attack as attacks
 from gidef.attack import Calibration, drain, engine, run_chunk
 from gidef.attack.calibrate import Candidate
-from gidef.cells import Cell, make_cells, mark
+from gidef.cells import Cell, make_cells, mark, not_applicable
 from gidef.checkpoint import load_file
 from gidef.config import Data, Evaluation, LearnedPerturbation, LocalTraining, Model, Recipe, Rounds, Speed, Undefended
 from gidef.data import Dataset, synthetic_blood_cells
@@ -359,12 +359,20 @@ def test_an_ensemble_says_which_of_its_members_have_nothing_to_do_and_why(traine
     deltas = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=dataclasses.replace(run.recipe, evaluation=evaluation)))
     heard.notices.clear()
     cells = make_cells(deltas, found, tmp_path)
-    assert {"smoke - rounds", "smoke - eot"} <= {cell.name for cell in cells}  # A9 reads deltas, as it does when it is asked for by name
+    # A9 reads deltas, as it does when it is asked for by name, and the latents of every step are read
+    assert {"smoke - rounds", "smoke - eot", "smoke - read latent", "smoke - read noise"} <= {cell.name for cell in cells}
     assert heard.notices == [
-        "smoke goes without analytic, latent, learned, read latent, read noise, read noise guessed decoder: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
+        "smoke goes without analytic, latent, learned: it reads single gradients, and evaluation.release is a delta of more than one step of SGD.",
         "smoke goes without generative: the updates carry no noise that a prior could see through.",
         "smoke goes without statistics: it needs BatchNorm's statistics, of the batch or running ones, and nothing is known of any.",
     ]  # fmt: skip
+    for changes, labels, why in (
+        ({"local_epochs": 2}, "known", "it reads the latents of steps of SGD in one epoch of one client"),
+        ({"local_optimiser": "adam"}, "known", "it reads the latents of steps of SGD in one epoch of one client"),
+        ({}, "recovered", "it reads the latent of every local step, and has to know the labels of each"),
+    ):
+        other = evaluated(with_speed(deltas, attacks={"read": config.ReadLatent(labels=labels)}), **changes)
+        assert [one["reason"] for one in not_applicable(other, found) if one["defence"] == "undefended"] == [why]
 
 
 def test_a_full_disk_is_no_failed_attack_but_ends_the_run(trained, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def case_of(trained, defence, attack, control=False, **evaluation):
     run, found = trained
     recipe = dataclasses.replace(run.recipe, evaluation=dataclasses.replace(run.recipe.evaluation, **evaluation))
     run = dataclasses.replace(run, setting=dataclasses.replace(run.setting, recipe=recipe))
-    run = of_fewer(run, 2) if reads(attack) else run
+    run = of_fewer(run, 2 * evaluation.get("batch_size", 1)) if reads(attack) else run
     one = found[defence]
     snapshot = one.snapshots["final"]
     releases = [observe.release(run, one, snapshot, seed=0, repeat=repeat, control=control) for repeat in range(getattr(attack, "rounds", 1))]
@@ -398,9 +398,11 @@ def test_a_decoded_start_wants_one_gradient_and_its_classes(trained, labels, eva
         methods.plan(case)
 
 
-def read_noise(trained, defence="learned", *, draw=1, **changes):
+def read_noise(trained, defence="learned", *, monkeypatch=None, **changes):
     """(case, its plan, a release, the plan's simulator at the true images of observation 1 with some noise)."""
     case, run, (release,) = case_of(trained, defence, config.ReadNoise(**SHORT), **changes)
+    if monkeypatch is not None:
+        handed(monkeypatch, [release])
     plan = methods.plan(case)
     one = plan.observations[1]
 
@@ -410,9 +412,35 @@ def read_noise(trained, defence="learned", *, draw=1, **changes):
     return case, plan, release, simulated
 
 
-def test_where_the_latent_is_read_the_noise_follows_from_the_images(trained):
+STEPS = {"release": "delta", "local_steps": 2, "batch_size": 2, "local_lr": 0.05, "local_momentum": 0.5}
+"""Each of one image: the second step meets other weights than the server's, in the front and behind it."""
+
+
+def handed(monkeypatch, release):
+    """Latents of local steps are the client's own, stepped here by hand; those of single gradients are read."""
+    latents_of = methods.latents_of
+
+    def own(case, one, number):
+        if case.local is None or case.local.steps == 1:
+            return latents_of(case, one, number)
+        gradient, weights, slots, found = case.step(), {**one.params}, {}, []
+        images, labels = release[0].images[number], F.one_hot(release[0].labels[number].cpu(), case.num_classes).float()
+        for step, (image, label) in enumerate(zip(images.split(1), labels.split(1), strict=True)):
+            noise = None if case.noise_shape is None else release[0].noise[number][step]
+            known = {name: tensor for name, tensor in {**one.known, **weights}.items() if name in case.model.state_dict()}
+            found.append(functional_call(case.model, known, (image, noise), {"full": True}).perturbed.detach())
+            slots = {name: 0.5 * slots.get(name, 0.0) + tensor for name, tensor in gradient(weights, one.known, image, label, noise).items()}
+            weights = {name: weights[name] - 0.05 * slot for name, slot in slots.items()}
+        assert all(torch.allclose(weights[name] - one.params[name], delta, atol=1e-5) for name, delta in one.update.items())
+        return torch.cat(found), 0.0, release[0].labels[number]
+
+    monkeypatch.setattr(methods, "latents_of", own)
+
+
+@pytest.mark.parametrize("evaluation", [{}, STEPS], ids=["gradient", "steps"])
+def test_where_the_latent_is_read_the_noise_follows_from_the_images(trained, monkeypatch, evaluation):
     """At the true images the front's gradient is the observed one, whatever noise is searched; what lies behind is left out on both sides."""
-    case, plan, release, simulated = read_noise(trained)
+    case, plan, release, simulated = read_noise(trained, monkeypatch=monkeypatch, **evaluation)
     one, behind = plan.observations[1], set(case.model.parts["predictor"])
     assert plan.note == f"the latent was read in {len(plan.observations)} of {len(plan.observations)} observations"
     found = [simulated(release.images[1], noise) for noise in (torch.zeros_like(release.noise[1]), torch.randn_like(release.noise[1]))]
@@ -478,7 +506,10 @@ def test_a_level_of_nought_leaves_the_candidate_s_own_latent(trained, monkeypatc
 def read_latent(trained, defence="undefended", **changes):
     """(case, its plan, a release, the plan's simulator and its prior at some images of observation 1)."""
     fields = {**SHORT, **changes.pop("fields", {})}
+    monkeypatch = changes.pop("monkeypatch", None)
     case, run, (release,) = case_of(trained, defence, config.ReadLatent(**fields), **changes)
+    if monkeypatch is not None:
+        handed(monkeypatch, [release])
     plan = methods.plan(case)
     one = plan.observations[1]
 
@@ -491,11 +522,10 @@ def read_latent(trained, defence="undefended", **changes):
     return case, plan, release, simulated
 
 
-@pytest.mark.parametrize("evaluation", [{}, {"release": "delta", "local_lr": 0.3}])
-@pytest.mark.parametrize("labels", ["known", "recovered"])
-def test_at_the_true_images_the_front_s_gradient_at_the_read_latent_is_the_observed_one(trained, labels, evaluation):
+@pytest.mark.parametrize(("labels", "evaluation"), [(labels, one) for labels in ("known", "recovered") for one in ({}, {"release": "delta", "local_lr": 0.3})] + [("known", STEPS)])
+def test_at_the_true_images_the_front_s_gradient_at_the_read_latent_is_the_observed_one(trained, monkeypatch, labels, evaluation):
     """And the images' own latent is the one that was read; what lies behind is left out on both sides."""
-    case, plan, release, simulated = read_latent(trained, fields={"labels": labels}, **evaluation)
+    case, plan, release, simulated = read_latent(trained, fields={"labels": labels}, monkeypatch=monkeypatch, **evaluation)
     one, behind = plan.observations[1], set(case.model.parts["predictor"])
     assert plan.note == f"the latent was read in {len(plan.observations)} of {len(plan.observations)} observations"
     assert torch.equal(one.labels.cpu(), release.labels[1].cpu())
@@ -507,6 +537,24 @@ def test_at_the_true_images_the_front_s_gradient_at_the_read_latent_is_the_obser
         torch.testing.assert_close(found[name], expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()) + 1e-12)
     other, further = simulated(release.images[1].flip(-1))
     assert max(float((other[name] - one.update[name]).abs().max()) for name in set(one.update) - behind) > 1e-4 and further > 0.01
+
+
+@pytest.mark.parametrize("attack", [config.ReadNoise, config.ReadLatent])
+@pytest.mark.parametrize("read", [True, False])
+def test_local_steps_that_are_read_are_the_same_one_by_one_at_once_and_recorded(trained, monkeypatch, attack, read):
+    """Or, where they are not, held to row spaces; in float64, over a few iterations."""
+    case, _, release = case_of(trained, "learned" if attack is config.ReadNoise else "undefended", attack(iterations=3), **STEPS)
+    handed(monkeypatch, release)
+    monkeypatch.setattr(methods, "READ", 1e-4 if read else -1.0)
+    plan = methods.plan(case)
+    assert plan.read == (2 if read else 0)
+    chunk, common = ((0, 0), (1, 0)), {"seed": 0, "dtype": torch.float64}
+    one, *others = (
+        attacks.drain(attacks.run_chunk(chunk, plan.observations, plan.make_simulate(), plan.matching, mode=mode, **common)) for mode in ("loop", "vmap", "traced")
+    )
+    for other in others:
+        assert (other["failure"] == 0).all() and (other["fit"] <= other["first_fit"]).all()
+        torch.testing.assert_close(other["images"], one["images"], rtol=1e-5, atol=1e-5)
 
 
 class Behind(nn.Module):
@@ -531,13 +579,13 @@ def test_a_latent_is_read_only_if_the_gradient_tells_it(behind, told):
     seen = Observation(params, grad(lambda p: F.cross_entropy(functional_call(model, p, (images,)), labels))(params), 1, labels=labels)
     latent = model.run(images, None).latent
     for attack, trusted in ((config.ReadLatent(), told), (config.ReadNoise(), True)):
-        found, loss, _ = methods.latents_of(SimpleNamespace(model=model, seed=0, attack=attack, readable=True), seen, 0)
+        found, loss, _ = methods.latents_of(SimpleNamespace(model=model, seed=0, attack=attack, readable=True, local=None), seen, 0)
         assert (loss <= methods.READ) == trusted
         assert (float((found - latent).norm() / latent.norm()) < 0.1) == told
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatch, count):
+@pytest.mark.parametrize(("count", "evaluation"), [(0, {}), (1, {}), (0, STEPS)], ids=["none", "one", "steps"])
+def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatch, count, evaluation):
     """Of none, or of one among others, which is not matched otherwise for them."""
     hasty(monkeypatch)
     latents_of = methods.latents_of
@@ -547,7 +595,7 @@ def test_where_no_latent_is_read_the_attack_is_the_naive_one(trained, monkeypatc
         return latents, 0.0 if number < count else 1.0, labels
 
     monkeypatch.setattr(methods, "latents_of", some)
-    case, _, releases = case_of(trained, "undefended", config.ReadLatent(**SHORT))
+    case, _, releases = case_of(trained, "undefended", config.ReadLatent(**SHORT), **evaluation)
     _, plan, _, simulated = read_latent(trained) if count else (case, methods.plan(case), None, None)
     assert f"{count} of {len(plan.observations)}" in plan.note and "in the others it is A0" in plan.note
     naive = methods.plan(dataclasses.replace(case, attack=config.NaiveMatching(**SHORT)))

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad
 
 from gidef.attack import latent
+from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import decode, invert_latent, match_latent, read_latent
 from gidef.attack.predictor import Predictor, Reader, latent_simulator
 from gidef.attack.shadow import fit_shadow, front_latents
@@ -613,3 +614,59 @@ def test_decoding_keeps_the_order_and_any_type_of_latents():
     images = decode(latents, decoder, at_once=4)
     assert images.shape == (3, 2, *SHAPE) and images.dtype == torch.float32 and not images.requires_grad
     torch.testing.assert_close(images[2, 1], decoder(latents[2, 1:].float()).detach()[0])
+
+
+def stepped(model, steps, *, momentum, lr=0.01, seed=0):
+    """(the observed delta of steps of one image each, their latents, LocalSteps), by hand."""
+    draw, start = torch.Generator().manual_seed(seed), {name: tensor.detach() for name, tensor in model.named_parameters()}
+    images, labels = torch.rand(steps, *SHAPE, generator=draw, dtype=torch.float64), torch.randperm(CLASSES, generator=draw)[:steps]
+    noise, weights, slots, latents = torch.randn(steps, *model.latent_shape, generator=draw, dtype=torch.float64), start, {}, []
+    for t in range(steps):
+        rows = slice(t, t + 1)
+        latents.append(functional_call(model, weights, (images[rows], noise[rows]), {"full": True}).perturbed)
+        slope = grad(lambda p, rows=rows: F.cross_entropy(functional_call(model, p, (images[rows], noise[rows])), labels[rows]))(weights)
+        slots = {name: momentum * slots.get(name, 0.0) + tensor for name, tensor in slope.items()}
+        weights = {name: weights[name] - lr * slot for name, slot in slots.items()}
+    names = model.parts["predictor"]
+    delta = {name: weights[name] - start[name] for name in names}
+    return Observation({name: start[name] for name in names}, delta, steps, kind="delta", labels=labels), torch.cat(latents), LocalSteps(lr=lr, steps=steps, momentum=momentum)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_of_local_steps_the_latent_of_each_is_read_at_the_weights_that_it_met(momentum):
+    model = split()
+    observation, latents, local = stepped(model, 3, momentum=momentum)
+    predictor = Predictor(model, local=local)
+    cast = {"params": observation.params, "latents": latents, "labels": F.one_hot(observation.labels, CLASSES).double()}
+    for name, tensor in predictor.gradient(**cast).items():
+        torch.testing.assert_close(-local.lr * tensor, observation.update[name])
+    found = result(read_latent([observation], predictor, seed=0))
+    assert float(found.loss) < 1e-8 and not bool(found.free)
+    assert float(apart(found.latents[0], latents).max()) < 1e-3
+    at_once = result(read_latent([observation], Predictor(model), seed=0, starts=2, iterations=20))
+    assert float(at_once.loss) > 100 * float(found.loss)  # as one step of three images they do not explain it as well
+
+
+def test_the_gradient_at_a_latent_of_local_steps_is_that_of_its_own_step():
+    model = split()
+    observation, latents, local = stepped(model, 2, momentum=0.5, lr=0.1)
+    predictor, targets = Predictor(model, local=local), F.one_hot(observation.labels, CLASSES).double()
+    found = predictor.backward(observation.params, latents, targets)
+    alone = Predictor(model)
+    slope = alone.gradient(observation.params, latents[:1], targets[:1])
+    moved = {name: observation.params[name] - 0.1 * slope[name] for name in slope}
+    for row, weights in ((0, observation.params), (1, moved)):
+        expected = grad(lambda z, weights=weights, row=row: alone.loss(weights, z, targets[row : row + 1]))(latents[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], expected)
+
+
+def test_a_delta_s_rounding_ends_the_search_that_nothing_more_can_be_found_in():
+    model = split(dtype=torch.float32)
+    observation, _, _ = observe(model, 2)
+    lr = 1e-3
+    rounded = {name: (observation.params[name] - lr * tensor) - observation.params[name] for name, tensor in observation.update.items()}
+    delta = dataclasses.replace(observation, update=rounded, kind="delta")
+    predictor = Predictor(model)
+    basis = latent_basis(observation.update, predictor.readers[0], model.latent_shape, 2)
+    _, loss, tried, *_ = result(unmix(delta, predictor, basis, observation.labels, seed=0, starts=6))
+    assert 1e-10 < loss < 1e-6 and len(tried) < 6

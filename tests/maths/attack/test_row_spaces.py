@@ -39,7 +39,7 @@ def released(size, *, seed=0, loss=F.cross_entropy):
 
 def residual(net, spaces, images):
     point = Point(images, None, None, dict(net.named_parameters()), {f"{ROWS}{name}": space.double() for name, space in spaces.items()})
-    return within_rows(lambda: net, sorted(spaces), lambda point: point.params)(point)
+    return within_rows(lambda: net, sorted(spaces), lambda point: [(point.params, point.images)])(point)
 
 
 @pytest.mark.parametrize(("size", "told"), [(1, {"second", "third", "last"}), (4, {"second", "third", "last"}), (5, {"second", "third", "last"}), (12, {"third", "last"}), (29, set())])
@@ -112,3 +112,22 @@ def test_the_prior_is_one_without_a_space_differentiable_and_the_same_over_many_
         difference = float(residual(net, spaces, one + step) - residual(net, spaces, one - step)) / 2
         assert difference == pytest.approx(float((slope * step).sum()), rel=1e-4)
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_of_local_steps_a_layer_s_inputs_are_those_at_the_weights_that_each_step_met():
+    torch.manual_seed(0)
+    net = Net().double().requires_grad_(False)
+    start, images, labels = dict(net.named_parameters()), torch.rand(4, *SHAPE, dtype=torch.float64), torch.arange(4)
+    weights, passes = start, []
+    for rows in (slice(0, 2), slice(2, 4)):
+        passes.append((weights, images[rows]))
+        slope = grad(lambda p, rows=rows: F.cross_entropy(functional_call(net, p, (images[rows],)), labels[rows]))(weights)
+        weights = {name: weights[name] - 0.5 * slope[name] for name in weights}
+    spaces = row_spaces(net, {name: weights[name] - start[name] for name in start}, SHAPE, 4, CLASSES)
+    assert set(spaces) == {"second", "third", "last"}
+    point = Point(images, None, None, start, {f"{ROWS}{name}": space.double() for name, space in spaces.items()})
+    stepped, at_once, swapped = (
+        float(within_rows(lambda: net, sorted(spaces), lambda point, each=each: each)(point))
+        for each in (passes, [(start, images)], [(weights, part) for (weights, _), (_, part) in zip(passes, passes[::-1], strict=True)])
+    )
+    assert stepped < 1e-8 < 1e-5 < min(at_once, swapped)
