@@ -3,7 +3,7 @@
 Shows:  undefended and defended clients under the naive (A0) and the joint (A3) attack, this with the noise searched and with it read; where there is none, with the
         latent read (A5); and the post-hoc decoder (A12).
 Expect: the picture and the table in the README.
-Costs:  about 5 minutes on 2 CPU cores, sized for that: raise --rounds.count and the iterations of the attacks (--attacks.naive.iterations, …) for results to quote.
+Costs:  about 6 minutes on 2 CPU cores, sized for that: raise --rounds.count and the iterations of the attacks (--attacks.naive.iterations, …) for results to quote.
 """
 
 from gidef.config import (
