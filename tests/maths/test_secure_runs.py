@@ -337,7 +337,8 @@ def test_more_attacks_that_match_have_a_zero_at_everybodys_images(attack, traine
     labels = F.one_hot(victims.all_labels(0), 8).float()
     assert apart(plan.make_simulate()(seen.params, seen.known, images, labels, None), seen.update) < 1e-4
     assert apart(plan.make_simulate()(seen.params, seen.known, images.flip(-1), labels, None), seen.update) > 1e-3
-    for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0):
+    # one by one, as a run does where torch has no rule for many (2.11, of the generator's norms behind a mean over clients)
+    for found in attacks.run(plan.observations, plan.make_simulate, plan.matching, seed=0, mode="loop"):
         assert found.status == "ok" and found.images.shape == (8, 3, 16, 16), found.error
 
 
