@@ -27,10 +27,10 @@ from gidef.attack.labels import LocalSteps
 from gidef.attack.latent import match_latent, read_latent
 from gidef.attack.matching import HELD, Point, Unordered
 from gidef.attack.optimisers import Adam
-from gidef.attack.predictor import Predictor, along
+from gidef.attack.predictor import Predictor
 from gidef.attack.priors import Prior, bn_statistics, decoder_aware, proxy_statistics
 from gidef.attack.row_spaces import ROWS, row_spaces, within_rows
-from gidef.attack.simulate import DRAWS, MEMBERS, of_round
+from gidef.attack.simulate import DRAWS, MEMBERS, along, of_round
 from gidef.attack.starts import STARTS, from_images
 from gidef.attack.surgery import STATISTICS, batch_statistics, norm_names, prepare, running_statistics
 from gidef.clients.participate import DECODER
@@ -604,7 +604,7 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
         def front(weights: Tensors, images: Tensor, backward: Tensor) -> Tensors:
             return grad(lambda own: (latent(own, known, images) * backward).sum())(weights)
 
-        return along(front, params, images, known[BACKWARD], predictor.local)
+        return along(front, params, predictor.local, images, known[BACKWARD])
 
     gradient_of = _per_thread(case.step)
 
@@ -629,7 +629,9 @@ def _read_latent(case: Case, seen: list[Observation], make: Callable[[], Simulat
     def passes(point: Point) -> list[tuple[Tensors, Tensor]]:
         """Weights and images of every step of a candidate; the steps are taken as they are, not followed back."""
         known = {name: tensor for name, tensor in point.known.items() if not name.startswith(("read/", ROWS))}
-        found = along(lambda weights, *rows: gradient_of()(weights, known, *rows, None), point.params, point.images, point.labels, predictor.local)[1] if predictor.local else [point.params]
+        found = [point.params]
+        if predictor.local:
+            _, found = along(lambda weights, *rows: gradient_of()(weights, known, *rows, None), point.params, predictor.local, point.images, point.labels)
         each = ({name: tensor.detach() for name, tensor in {**known, **weights}.items() if name in names} for weights in found)
         return list(zip(each, point.images.chunk(len(found)), strict=True))
 

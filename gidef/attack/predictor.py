@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.func import functional_call, grad
 
 from gidef.attack.labels import LocalSteps
 from gidef.attack.matching import Simulate
+from gidef.attack.simulate import along
 from gidef.models import SplitModel
 from gidef.types import Tensors
 
@@ -73,11 +74,11 @@ class Predictor:
     def gradient(self, params: Tensors, latents: Tensor, labels: Tensor) -> Tensors:
         """∂ cross-entropy / ∂ φ, by `names`. What a client releases under `head`: no other term of its loss reaches φ. Of `local` steps, whose latents
         stand one step after another, the delta of φ over −lr."""
-        return along(grad(self.loss), {name: params[name] for name in self.names}, latents, labels, self.local)[0]
+        return along(grad(self.loss), {name: params[name] for name in self.names}, self.local, latents, labels)[0]
 
     def backward(self, params: Tensors, latents: Tensor, labels: Tensor) -> Tensor:
         """∂ cross-entropy / ∂ z̃, (B, *latent); of `local` steps each at the φ that it met."""
-        path, parts = along(grad(self.loss), {name: params[name] for name in self.names}, latents, labels, self.local)[1], []
+        path, parts = along(grad(self.loss), {name: params[name] for name in self.names}, self.local, latents, labels)[1], []
         for weights, z, wanted in zip(path, latents.chunk(len(path)), labels.chunk(len(path)), strict=True):
             parts.append(grad(self.loss, argnums=1)(weights, z, wanted))
         return torch.cat(parts)
@@ -86,23 +87,6 @@ class Predictor:
         """Moves its own copy of what is no parameter of the predictor, too."""
         self._module.to(device=device, dtype=dtype)
         return self
-
-
-def along(gradient: Callable[..., Tensors], params: Tensors, latents: Tensor, labels: Tensor, local: LocalSteps | None) -> tuple[Tensors, list[Tensors]]:
-    """Σ_t v_t of local SGD (v ← μ v + g_t, w ← w − η v), and the weights that each step met; of None the gradient.
-
-    gradient(weights, latents, labels) of one step, whose rows are a slice of the latents (N, …) and labels (N, …).
-    """
-    if local is None:
-        return gradient(params, latents, labels), [params]
-    weights, slots, total, path = params, {}, {}, []
-    for z, wanted in zip(latents.chunk(local.steps), labels.chunk(local.steps), strict=True):
-        path.append(weights)
-        found = gradient(weights, z, wanted)
-        slots = {name: local.momentum * slots[name] + tensor if slots else tensor for name, tensor in found.items()}
-        total = {name: total[name] + slot if total else slot for name, slot in slots.items()}
-        weights = {name: weights[name] - local.lr * slot for name, slot in slots.items()}
-    return total, path
 
 
 def latent_simulator(predictor: Predictor) -> Simulate:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from gidef.attack.labels import LocalSteps
 from gidef.attack.matching import Simulate
 from gidef.errors import InputError
 from gidef.types import Observation, Tensors, of_round
 from gidef.updates import sign_slope
 
+Step = Callable[[int, Tensors, Tensors], tuple[Tensors, Tensors]]
+"""(t, slots, gradients) → slots, what is taken off the weights."""
 DRAWS = "draws"
 """Under this name in `known`, `averaged` finds the noise of an iteration: (samples, *noise_shape)."""
 MEMBERS = "members/"
@@ -47,11 +51,18 @@ def local_sgd(
     if not 0 <= momentum < 1:
         raise InputError(f"momentum={momentum}: expected a number in [0, 1).")
 
-    def step(t: int, slots: Tensors, gradients: Tensors) -> tuple[Tensors, Tensors]:
-        slots = {name: momentum * slots[name] + g if slots else g for name, g in gradients.items()} if momentum else gradients
-        return slots, {name: lr * slot for name, slot in slots.items()}
+    return _unrolled(gradient, _sgd(lr, momentum), steps, epochs, frozenset(moving))
 
-    return _unrolled(gradient, step, steps, epochs, frozenset(moving))
+
+def along(gradient: Callable[..., Tensors], params: Tensors, local: LocalSteps | None, *rows: Tensor) -> tuple[Tensors, list[Tensors]]:
+    """The delta of local SGD in one epoch over −lr, and the weights that each step met; of `local` None the gradient.
+
+    gradient(weights, *rows) of one step, whose rows are a slice of each of `rows`, (N, …).
+    """
+    if local is None:
+        return gradient(params, *rows), [params]
+    walked = list(_walk(gradient, _sgd(local.lr, local.momentum), params, zip(*(tensor.chunk(local.steps) for tensor in rows), strict=True)))
+    return {name: sum(changes[name] for _, changes in walked) / local.lr for name in walked[0][1]}, [weights for weights, _ in walked]
 
 
 def local_adam(
@@ -92,15 +103,36 @@ def local_adam(
     return _unrolled(gradient, step, steps, epochs, frozenset(moving))
 
 
+def _sgd(lr: float, momentum: float) -> Step:
+    def step(t: int, slots: Tensors, gradients: Tensors) -> tuple[Tensors, Tensors]:
+        slots = {name: momentum * slots[name] + g if slots else g for name, g in gradients.items()} if momentum else gradients
+        return slots, {name: lr * slot for name, slot in slots.items()}
+
+    return step
+
+
+def _walk(gradient: Callable[..., Tensors], step: Step, weights: Tensors, batches: Iterable[tuple]) -> Iterator[tuple[Tensors, Tensors]]:
+    """Of each batch, the weights that it meets and what its step takes off them."""
+    slots: Tensors = {}
+    for t, batch in enumerate(batches, 1):
+        slots, changes = step(t, slots, gradient(weights, *batch))
+        yield weights, changes
+        weights = _stepped(weights, changes)
+
+
+def _stepped(weights: Tensors, changes: Tensors) -> Tensors:
+    return {name: tensor - changes[name] if name in changes else tensor for name, tensor in weights.items()}
+
+
 def _check(steps: int, lr: float, epochs: int) -> None:
     if steps < 1 or epochs < 1 or steps % epochs or not lr > 0:
         raise InputError(f"steps={steps}, epochs={epochs}, lr={lr}: expected steps a multiple of epochs, both at least 1, and lr above 0.")
 
 
 def _unrolled(
-    gradient: Simulate, step: Callable[[int, Tensors, Tensors], tuple[Tensors, Tensors]], steps: int, epochs: int, moving: frozenset[str]
+    gradient: Simulate, step: Step, steps: int, epochs: int, moving: frozenset[str]
 ) -> Simulate:
-    """Local training as a simulator; step(t, slots, gradients) → slots, what is taken off the weights."""
+    """Local training as a simulator."""
 
     def simulate(params: Tensors, known: Tensors, images: Tensor, labels: Tensor, noise: Tensor | None) -> Tensors:
         batches = steps // epochs
@@ -110,12 +142,15 @@ def _unrolled(
             raise InputError(f"noise of {len(noise)} steps: expected one draw for each of {steps}, or for each of the {batches} of an epoch.")
         own = {name: tensor for name, tensor in known.items() if name in moving and name not in params}
         rest = {name: tensor for name, tensor in known.items() if name not in own}
-        size, weights, slots = len(images) // batches, {**params, **own}, {}
-        for t in range(steps):
-            rows = slice((t % batches) * size, (t % batches + 1) * size)
-            gradients = gradient(weights, rest, images[rows], labels[rows], None if noise is None else noise[t % len(noise)])
-            slots, changes = step(t + 1, slots, gradients)
-            weights = {name: tensor - changes[name] if name in changes else tensor for name, tensor in weights.items()}
+        size, start = len(images) // batches, {**params, **own}
+
+        def given() -> Iterator[tuple]:
+            for t in range(steps):
+                rows = slice((t % batches) * size, (t % batches + 1) * size)
+                yield rest, images[rows], labels[rows], None if noise is None else noise[t % len(noise)]
+
+        [(weights, changes)] = deque(_walk(gradient, step, start, given()), maxlen=1)
+        weights = _stepped(weights, changes)
         return {name: weights[name] - params[name] for name in changes if name not in own}
 
     return simulate

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gidef.attack.predictor import Predictor, Reader, along
+from gidef.attack.predictor import Predictor, Reader
+from gidef.attack.simulate import along
 from gidef.errors import InputError
 from gidef.rng import generator
 from gidef.types import Observation, Tensors
@@ -231,7 +232,7 @@ class _Parts:
 
     def _whole(self, mix: Tensor) -> Tensor:
         """Of the batch, or of local steps: (D,), from M (B, r)."""
-        return self._flattened(along(self._gradient, self._params, mix, self._wanted, self._local)[0])
+        return self._flattened(along(self._gradient, self._params, self._local, mix, self._wanted)[0])
 
     def _gradient(self, params: Tensors, mix: Tensor, wanted: Tensor) -> Tensors:
         """Of a step's batch, from its rows of M."""
